@@ -1,0 +1,1 @@
+"""Train the DINO object detector with PyTorch Lightning."""
