@@ -27,11 +27,13 @@ class Targets:
         boxes_cxcywh: (B, N, 4) float32, centre x, centre y, width, height, each 0-1 of the image before padding;
             rows past an image's count are zero.
         labels: (B, N) int64, contiguous labels 0..K-1; entries past an image's count are zero.
+        valid: (B, N) bool, True for a box, False for padding.
         num_boxes: the count of each image, on the host.
     """
 
     boxes_cxcywh: Tensor
     labels: Tensor
+    valid: Tensor
     num_boxes: tuple[int, ...]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
@@ -40,11 +42,17 @@ class Targets:
             self,
             boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
+            valid=self.valid.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Targets:
         """The same targets in page-locked memory, for an asynchronous copy to the device."""
-        return replace(self, boxes_cxcywh=self.boxes_cxcywh.pin_memory(), labels=self.labels.pin_memory())
+        return replace(
+            self,
+            boxes_cxcywh=self.boxes_cxcywh.pin_memory(),
+            labels=self.labels.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
@@ -212,10 +220,12 @@ def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:
     counts = tuple(int(labels.shape[0]) for _, labels in targets)
     boxes_cxcywh = torch.zeros(len(targets), max(counts, default=0), 4)
     padded_labels = torch.zeros(len(targets), max(counts, default=0), dtype=torch.int64)
+    valid = torch.zeros(len(targets), max(counts, default=0), dtype=torch.bool)
     for index, (boxes, labels) in enumerate(targets):
         boxes_cxcywh[index, : counts[index]] = boxes
         padded_labels[index, : counts[index]] = labels
-    return Targets(boxes_cxcywh=boxes_cxcywh, labels=padded_labels, num_boxes=counts)
+        valid[index, : counts[index]] = True
+    return Targets(boxes_cxcywh=boxes_cxcywh, labels=padded_labels, valid=valid, num_boxes=counts)
 
 
 @dataclass(frozen=True)

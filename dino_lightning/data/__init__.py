@@ -1,0 +1,36 @@
+"""COCO files in, batches out."""
+
+from dino_lightning.data.coco import (
+    AnnotationSummary,
+    Classes,
+    CocoAnnotations,
+    DataError,
+    check_classes,
+    classes_of,
+    load_coco,
+)
+from dino_lightning.data.collate import collate
+from dino_lightning.data.datamodule import CocoDataModule
+from dino_lightning.data.dataset import CocoDetection, Sample
+from dino_lightning.data.images import read_image
+from dino_lightning.data.splits import SplitFiles, find_split_files
+from dino_lightning.data.transforms import eval_transform, train_transform
+
+__all__ = [
+    "AnnotationSummary",
+    "Classes",
+    "CocoAnnotations",
+    "CocoDataModule",
+    "CocoDetection",
+    "DataError",
+    "Sample",
+    "SplitFiles",
+    "check_classes",
+    "classes_of",
+    "collate",
+    "eval_transform",
+    "find_split_files",
+    "load_coco",
+    "read_image",
+    "train_transform",
+]

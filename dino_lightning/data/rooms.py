@@ -1,0 +1,241 @@
+"""Synthetic floor plans, drawn from a seed, and a COCO dataset of them: the data of the embedded demo.
+
+A plan is a page as an estate agent prints it; the objects to find are its rooms. `clean` plans are small and plain, so
+that a tiny detector learns them in minutes on a CPU; `realistic` ones have what makes real plans hard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dino_lightning.data.rooms_drawing import Page, Pen, draw_walls
+from dino_lightning.data.rooms_geometry import Polygon, bounds, offset, signed_area
+from dino_lightning.data.rooms_layout import simple_layout
+
+Style = Literal["clean", "realistic"]
+
+GENERATOR = "dino_lightning.data.rooms"
+GENERATOR_VERSION = 1  # raised whenever the same parameters draw other pictures
+MANIFEST = "rooms.json"
+SPLITS = ("train", "val")
+SEEDS_PER_SPLIT = 1_000_000
+LONG_SIDE = {"clean": (200, 320), "realistic": (200, 1100)}
+
+
+@dataclass(frozen=True)
+class Room:
+    """One room of a plan.
+
+    Attributes:
+        polygon: its outline along the inner faces of its walls, (x, y) in pixels of the page.
+        name: what the plan calls it, e.g. "BEDROOM 1".
+    """
+
+    polygon: Polygon
+    name: str
+
+    @property
+    def bbox_xyxy(self) -> tuple[float, float, float, float]:
+        """The smallest box around the outline: x0, y0, x1, y1 in pixels."""
+        return bounds(self.polygon)
+
+    @property
+    def area(self) -> float:
+        """Square pixels within the outline."""
+        return abs(signed_area(self.polygon))
+
+
+def draw_plan(
+    seed: int, *, style: Style = "clean", size: int | None = None
+) -> tuple[Image.Image, list[Room]]:
+    """Draw one floor plan.
+
+    Args:
+        seed: 0 or more; the same seed gives the same picture, bit for bit, on the same library versions.
+        style: "clean" (small, plain) or "realistic" (what agents publish, at its worst).
+        size: long side of the page in pixels; None draws it from the range of the style.
+
+    Returns:
+        The page and the rooms on it.
+
+    Raises:
+        ValueError: if the style is unknown, the seed negative or the size below 96.
+    """
+    if style not in get_args(Style):
+        raise ValueError(f"style must be one of {get_args(Style)}, got {style!r}.")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}.")
+    if size is not None and size < 96:
+        raise ValueError(f"size must be at least 96 pixels, got {size}.")
+    rng = np.random.default_rng((seed, get_args(Style).index(style)))
+    low, high = LONG_SIDE[style]
+    long_side = size or int(rng.integers(low, high + 1))
+    return _draw_clean(long_side, rng)
+
+
+def _draw_clean(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+    short_side = round(long_side * rng.uniform(0.7, 1.0))
+    width, height = (long_side, short_side) if rng.random() < 0.6 else (short_side, long_side)
+    left, top, right, bottom = long_side * rng.uniform(0.03, 0.09, 4)
+    num_rooms = int(rng.integers(2, 10))
+    plan_width, plan_height = width - left - right, height - top - bottom
+    scale = math.sqrt(plan_width * plan_height / (num_rooms * rng.uniform(9, 13)))  # pixels per metre
+    inner_wall = max(0.1 * scale, long_side / 130) / scale
+    layout = simple_layout(
+        width=plan_width / scale,
+        height=plan_height / scale,
+        num_rooms=num_rooms,
+        min_side=0.11 * long_side / scale,
+        inner_wall=inner_wall,
+        outer_wall=inner_wall * float(rng.uniform(1.8, 2.4)),
+        rng=rng,
+    )
+    page = Page((width, height), 3)
+    pen = Pen(page, scale, (left, top), hairline=long_side / 320)
+    draw_walls(pen, layout)
+    rooms = []
+    counts: dict[str, int] = {}
+    for cell in layout.cells:
+        counts[cell.kind] = counts.get(cell.kind, 0) + 1
+        name = cell.kind.capitalize() + (f" {counts[cell.kind]}" if cell.kind == "bedroom" else "")
+        polygon = pen.to_page(offset(cell.outline, layout.inner_wall / 2))
+        rooms.append(Room(polygon, name))
+        x0, y0, x1, y1 = bounds(polygon)
+        text_size = min(long_side / 30, (x1 - x0) * 1.5 / len(name))
+        page.text(((x0 + x1) / 2, (y0 + y1) / 2), [name], text_size)
+    picture = page.finish()
+    if rng.random() < 0.5:
+        noise = rng.normal(0, rng.uniform(1, 5), (height, width, 1))
+        picture = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+    return picture, rooms
+
+
+def write_rooms_dataset(
+    root: str | Path,
+    *,
+    num_train: int = 240,
+    num_val: int = 60,
+    style: Style = "clean",
+    seed: int = 0,
+    size: int | None = None,
+) -> Path:
+    """Write a COCO dataset of plans: `root/{train,val}/annotations.json` and `root/{train,val}/images/`.
+
+    A dataset that is already there with the same parameters is used as it is; one with other parameters is replaced.
+    It is built beside `root` and moved into place, so an interrupted run never leaves half a dataset.
+
+    Args:
+        root: folder of the dataset.
+        num_train: plans to train on.
+        num_val: held-out plans; no seed is shared with training.
+        style: see `draw_plan`.
+        seed: 0 or more; another seed gives other plans.
+        size: long side of the pages in pixels; None draws each from the range of the style.
+
+    Returns:
+        The folder, as a path.
+
+    Raises:
+        ValueError: if `root` holds anything that this function did not write, or a parameter is out of range.
+    """
+    root = Path(root)
+    counts = {"train": num_train, "val": num_val}
+    for split, count in counts.items():
+        if not 0 < count <= SEEDS_PER_SPLIT:
+            raise ValueError(f"num_{split} must be between 1 and {SEEDS_PER_SPLIT}, got {count}.")
+    manifest: dict[str, Any] = {
+        "generator": GENERATOR,
+        "version": GENERATOR_VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "style": style,
+        "seed": seed,
+        "size": size,
+    }
+    if _is_current(root, manifest):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        built = workplace / "new"
+        progress = tqdm(
+            total=num_train + num_val, desc=f"drawing {style} plans", unit="plan", delay=3, leave=False
+        )
+        with progress:
+            for position, (split, count) in enumerate(counts.items()):
+                first_seed = (seed * len(SPLITS) + position) * SEEDS_PER_SPLIT
+                _write_split(built / split, first_seed, count, style, size, progress)
+        (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        if root.exists():
+            root.rename(workplace / "old")
+        built.rename(root)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    return root
+
+
+def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
+    """Whether `root` already is the wanted dataset; raises ValueError if it is somebody else's folder."""
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; give a folder for the rooms dataset.")
+    names = {path.name for path in root.iterdir()}
+    if not names:
+        return False
+    try:
+        found = json.loads((root / MANIFEST).read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - {MANIFEST, *SPLITS}:
+        raise ValueError(
+            f"{root} holds files that are not a rooms dataset; give an empty or new folder, nothing was changed."
+        )
+    return found == manifest and set(SPLITS) <= names
+
+
+def _write_split(
+    folder: Path, first_seed: int, count: int, style: Style, size: int | None, progress: tqdm[Any]
+) -> None:
+    """Write the images of one split and, after them, their annotations."""
+    (folder / "images").mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(count):
+        picture, rooms = draw_plan(first_seed + index, style=style, size=size)
+        file_name = f"{index + 1:06d}.png"
+        picture.save(folder / "images" / file_name)
+        images.append(
+            {"id": index + 1, "file_name": file_name, "width": picture.width, "height": picture.height}
+        )
+        for room in rooms:
+            x0, y0, x1, y1 = room.bbox_xyxy
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": room.area,
+                    "segmentation": [[value for point in room.polygon for value in point]],
+                    "iscrowd": 0,
+                }
+            )
+        progress.update()
+    content = {
+        "info": {"description": f"Synthetic {style} floor plans", "version": str(GENERATOR_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "room", "supercategory": "plan"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content) + "\n")

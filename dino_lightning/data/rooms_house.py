@@ -1,0 +1,323 @@
+"""Layouts with the shapes of real homes, for the `realistic` style: what rooms there are, and L, slanted and round ones.
+
+Lengths are metres, as in `rooms_layout`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from dino_lightning.data.rooms_geometry import (
+    Polygon,
+    Segment,
+    along,
+    arc,
+    bounds,
+    clip,
+    direction,
+    distance,
+    edges,
+    inward_normal,
+    merge,
+    overlap_on_edge,
+    rectangle,
+    signed_area,
+)
+from dino_lightning.data.rooms_layout import Cell, Layout, cut, divide, place_openings, shared_walls
+
+# What a home has, most needed first: kind and square metres. Rooms of one group stay neighbours.
+GROUND_FLOOR = (
+    (("living", 21.0), ("kitchen", 10.0)),
+    (("bedroom", 13.0), ("ensuite", 4.6)),
+    (("bath", 5.0),),
+    (("hall", 7.0), ("wc", 2.4)),
+    (("bedroom", 11.0),),
+    (("dining", 12.0), ("utility", 4.8)),
+    (("bedroom", 9.0), ("store", 2.4)),
+    (("study", 7.5),),
+    (("family", 16.0), ("bath", 5.0)),
+    (("bedroom", 12.0), ("dressing", 4.5)),
+    (("garage", 16.0),),
+    (("bedroom", 10.0),),
+)
+UPPER_FLOOR = (
+    (("landing", 7.0), ("bath", 5.4)),
+    (("bedroom", 15.0), ("ensuite", 4.5)),
+    (("bedroom", 12.0), ("store", 2.2)),
+    (("bedroom", 9.0),),
+    (("study", 6.5),),
+    (("bedroom", 11.0), ("dressing", 5.0)),
+    (("bath", 5.0), ("wc", 2.4)),
+    (("bedroom", 10.0),),
+)
+CORRIDORS = ("hall", "landing")
+NARROWEST = {
+    "wc": 0.95,
+    "store": 0.95,
+    "hall": 1.1,
+    "landing": 1.1,
+    "ensuite": 1.5,
+    "utility": 1.5,
+    "dressing": 1.5,
+}
+
+
+def house_layout(
+    num_rooms: int, rng: np.random.Generator, *, upper: bool = False
+) -> tuple[Layout, Cell | None]:
+    """One floor of a home.
+
+    Args:
+        num_rooms: rooms wanted, 2 or more.
+        rng: source of everything random.
+        upper: whether this is an upper floor: bedrooms around a landing.
+
+    Returns:
+        The floor, and the terrace in a corner that was left open, if there is one.
+    """
+    carved = int(num_rooms >= 5 and rng.random() < 0.35)
+    open_plan = not upper and num_rooms >= 3 and rng.random() < 0.45
+    groups = _programme(num_rooms - carved + int(open_plan), rng, UPPER_FLOOR if upper else GROUND_FLOOR)
+    rooms = [room for group in groups for room in group]
+    terrace_share = float(rng.uniform(0.06, 0.14)) if num_rooms >= 3 and rng.random() < 0.3 else 0.0
+    area = sum(size for _, size in rooms) / (1 - terrace_share)
+    slant = 0.15 if rng.random() < 0.2 else 0.0
+    best: tuple[float, list[Cell]] = (math.inf, [])
+    for _ in range(24):
+        ratio = rng.uniform(0.55, 1.0)
+        width, height = math.sqrt(area / ratio), math.sqrt(area * ratio)
+        if rng.random() < 0.4:
+            width, height = height, width
+        footprint = _footprint(width, height, rng)
+        order = [groups[i] for i in rng.permutation(len(groups))]
+        programme = [room for group in order for room in (group if rng.random() < 0.5 else group[::-1])]
+        if terrace_share:
+            programme.insert(int(rng.choice((0, len(programme)))), ("terrace", area * terrace_share))
+        cells = _cells(footprint, programme, rng, slant)
+        flaw = _flaw(cells, (width, height))
+        if flaw < best[0]:
+            best = (flaw, cells)
+        if flaw < 0.05:
+            break
+    cells = best[1]
+    terrace = next((cell for cell in cells if cell.kind == "terrace"), None)
+    cells = [cell for cell in cells if cell.kind != "terrace"]
+    cells = _join(cells, ("living", "kitchen")) if open_plan else cells
+    cells = _join(cells, ("hall", "hall"))
+    for _ in range(carved):
+        cells = _carve(cells, rng)
+    for _ in range(int(rng.choice((0, 1, 2, 3), p=(0.55, 0.25, 0.15, 0.05)))):
+        cells = _bulge(cells, rng)
+    inner_wall = float(rng.uniform(0.08, 0.15))
+    openings = place_openings(cells, inner_wall, rng, window_share=float(rng.uniform(0.6, 0.95)), varied=True)
+    return Layout(
+        tuple(cells), tuple(openings), inner_wall, inner_wall * float(rng.uniform(1.8, 3.0))
+    ), terrace
+
+
+def turned(layout: Layout, angle: float) -> Layout:
+    """The same floor, turned by an angle in radians around the origin."""
+    c, s = math.cos(angle), math.sin(angle)
+
+    def turn(polygon: Polygon) -> Polygon:
+        return tuple((c * x - s * y, s * x + c * y) for x, y in polygon)
+
+    cells = tuple(
+        Cell(cell.kind, turn(cell.outline), tuple((kind, turn(part)) for kind, part in cell.parts))
+        for cell in layout.cells
+    )
+    openings = []
+    for opening in layout.openings:
+        start, end, inward = turn((opening.start, opening.end, opening.inward))
+        openings.append(replace(opening, start=start, end=end, inward=inward))
+    return replace(layout, cells=cells, openings=tuple(openings))
+
+
+def _programme(
+    num_rooms: int, rng: np.random.Generator, groups: tuple[tuple[tuple[str, float], ...], ...]
+) -> list[list[tuple[str, float]]]:
+    """The first `num_rooms` rooms of the list, sizes varied."""
+    chosen: list[list[tuple[str, float]]] = []
+    first_of_each = [(i, 0) for i in range(len(groups))]
+    rest = [(i, j) for i, group in enumerate(groups) for j in range(1, len(group))]
+    # A bath and a bedroom come first of all; the companions come in any order.
+    wanted = [first_of_each[0], first_of_each[2], first_of_each[1], rest[0], *first_of_each[3:5]]
+    others = [*first_of_each[5:], *rest[1:]]
+    wanted += [others[i] for i in rng.permutation(len(others))]
+    taken = set(wanted[:num_rooms])
+    for i, group in enumerate(groups):
+        members = [
+            (kind, size * float(rng.uniform(0.8, 1.35)))
+            for j, (kind, size) in enumerate(group)
+            if (i, j) in taken
+        ]
+        if members:
+            chosen.append(members)
+    return chosen
+
+
+def _footprint(width: float, height: float, rng: np.random.Generator) -> Polygon:
+    """A rectangle, at times with a corner cut off or rounded."""
+    outline = rectangle(0.0, 0.0, width, height)
+    shape = rng.random()
+    if shape > 0.34:
+        return outline
+    right, bottom = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
+    corner = (width if right else 0.0, height if bottom else 0.0)
+    inward = (-1.0 if right else 1.0, -1.0 if bottom else 1.0)
+    if shape < 0.1:  # round, as the clip by the tangents of a circle
+        radius = float(rng.uniform(0.25, 0.6)) * min(width, height)
+        centre = (corner[0] + inward[0] * radius, corner[1] + inward[1] * radius)
+        for t in np.linspace(0, math.pi / 2, 13)[1:-1]:
+            normal = (inward[0] * math.cos(t), inward[1] * math.sin(t))
+            outline = clip(outline, along(centre, normal, -radius), normal)
+        return outline
+    if shape < 0.22:  # one side runs at a slant
+        dx, dy = width, height * float(rng.uniform(0.08, 0.2))
+        if rng.random() < 0.5:
+            dx, dy = width * float(rng.uniform(0.08, 0.2)), height
+    else:  # a corner is cut off
+        dx, dy = width * float(rng.uniform(0.2, 0.45)), height * float(rng.uniform(0.2, 0.45))
+    normal = (inward[0] * dy, inward[1] * dx)
+    return clip(outline, (corner[0] + inward[0] * dx, corner[1]), normal)
+
+
+def _cells(
+    footprint: Polygon, programme: list[tuple[str, float]], rng: np.random.Generator, slant: float
+) -> list[Cell]:
+    """Cut the footprint up, at times with a corridor through the middle and rooms on both sides."""
+    corridor = next((kind for kind, _ in programme if kind in CORRIDORS), None)
+    if corridor is None or len(programme) < 6 or rng.random() < 0.35:
+        return divide(footprint, programme, rng, slant)
+    programme = [room for room in programme if room[0] != corridor]
+    middle = len(programme) // 2 + int(rng.integers(-1, 2))
+    total = sum(size for _, size in programme)
+    share = sum(size for _, size in programme[:middle]) / total
+    x0, y0, x1, y1 = bounds(footprint)
+    # The corridor lies along the longer side: turn the footprint's cut by cutting its other direction.
+    breadth = float(rng.uniform(1.1, 1.7)) / min(x1 - x0, y1 - y0)
+    vertical = x1 - x0 < y1 - y0
+    first, rest = _split(footprint, share * (1 - breadth), vertical)
+    strip, second = _split(rest, breadth / (1 - share * (1 - breadth)), vertical)
+    cells = divide(first, programme[:middle], rng, slant) + divide(second, programme[middle:], rng, slant)
+    if rng.random() < 0.5:  # the corridor's end becomes a room of its own and the corridor shorter
+        end, strip = cut(strip, float(rng.uniform(0.2, 0.35)), 0.0)
+        cells.append(Cell("store", end, (("store", end),)))
+    return [*cells, Cell(corridor, strip, ((corridor, strip),))]
+
+
+def _split(outline: Polygon, share: float, vertical: bool) -> tuple[Polygon, Polygon]:
+    """Cut at a share of the bounding box, along y (`vertical`) or along x."""
+    x0, y0, x1, y1 = bounds(outline)
+    normal = (1.0, 0.0) if vertical else (0.0, 1.0)
+    anchor = (x0 + share * (x1 - x0), y0 + share * (y1 - y0))
+    return clip(outline, anchor, (-normal[0], -normal[1])), clip(outline, anchor, normal)
+
+
+def _flaw(cells: list[Cell], size: tuple[float, float]) -> float:
+    """How far the worst room is from a usable one; 0 is faultless."""
+    worst = 0.0
+    for cell in cells:
+        x0, y0, x1, y1 = bounds(cell.outline)
+        short, long = sorted((x1 - x0, y1 - y0))
+        narrowest = NARROWEST.get(cell.kind, 2.0)
+        stretch = 12.0 if cell.kind in CORRIDORS else 2.6
+        fill = abs(signed_area(cell.outline)) / (short * long)
+        worst = max(worst, narrowest / short - 1, long / short / stretch - 1, 0.55 - fill)
+        if cell.kind == "terrace":
+            # Left open, it must lie in a corner of the footprint, or the plan would get a hole.
+            sides = sum((x0 < 1e-3, y0 < 1e-3, x1 > size[0] - 1e-3, y1 > size[1] - 1e-3))
+            worst = max(worst, 0.0 if sides >= 2 else 5.0, 5.0 if len(cell.outline) != 4 else 0.0)
+    return worst
+
+
+def _join(cells: list[Cell], kinds: tuple[str, str]) -> list[Cell]:
+    """Take out the wall between the first two neighbours of these kinds: one room of two zones."""
+    for first in cells:
+        for second in cells:
+            if first is second or (first.kind, second.kind) != kinds:
+                continue
+            shared = sum(
+                span[1] - span[0]
+                for edge in edges(first.outline)
+                for other in edges(second.outline)
+                if (span := overlap_on_edge(edge, other))
+            )
+            union = merge(first.outline, second.outline) if shared > 1.4 else None
+            if union is not None:
+                joined = Cell(first.kind, union, first.parts + second.parts)
+                return [joined if cell is first else cell for cell in cells if cell is not second]
+    return cells
+
+
+def _carve(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
+    """Cut a small room out of the corner of a large rectangular one, which becomes L-shaped."""
+    for i in rng.permutation(len(cells)):
+        cell = cells[i]
+        x0, y0, x1, y1 = bounds(cell.outline)
+        plain = len(cell.outline) == 4 and signed_area(cell.outline) > 0.999 * (x1 - x0) * (y1 - y0)
+        if not plain or len(cell.parts) > 1 or min(x1 - x0, y1 - y0) < 2.9 or cell.kind == "garage":
+            continue
+        width, height = float(rng.uniform(1.2, 1.9)), float(rng.uniform(1.3, 2.1))
+        large: Polygon = ((x0, y0), (x1, y0), (x1, y1 - height), (x1 - width, y1 - height), (x1 - width, y1), (x0, y1))
+        small = rectangle(x1 - width, y1 - height, x1, y1)
+        if rng.random() < 0.5:
+            large, small = _mirrored(large, x0 + x1, 0), _mirrored(small, x0 + x1, 0)
+        if rng.random() < 0.5:
+            large, small = _mirrored(large, y0 + y1, 1), _mirrored(small, y0 + y1, 1)
+        kind = str(rng.choice(("ensuite", "store", "wc") if cell.kind == "bedroom" else ("store", "wc")))
+        kept = replace(cell, outline=large, parts=((cell.kind, large),))
+        return [*cells[:i], kept, *cells[i + 1 :], Cell(kind, small, ((kind, small),))]
+    return cells
+
+
+def _mirrored(polygon: Polygon, double_centre: float, axis: int) -> Polygon:
+    """The mirror image, run through in the other direction so that its interior stays on the same side."""
+    points = [(double_centre - x, y) if axis == 0 else (x, double_centre - y) for x, y in polygon]
+    return tuple(points[::-1])
+
+
+def _bulge(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
+    """Push a stretch of outer wall out: a round or three-sided bay."""
+    _, outer = shared_walls(cells)
+    points = [point for cell in cells for point in cell.outline]
+    candidates: list[tuple[int, Segment]] = []
+    for i, walls in enumerate(outer):
+        for wall in walls:
+            nx, ny = inward_normal(*wall)
+            # Only where nothing of the plan lies in front of the wall, so that the bay cannot run into it.
+            free = all((x - wall[0][0]) * nx + (y - wall[0][1]) * ny > -1e-3 for x, y in points)
+            if free and distance(*wall) > 2.4 and cells[i].kind in ("living", "bedroom", "dining", "family"):
+                candidates.append((i, wall))
+    if not candidates:
+        return cells
+    i, (a, b) = candidates[int(rng.integers(len(candidates)))]
+    outline, step, length = cells[i].outline, direction(a, b), distance(a, b)
+    nx, ny = inward_normal(a, b)
+    outward = (-nx, -ny)
+    breadth = min(length * float(rng.uniform(0.55, 0.85)), length - 0.9, 3.6)
+    start = along(a, step, (length - breadth) / 2)
+    end = along(start, step, breadth)
+    depth = min(float(rng.uniform(0.5, 1.0)), breadth / 2)
+    if rng.random() < 0.5:
+        shoulder = min(depth, breadth * 0.3)
+        first = along(along(start, step, shoulder), outward, depth)
+        second = along(along(end, step, -shoulder), outward, depth)
+        bay = [start, first, second, end]
+    else:
+        radius = (breadth**2 / 4 + depth**2) / (2 * depth)
+        centre = along(along(start, step, breadth / 2), outward, depth - radius)
+        half = math.asin(min(breadth / 2 / radius, 1.0))
+        facing = math.atan2(outward[1], outward[0])
+        bay = arc(centre, radius, facing - half, facing + half)
+        if distance(bay[0], start) > distance(bay[-1], start):
+            bay.reverse()
+        bay[0], bay[-1] = start, end
+    at = next(k for k, edge in enumerate(edges(outline)) if overlap_on_edge(edge, (start, end)))
+    rounded = (*outline[: at + 1], *bay, *outline[at + 1 :])
+    cell = cells[i]
+    parts = cell.parts if len(cell.parts) > 1 else ((cell.kind, rounded),)
+    return [*cells[:i], replace(cell, outline=rounded, parts=parts), *cells[i + 1 :]]

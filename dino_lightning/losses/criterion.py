@@ -1,0 +1,147 @@
+"""DINO's training loss: set prediction for every layer and reconstruction of the denoising queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou
+from dino_lightning.losses.matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, Matches
+from dino_lightning.structures import DenoisingOutput, ModelOutput, Targets
+
+
+class Criterion(nn.Module):
+    """Focal class loss, L1 and GIoU box loss; one evaluation covers all decoder layers and the encoder's proposals.
+
+    Every term is a sum divided by the number of boxes in the global batch (averaged over processes), at least 1; for
+    the denoising terms also by the number of groups. Runs in float32, whatever autocast says.
+
+    Args:
+        matcher: the assignment; the published costs by default.
+        weight_class: weight of `loss_class`.
+        weight_bbox: weight of `loss_bbox`.
+        weight_giou: weight of `loss_giou`.
+    """
+
+    def __init__(
+        self,
+        *,
+        matcher: HungarianMatcher | None = None,
+        weight_class: float = 1.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.matcher = matcher or HungarianMatcher()
+        self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
+
+    def forward(
+        self, output: ModelOutput, targets: Targets, image_ids: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Judge.
+
+        Args:
+            output: what the model said.
+            targets: the boxes to find.
+            image_ids: named when something is not finite.
+
+        Returns:
+            `loss`, the weighted sum to minimise, and the unweighted terms `loss_class`, `loss_bbox`, `loss_giou` of
+            the final layer; with suffix `_0`, `_1`, ... of the earlier layers, `_encoder` of the proposals,
+            `_denoising` and `_denoising_0`, ... of the denoising queries. All 0-dim float32.
+
+        Raises:
+            NonFiniteError: predictions that are not finite.
+        """
+        with torch.autocast(device_type=output.pred_logits.device.type, enabled=False):
+            logits = _with_encoder(output.pred_logits, output.encoder_logits)
+            boxes = _with_encoder(output.pred_boxes, output.encoder_boxes)
+            num_boxes = _global_num_boxes(targets, boxes.device)
+            matches = self.matcher(logits, boxes, targets, image_ids)
+            terms = _matched_losses(logits, boxes, targets, matches, num_boxes)
+            names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
+            named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
+            total = self._weighted(terms)
+            if output.denoising is not None:
+                terms = _denoising_losses(output.denoising, targets, num_boxes)
+                names = _layer_suffixes(len(output.pred_logits), "_denoising")
+                for term, values in terms.items():
+                    named.update({f"{term}{suffix}": values[i] for i, suffix in enumerate(names)})
+                total = total + self._weighted(terms)
+        return {"loss": total, **named}
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[term] * values.sum() for term, values in terms.items()]).sum()
+
+
+def _layer_suffixes(num_layers: int, kind: str) -> list[str]:
+    return [*(f"{kind}_{layer}" for layer in range(num_layers - 1)), kind]
+
+
+def _with_encoder(layers: Tensor, encoder: Tensor) -> Tensor:
+    """(L, B, Q, X) of the decoder and (B, Q, X) of the encoder -> (L + 1, B, Q, X) float32."""
+    return torch.cat((layers.float(), encoder.float()[None]))
+
+
+def _global_num_boxes(targets: Targets, device: torch.device) -> Tensor:
+    """Boxes in the batch, averaged over processes, at least 1: 0-dim float32."""
+    count = torch.tensor(float(sum(targets.num_boxes))).to(device, non_blocking=True)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1.0)
+
+
+def _class_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(L, B, Q, K) logits and 0/1 targets -> (L,) focal loss, summed."""
+    return sigmoid_focal_loss(logits, wanted, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA).sum((1, 2, 3))
+
+
+def _box_losses(boxes: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, ..., 4) boxes_cxcywh, their targets, and (L, ...) bool which count -> (L,) L1 and (L,) 1 - GIoU, summed."""
+    distance = (boxes - wanted).abs().sum(-1)
+    gap = 1 - paired_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+    return (distance * counts).flatten(1).sum(1), (gap * counts).flatten(1).sum(1)
+
+
+def _matched_losses(
+    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """The three terms of L layers, each (L,)."""
+    layers, batch, _, num_classes = logits.shape
+    wanted = torch.zeros_like(logits).view(layers, batch, -1)
+    slot = matches.queries * num_classes + targets.labels
+    wanted.scatter_add_(2, slot, matches.matched.float())  # unmatched boxes add zero, so their slot does not matter
+    found = boxes.gather(2, matches.queries[..., None].expand(-1, -1, -1, 4))
+    l1, giou = _box_losses(found, targets.boxes_cxcywh.expand(layers, -1, -1, -1), matches.matched)
+    return {
+        "loss_class": _class_loss(logits, wanted.view_as(logits)) / num_boxes,
+        "loss_bbox": l1 / num_boxes,
+        "loss_giou": giou / num_boxes,
+    }
+
+
+def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
+    """The three terms of L layers, each (L,): positives rebuild their box, everything else is background."""
+    logits, boxes = output.pred_logits.float(), output.pred_boxes.float()
+    layers, batch, _, num_classes = logits.shape
+    grouped = (layers, batch, output.num_groups, 2, output.max_boxes)
+    wanted = torch.zeros_like(logits).view(*grouped, num_classes)
+    positive = wanted[:, :, :, 0]
+    labels = targets.labels[None, :, None, :, None].expand(layers, -1, output.num_groups, -1, -1)
+    positive.scatter_(4, labels, targets.valid.float()[None, :, None, :, None].expand_as(labels))
+    l1, giou = _box_losses(
+        boxes.view(*grouped, 4)[:, :, :, 0],
+        targets.boxes_cxcywh[None, :, None],
+        targets.valid[None, :, None],
+    )
+    divisor = num_boxes * output.num_groups
+    return {
+        "loss_class": _class_loss(logits, wanted.view_as(logits)) / divisor,
+        "loss_bbox": l1 / divisor,
+        "loss_giou": giou / divisor,
+    }

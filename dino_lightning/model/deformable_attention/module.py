@@ -1,0 +1,87 @@
+"""The attention layer around the sampling core: projections, offsets, weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Each query reads a few learned points of every feature level (arXiv 2010.04159, section 4.1).
+
+    Args:
+        hidden_dim: D, a multiple of `num_heads`.
+        num_levels: L feature levels.
+        num_heads: H.
+        num_points: P points for each head and level.
+
+    Raises:
+        ValueError: `hidden_dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, *, hidden_dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"hidden_dim={hidden_dim} is not a multiple of num_heads={num_heads}.")
+        self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
+        self.sampling_offsets = nn.Linear(hidden_dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(hidden_dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Heads start by looking in evenly spread directions, point p at distance p + 1, all weights equal."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * distances[None, None, :, None]  # (H, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        for weight in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+            nn.init.zeros_(weight)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, D), position already added.
+            reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes cxcywh, 0-1 of the padded map.
+            value: (B, S, D), the flattened maps.
+            spatial_shapes: (height, width) of each level.
+            padding_mask: (B, S) bool, True = padding, whose value counts as zero.
+
+        Returns:
+            (B, Q, D).
+        """
+        batch, queries, _ = query.shape
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        projected = self.value_proj(value)
+        if padding_mask is not None:
+            projected = projected.masked_fill(padding_mask[..., None], 0.0)
+        projected = projected.view(batch, value.shape[1], heads, -1)
+        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        weights = self.attention_weights(query).view(batch, queries, heads, levels * points).float().softmax(-1)
+        locations = sampling_locations(reference_points, offsets, spatial_shapes)
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            # float32: locations in bfloat16 would be off by several pixels on a large image
+            sampled = deformable_attention(
+                projected.float(), spatial_shapes, locations, weights.view(batch, queries, heads, levels, points)
+            )
+        out: Tensor = self.output_proj(sampled.to(projected.dtype))
+        return out

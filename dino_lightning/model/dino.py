@@ -1,0 +1,232 @@
+"""The assembled detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from dino_lightning.model.backbone import Backbone, NormKind
+from dino_lightning.model.decoder import Decoder
+from dino_lightning.model.denoising import (
+    DenoisingQueries,
+    Noise,
+    denoising_attention_mask,
+    denoising_queries,
+    draw_noise,
+    num_denoising_groups,
+)
+from dino_lightning.model.encoder import Encoder
+from dino_lightning.model.neck import Neck
+from dino_lightning.model.position_encoding import image_position_embedding
+from dino_lightning.model.query_selection import QuerySelection
+from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DINO(nn.Module):
+    """DETR with improved denoising anchor boxes (arXiv 2203.03605). The defaults are the published R50 4-scale model.
+
+    Args:
+        num_classes: K, classes with contiguous labels 0..K-1.
+        backbone: name of a torchvision network, see `Backbone`.
+        backbone_norm: `frozen` as published, `batch`, or `group` for training from scratch.
+        trainable_backbone_layers: stages of the backbone that train, 0 to 5, counted from the last.
+        feature_strides: strides of the backbone maps in use; [8, 16, 32] with 4 levels is "4-scale",
+            [4, 8, 16, 32] with 5 levels is "5-scale".
+        num_feature_levels: feature levels; those past `feature_strides` come from strided convolutions.
+        hidden_dim: D, a multiple of 4 and of `num_heads`.
+        num_heads: attention heads.
+        num_points: sampling points for each head and level of deformable attention.
+        ffn_dim: inner width of the feed-forward networks.
+        num_encoder_layers: encoder depth.
+        num_decoder_layers: decoder depth.
+        num_queries: proposals taken from the encoder; an image with fewer tokens gives fewer.
+        num_denoising: denoising boxes to aim for per image, 0 for none; see `num_denoising_groups`.
+        label_noise_ratio: twice the share of denoising labels that are replaced.
+        box_noise_scale: how far box corners move, in half box sizes.
+        dropout: in encoder and decoder, 0 as published.
+
+    Raises:
+        ValueError: a size that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        backbone: str = "resnet50",
+        backbone_norm: NormKind = "frozen",
+        trainable_backbone_layers: int = 3,
+        feature_strides: Sequence[int] = (8, 16, 32),
+        num_feature_levels: int = 4,
+        hidden_dim: int = 256,
+        num_heads: int = 8,
+        num_points: int = 4,
+        ffn_dim: int = 2048,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        num_queries: int = 900,
+        num_denoising: int = 100,
+        label_noise_ratio: float = 0.5,
+        box_noise_scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: a detector needs at least one class.")
+        if hidden_dim % 4:
+            raise ValueError(f"hidden_dim={hidden_dim} is not a multiple of 4.")
+        if num_decoder_layers < 1 or num_queries < 1:
+            raise ValueError("num_decoder_layers and num_queries must be at least 1.")
+        self.num_classes = num_classes
+        self.num_denoising = num_denoising
+        self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
+        attention = {
+            "hidden_dim": hidden_dim,
+            "num_levels": num_feature_levels,
+            "num_heads": num_heads,
+            "num_points": num_points,
+            "ffn_dim": ffn_dim,
+        }
+        # The order of registration is the published parameter order; optimizer states depend on it.
+        self.level_embedding = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
+        self.encoder = Encoder(num_layers=num_encoder_layers, dropout=dropout, **attention)
+        self.decoder = Decoder(num_layers=num_decoder_layers, num_classes=num_classes, dropout=dropout, **attention)
+        self.query_selection = QuerySelection(
+            hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries
+        )
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)
+        body = Backbone(
+            name=backbone, strides=feature_strides, norm=backbone_norm, trainable_layers=trainable_backbone_layers
+        )
+        self.neck = Neck(in_channels=body.channels, hidden_dim=hidden_dim, num_levels=num_feature_levels)
+        self.backbone = body
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255, persistent=False)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Xavier for the transformer's matrices; heads and deformable attention keep the start they gave themselves."""
+        for part in (self.encoder, self.decoder.layers, self.decoder.query_position_head):
+            for parameter in part.parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for parameter in (self.query_selection.content_queries.weight, self.query_selection.output_projection.weight):
+            nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if hasattr(module, "sampling_offsets"):
+                module.reset_parameters()
+        # published: the encoder's heads begin as copies of the decoder's
+        self.query_selection.bbox_head.load_state_dict(self.decoder.bbox_head.state_dict())
+        self.query_selection.class_head.load_state_dict(self.decoder.class_head.state_dict())
+        nn.init.normal_(self.level_embedding)
+
+    def forward(self, batch: Batch, noise: Noise | None = None) -> ModelOutput:
+        """Detect.
+
+        Args:
+            batch: images, with targets in training for the denoising queries.
+            noise: draws for the denoising queries, to repeat a step exactly; drawn afresh when None.
+
+        Returns:
+            What every decoder layer, the encoder and the denoising queries say.
+        """
+        padding_mask = image_padding_mask(batch)
+        levels = self.neck(self.backbone(self.normalize(batch.images)))
+        tokens, position, spatial_shapes, valid_ratios, token_mask = self._flatten(levels, padding_mask)
+        memory = self.encoder(tokens, position, spatial_shapes, valid_ratios, token_mask)
+        selected = self.query_selection(memory, spatial_shapes, valid_ratios, token_mask)
+
+        queries, reference_logits, attention_mask = selected.content, selected.reference_logits, None
+        denoising = self._denoising_queries(batch, noise)
+        if denoising is not None:
+            attention_mask = denoising_attention_mask(
+                num_groups=denoising.num_groups,
+                max_boxes=denoising.max_boxes,
+                num_queries=queries.shape[1],
+                device=queries.device,
+            )
+            queries = torch.cat((denoising.content, queries), dim=1)
+            reference_logits = torch.cat((denoising.reference_logits, reference_logits), dim=1)
+        hidden, boxes = self.decoder(
+            queries, reference_logits, memory, spatial_shapes, valid_ratios, token_mask, attention_mask
+        )
+        # The label embedding takes part even when no image has boxes, so that plain DDP finds no unused parameter.
+        hidden = hidden + 0.0 * self.label_embedding.weight[0, 0]
+        logits = self.decoder.class_head(hidden)
+        slots = 0 if denoising is None else denoising.reference_logits.shape[1]
+        return ModelOutput(
+            pred_logits=logits[:, :, slots:],
+            pred_boxes=boxes[:, :, slots:],
+            encoder_logits=selected.logits,
+            encoder_boxes=selected.boxes_cxcywh,
+            denoising=None
+            if denoising is None
+            else DenoisingOutput(
+                pred_logits=logits[:, :, :slots],
+                pred_boxes=boxes[:, :, :slots],
+                num_groups=denoising.num_groups,
+                max_boxes=denoising.max_boxes,
+            ),
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 pixels -> float32 with ImageNet's mean and deviation; floating point passes unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        normalized: Tensor = (images.float() - self.image_mean) / self.image_std
+        return normalized
+
+    def _denoising_queries(self, batch: Batch, noise: Noise | None) -> DenoisingQueries | None:
+        targets = batch.targets
+        if not self.training or targets is None or self.num_denoising < 1 or not max(targets.num_boxes, default=0):
+            return None
+        if noise is None:
+            groups = num_denoising_groups(self.num_denoising, max(targets.num_boxes))
+            noise = draw_noise(targets, num_groups=groups, num_classes=self.num_classes)
+        return denoising_queries(
+            targets,
+            noise,
+            self.label_embedding,
+            label_noise_ratio=self.label_noise_ratio,
+            box_noise_scale=self.box_noise_scale,
+        )
+
+    def _flatten(
+        self, levels: Sequence[Tensor], padding_mask: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
+        """Lay all levels end to end: tokens, positions, their shapes, valid ratios and padding."""
+        tokens, positions, masks, ratios = [], [], [], []
+        shapes: list[tuple[int, int]] = []
+        for index, level in enumerate(levels):
+            height, width = int(level.shape[2]), int(level.shape[3])
+            mask = F.interpolate(padding_mask[:, None].float(), size=(height, width)).bool()[:, 0]
+            position = image_position_embedding(mask, level.shape[1]).flatten(1, 2)
+            shapes.append((height, width))
+            tokens.append(level.flatten(2).transpose(1, 2))
+            positions.append(position + self.level_embedding[index])
+            masks.append(mask.flatten(1))
+            valid = ~mask
+            ratios.append(torch.stack((valid[:, 0].sum(1) / width, valid[:, :, 0].sum(1) / height), dim=-1))
+        return (
+            torch.cat(tokens, dim=1),
+            torch.cat(positions, dim=1),
+            tuple(shapes),
+            torch.stack(ratios, dim=1),
+            torch.cat(masks, dim=1),
+        )
+
+
+def image_padding_mask(batch: Batch) -> Tensor:
+    """(B, H, W) bool, True where the canvas lies outside the image."""
+    height, width = batch.images.shape[-2:]
+    device = batch.images.device
+    sizes = torch.tensor(batch.image_sizes).to(device, non_blocking=True)
+    rows = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
+    columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
+    return rows | columns

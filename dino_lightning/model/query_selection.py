@@ -1,0 +1,117 @@
+"""Mixed query selection: encoder proposals give the queries' anchors, learned rows their content (section 3.3 of 2203.03605)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.model.encoder import cell_centres
+from dino_lightning.model.mlp import box_head
+
+PRIOR_PROBABILITY = 0.01  # class scores start here, as in RetinaNet (arXiv 1708.02002)
+
+
+def class_head(hidden_dim: int, num_classes: int) -> nn.Linear:
+    """A class layer whose scores all start at `PRIOR_PROBABILITY`: (..., D) -> (..., K) logits."""
+    head = nn.Linear(hidden_dim, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    return head
+
+
+@dataclass(frozen=True)
+class SelectedQueries:
+    """The proposals taken from the encoder, best first.
+
+    Attributes:
+        content: (B, Q, D) learned content, row i for the proposal of rank i.
+        reference_logits: (B, Q, 4) float32, box logits of the proposals, detached.
+        logits: (B, Q, K) class logits of the proposals.
+        boxes_cxcywh: (B, Q, 4) float32 boxes of the proposals, not detached.
+        token_indices: (B, Q) int64, the token each one came from.
+    """
+
+    content: Tensor
+    reference_logits: Tensor
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    token_indices: Tensor
+
+
+class QuerySelection(nn.Module):
+    """Scores every encoder token as a proposal and keeps the best `num_queries`."""
+
+    def __init__(self, *, hidden_dim: int, num_classes: int, num_queries: int) -> None:
+        super().__init__()
+        self.content_queries = nn.Embedding(num_queries, hidden_dim)
+        self.output_projection = nn.Linear(hidden_dim, hidden_dim)
+        self.output_norm = nn.LayerNorm(hidden_dim)
+        self.bbox_head = box_head(hidden_dim)
+        self.class_head = class_head(hidden_dim, num_classes)
+
+    def forward(
+        self,
+        memory: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        valid_ratios: Tensor,
+        padding_mask: Tensor,
+    ) -> SelectedQueries:
+        """Select.
+
+        Args:
+            memory: (B, S, D) encoder output.
+            spatial_shapes: (height, width) of each level.
+            valid_ratios: (B, L, 2) float32.
+            padding_mask: (B, S) bool, True = padding.
+
+        Returns:
+            At most `num_queries` proposals: fewer where the image has fewer tokens.
+        """
+        proposal_logits, usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
+        tokens = self.output_norm(self.output_projection(memory.masked_fill(~usable[..., None], 0.0)))
+        logits = self.class_head(tokens)
+        scores = logits.float().amax(-1)
+        count = min(self.content_queries.num_embeddings, scores.shape[1])
+        indices = scores.topk(count, dim=1).indices
+
+        def selected(values: Tensor) -> Tensor:
+            return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+
+        with torch.autocast(device_type=memory.device.type, enabled=False):
+            box_logits = self.bbox_head(selected(tokens).float()) + selected(proposal_logits)
+        return SelectedQueries(
+            content=self.content_queries.weight[:count].expand(memory.shape[0], -1, -1),
+            reference_logits=box_logits.detach(),
+            logits=selected(logits),
+            boxes_cxcywh=box_logits.sigmoid(),
+            token_indices=indices,
+        )
+
+
+def encoder_proposals(
+    spatial_shapes: tuple[tuple[int, int], ...], valid_ratios: Tensor, padding_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A square box of side 0.05 * 2^level round every cell's centre (two-stage Deformable DETR, arXiv 2010.04159 A.4).
+
+    Args:
+        spatial_shapes: (height, width) of each level.
+        valid_ratios: (B, L, 2) float32.
+        padding_mask: (B, S) bool, True = padding.
+
+    Returns:
+        (B, S, 4) float32 box logits, infinite where unusable, and (B, S) bool, True for usable tokens: not
+        padding, and all four numbers strictly inside 0.01-0.99.
+    """
+    centres = cell_centres(spatial_shapes, valid_ratios)
+    side = torch.cat(
+        [
+            torch.full((height * width,), 0.05 * 2.0**level, device=centres.device)
+            for level, (height, width) in enumerate(spatial_shapes)
+        ]
+    )
+    boxes = torch.cat((centres, side[None, :, None].expand(centres.shape[0], -1, 2)), dim=-1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
+    logits = torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], torch.inf)
+    return logits, usable

@@ -1,0 +1,55 @@
+"""Parameter groups and learning-rate schedule of the published recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+GroupRule = Literal["default", "offsets", "no_norm_decay"]
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, backbone_lr: float, weight_decay: float, rule: GroupRule = "default"
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups, in the order of the published optimizer states.
+
+    Args:
+        model: a `DINO`, or any module whose backbone parameters have "backbone" in their names.
+        lr: learning rate of everything outside the backbone.
+        backbone_lr: learning rate of the backbone.
+        weight_decay: decoupled weight decay.
+        rule: `default` as published: everything else, then the backbone, biases and norms decayed as well.
+            `offsets` (Deformable DETR): also a tenth of the rate for sampling offsets. `no_norm_decay`: no decay for
+            names with "norm" or "bias".
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def group(keep: Any, rate: float, decay: float = weight_decay) -> dict[str, Any]:
+        return {"params": [p for name, p in named if keep(name)], "lr": rate, "weight_decay": decay}
+
+    def in_backbone(name: str) -> bool:
+        return "backbone" in name
+
+    def is_offset(name: str) -> bool:
+        return "sampling_offsets" in name
+
+    def undecayed(name: str) -> bool:
+        return "norm" in name or "bias" in name
+
+    if rule == "default":
+        groups = [group(lambda n: not in_backbone(n), lr), group(in_backbone, backbone_lr)]
+    elif rule == "offsets":
+        groups = [
+            group(lambda n: not in_backbone(n) and not is_offset(n), lr),
+            group(in_backbone, backbone_lr),
+            group(is_offset, lr * 0.1),
+        ]
+    else:
+        groups = [
+            group(lambda n: not in_backbone(n) and not undecayed(n), lr),
+            group(lambda n: in_backbone(n) and undecayed(n), backbone_lr, 0.0),
+            group(lambda n: in_backbone(n) and not undecayed(n), backbone_lr),
+            group(lambda n: not in_backbone(n) and undecayed(n), lr, 0.0),
+        ]
+    return [entry for entry in groups if entry["params"]]
