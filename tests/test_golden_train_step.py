@@ -59,4 +59,9 @@ def test_training_step():
             assert parameter.detach().double().norm().item() == pytest.approx(published[name]["norm_after"], rel=1e-5), name
             assert delta == pytest.approx(published[name]["delta_norm"], rel=1e-2), name
     after = criterion(model(batch, noise), batch.targets)
-    assert after["loss"].item() == pytest.approx(meta["after_step_same_draws"]["total_weighted"], rel=1e-3)
+    published_after = meta["after_step_same_draws"]
+    for term in ("loss_class_encoder", "loss_bbox_encoder", "loss_giou_encoder"):
+        assert after[term].item() == pytest.approx(published_after["losses"][published_name(term)], rel=1e-3), term
+    # Two proposals of nearly equal score swap ranks when sums are rounded in another order (seen with 2 threads, not
+    # with 1), which moves the total by 0.7 %: content queries are tied to ranks.
+    assert after["loss"].item() == pytest.approx(published_after["total_weighted"], rel=1e-2)

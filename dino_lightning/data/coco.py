@@ -1,6 +1,6 @@
 """COCO annotation files: read, checked, and turned into arrays.
 
-Whatever is wrong with a file is said here, once, in one sentence that names the file and the entry; nothing after
+Whatever is wrong with a file is said here, in one sentence that names the file and the entry; nothing after
 this module has to check annotations again.
 """
 
@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from dino_lightning.structures import GroundTruth
 
+MAX_COORDINATE = 1e12  # beyond any image; NaN and infinity fail the comparison with it
 CLIP_TOLERANCE = 0.01  # pixels; coordinates rounded to two decimals overshoot the border by less
 
 
@@ -35,7 +36,7 @@ class Category:
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One entry of `images`; `size` is (height, width) in pixels, `file_name` is relative to the image folder."""
+    """One entry of `images`: its size is (height, width) in pixels, its name relative to the image folder."""
 
     id: int
     file_name: str
@@ -64,8 +65,8 @@ class AnnotationSummary:
 
     def __str__(self) -> str:
         return (
-            f"{self.images} images, {self.boxes} boxes, {self.crowd} crowd, {self.degenerate} degenerate dropped, "
-            f"{self.clipped} clipped, {self.images_without_boxes} images without boxes"
+            f"{self.images} images, {self.boxes} boxes, {self.crowd} crowd, "
+            f"{self.degenerate} degenerate dropped, {self.clipped} clipped, {self.images_without_boxes} images without boxes"
         )
 
 
@@ -171,9 +172,6 @@ def classes_of(training: CocoAnnotations) -> Classes:
 
     One exception: Roboflow exports put all classes under a category 0 with supercategory "none", which no
     annotation uses. It is no class; keeping it would train a class that cannot occur.
-
-    Raises:
-        DataError: the file lists no category that can be a class.
     """
     first, others = training.categories[0], training.categories[1:]
     is_root = (
@@ -203,8 +201,8 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
         if category.id not in name_of_id:
             if category.id in used:
                 raise DataError(
-                    f"{annotations.path}: category {category.id} ({category.name!r}) has annotations but is not a "
-                    f"class of the training file. Use the same categories in both files."
+                    f"{annotations.path}: category {category.id} ({category.name!r}) has annotations but is no "
+                    "class of the training file. Use the same categories in both files."
                 )
         elif category.name != name_of_id[category.id]:
             raise DataError(
@@ -214,7 +212,7 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
 
 
 def ground_truth(annotations: CocoAnnotations, labels: npt.NDArray[np.int64], index: int) -> GroundTruth:
-    """What evaluation compares against for image `index`: boxes as annotated, crowd included, degenerate ones not."""
+    """What evaluation compares against in image `index`: everything as annotated but degenerate boxes."""
     rows = np.arange(annotations.offsets[index], annotations.offsets[index + 1])
     rows = rows[annotations.usable[rows]]
     return GroundTruth(
@@ -262,6 +260,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise DataError(f"{path}: is not valid JSON: {error}.") from error
     except RecursionError as error:
         raise DataError(f"{path}: is nested too deeply to be a COCO file.") from error
     except FileNotFoundError as error:
@@ -342,16 +342,19 @@ def _parse_annotations(
         # The type tests also keep True, 1.0 and lists (which cannot be hashed) from passing as the id 1.
         if type(image_id) is not int or image_id not in index_of_image:
             raise DataError(
-                f"{path}: {_annotation(entry, position)} has image_id {image_id!r}, which no image has."
+                f"{path}: {_annotation(entry, position)} has image_id {image_id!r}, which no image has. "
+                "Add the image, or remove the annotation."
             )
         if type(category_id) is not int or category_id not in index_of_category:
             raise DataError(
-                f"{path}: {_annotation(entry, position)} has category_id {category_id!r}, which no category has."
+                f"{path}: {_annotation(entry, position)} has category_id {category_id!r}, "
+                "which no category has. Add the category, or remove the annotation."
             )
         if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+            found = "no bbox" if box is None else f"bbox {box!r}"
             raise DataError(
-                f"{path}: {_annotation(entry, position)} has bbox {box!r}; "
-                "a bbox is four finite numbers: x, y, width, height."
+                f"{path}: {_annotation(entry, position)} has {found}; it needs four finite numbers: "
+                "x, y, width, height."
             )
         if crowd not in (0, 1):
             raise DataError(
@@ -394,8 +397,9 @@ def _annotation(entry: dict[str, Any], position: int) -> str:
     return f"annotation {entry['id']!r}" if "id" in entry else f"annotation number {position} (without id)"
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")  # type: ignore[operator]  # NaN compares False
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, and not one so large that it cannot be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
 def _integer(path: Path, what: str, entry: dict[str, Any], key: str) -> int:

@@ -26,7 +26,8 @@ def collate(
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         raise DataError(
-            f"None of the {len(samples)} images of a batch could be read. Set on_bad_image=error to see which and why."
+            f"None of the {len(samples)} images of a batch could be read. "
+            "Set on_bad_image=error to see which and why."
         )
     truths = [sample.ground_truth for sample in readable if sample.ground_truth is not None]
     return Batch.from_images(

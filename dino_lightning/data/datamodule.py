@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dino_lightning.data.coco import CocoAnnotations, DataError, classes_of, load_coco
 from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import CocoDetection, Sample
-from dino_lightning.data.splits import SplitFiles, choose_image_folder, discover_split_files, find_split_files
+from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import FitInto, eval_transform, train_transform
 from dino_lightning.structures import Batch
 
@@ -26,33 +26,36 @@ TINY_DATASET = 64  # images; starting workers takes longer than reading these
 TABLE_ROWS = 12
 FILES_TO_PROBE = 8
 
+_log = logging.getLogger(__name__)
+
 
 class CocoDataModule(lightning.LightningDataModule):
     """COCO-format data for training and evaluation.
 
-    The annotation files are read and checked when the module is made, so that the classes are known at once; no
-    image is opened before the first batch.
+    The annotation files are read and checked when the module is made, so that the classes are known at once;
+    no image is opened before the first batch.
 
     Args:
         root: the dataset folder. The files in it are found by the usual conventions: train/annotations.json,
             train/_annotations.coco.json (Roboflow), annotations/instances_train2017.json with train2017/,
-            train.json with images/, and a single annotations.json, of which a part becomes the validation split.
+            train.json with images/, or one annotations.json. Without a validation split, a part of the
+            training images becomes it.
         train_annotations: the training JSON, where it is not found by itself; like all paths here relative to
-            `root` or to the working directory.
+            the working directory or to `root`.
         train_images: the folder that the file names of `train_annotations` are relative to.
         val_annotations: the validation JSON.
         val_images: its image folder.
         test_annotations: the test JSON.
         test_images: its image folder.
         batch_size: training images per step and process.
-        val_batch_size: evaluation images per step and process. 1 pads nothing.
+        val_batch_size: evaluation images per step and process; 1 pads nothing.
         num_workers: loader processes; by default chosen from the number of cores and images, at most 8.
         augmentation: "coco", the published augmentation; "plans", for drawings; "none", resizing only.
         image_size: largest short side of a training image, and the short side in evaluation, in pixels.
         max_size: limit of the long side in pixels.
         fixed_size: put every image into a square canvas of this many pixels, for static shapes; bounds
             `image_size` and `max_size`.
-        pad_to_multiple: round height and width of the batch up to a multiple of this.
+        pad_to_multiple: round height and width of a batch up to a multiple of this.
         val_fraction: share of the training images that becomes the validation split where there is none.
         on_bad_image: "error" stops at an unreadable image file; "skip" leaves it out and counts it.
         seed: decides which images `val_fraction` takes.
@@ -106,8 +109,6 @@ class CocoDataModule(lightning.LightningDataModule):
             raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
@@ -116,31 +117,31 @@ class CocoDataModule(lightning.LightningDataModule):
         self.pad_to = None if fixed_size is None else (fixed_size, fixed_size)
         self.pad_to_multiple = pad_to_multiple
 
-        explicit = {
-            "train": (train_annotations, train_images),
-            "val": (val_annotations, val_images),
-            "test": (test_annotations, test_images),
-        }
-        splits = {
-            name: load_coco(files.annotations, files.images) for name, files in _files(root, explicit).items()
-        }
-        for annotations in splits.values():
-            _probe_images(annotations)
+        files = resolve_split_files(
+            Path(root),
+            {
+                "train": (train_annotations, train_images),
+                "val": (val_annotations, val_images),
+                "test": (test_annotations, test_images),
+            },
+        )
+        splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
         self.classes = classes_of(splits["train"])
         if self.classes.left_out is not None:
             rank_zero_info(
-                f"Category {self.classes.left_out.id} ({self.classes.left_out.name!r}) is the root of the others and "
-                "has no annotations: it is not a class."
+                f"Category {self.classes.left_out.id} ({self.classes.left_out.name!r}) has no annotations and "
+                "is the supercategory of all others: it is not a class."
             )
+        for split in splits.values():
+            _check_images_folder(split)
+            _warn_of_repairs(split)
         if "val" not in splits:
             source = splits["train"]
             splits["train"], splits["val"] = split_images(source, val_fraction, seed)
             rank_zero_info(
-                f"No validation split found: {len(splits['val'].images)} of the {len(source.images)} images of "
-                f"{source.path} are set aside for validation (val_fraction {val_fraction}, seed {seed})."
+                f"No validation split found: {len(splits['val'].images)} of the {len(source.images)} images "
+                f"of {source.path} are held out for validation (val_fraction {val_fraction}, seed {seed})."
             )
-        for annotations in splits.values():
-            _warn_of_repairs(annotations)
 
         if fixed_size is not None:
             image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
@@ -148,15 +149,10 @@ class CocoDataModule(lightning.LightningDataModule):
         evaluation = eval_transform(image_size, max_size)
         if fixed_size is not None:
             training, evaluation = FitInto(training, fixed_size), FitInto(evaluation, fixed_size)
-        self.train_set = CocoDetection(
-            splits["train"], self.classes, training, with_ground_truth=False, on_bad_image=on_bad_image
-        )
-        self.val_set = CocoDetection(splits["val"], self.classes, evaluation, on_bad_image=on_bad_image)
-        self.test_set = (
-            CocoDetection(splits["test"], self.classes, evaluation, on_bad_image=on_bad_image)
-            if "test" in splits
-            else None
-        )
+        dataset = partial(CocoDetection, classes=self.classes, on_bad_image=on_bad_image)
+        self.train_set = dataset(splits["train"], transform=training, with_ground_truth=False)
+        self.val_set = dataset(splits["val"], transform=evaluation)
+        self.test_set = dataset(splits["test"], transform=evaluation) if "test" in splits else None
 
     @property
     def num_classes(self) -> int:
@@ -174,9 +170,16 @@ class CocoDataModule(lightning.LightningDataModule):
         return list(self.classes.category_ids)
 
     def train_dataloader(self) -> DataLoader[Sample | None]:
-        """Shuffled training batches of one size; a smaller last batch only if it is the only one."""
+        """Shuffled training batches, all full; a smaller one only where there is no full one."""
+        processes = self.trainer.world_size if self.trainer is not None else 1
+        images_per_process = -(-len(self.train_set) // processes)
         return self._loader(
-            self.train_set, self.batch_size, shuffle=True, drop_last=len(self.train_set) >= self.batch_size
+            self.train_set,
+            self.batch_size,
+            # Under DDP the others would wait for the gradients of a process that leaves out a batch.
+            may_lose_batches=processes == 1,
+            shuffle=True,
+            drop_last=images_per_process >= self.batch_size,
         )
 
     def val_dataloader(self) -> DataLoader[Sample | None]:
@@ -186,7 +189,7 @@ class CocoDataModule(lightning.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Sample | None]:
         """All test batches, in the order of the file; the validation batches if there is no test split."""
         if self.test_set is None:
-            rank_zero_info("No test split found: testing on the validation split.")
+            rank_zero_info("No test split found: the validation split is used instead.")
             return self.val_dataloader()
         return self._loader(self.test_set, self.val_batch_size)
 
@@ -201,25 +204,19 @@ class CocoDataModule(lightning.LightningDataModule):
                 _report_skipped(dataset)
 
     def class_table(self) -> str:
-        """A table of category id, label, name, and boxes in the training and validation splits."""
-        training, validation = _boxes_per_label(self.train_set), _boxes_per_label(self.val_set)
+        """Category id, label, name, and the number of training and validation boxes of each class."""
+        counts = zip(_boxes_per_label(self.train_set), _boxes_per_label(self.val_set), strict=True)
         rows = [("category_id", "label", "name", "train boxes", "val boxes")]
-        for label in range(min(self.num_classes, TABLE_ROWS)):
-            rows.append(
-                (
-                    str(self.category_ids[label]),
-                    str(label),
-                    self.class_names[label],
-                    str(training[label]),
-                    str(validation[label]),
-                )
+        rows += [
+            (str(category_id), str(label), name, str(training), str(validation))
+            for label, (category_id, name, (training, validation)) in enumerate(
+                zip(self.classes.category_ids, self.classes.names, counts, strict=True)
             )
+        ][:TABLE_ROWS]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
-            "  ".join(
-                cell.ljust(width) if column == 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
+            f"{row[0]:>{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  "
+            f"{row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}"
             for row in rows
         ]
         if self.num_classes > TABLE_ROWS:
@@ -227,7 +224,7 @@ class CocoDataModule(lightning.LightningDataModule):
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """One line per split: where it comes from and what it holds."""
+        """One line per split: what it holds and where it comes from."""
         named = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
         return "\n".join(
             f"{name}: {dataset.annotations.summary} ({dataset.annotations.path})"
@@ -236,131 +233,83 @@ class CocoDataModule(lightning.LightningDataModule):
         )
 
     def _loader(
-        self, dataset: CocoDetection, batch_size: int, *, shuffle: bool = False, drop_last: bool = False
+        self, dataset: CocoDetection, batch_size: int, *, may_lose_batches: bool = True, **options: Any
     ) -> DataLoader[Sample | None]:
-        trainer = getattr(self, "trainer", None)
         workers = self.num_workers
         if workers is None:
-            workers = default_workers(len(dataset), trainer.num_devices if trainer is not None else 1)
-        collate_batch = partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple)
-        # No worker_init_fn: torch already gives each worker one thread, and Lightning adds its own seeding of
-        # workers (different on each rank) only where there is none.
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "drop_last": drop_last,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-        return DataLoader(dataset, collate_fn=collate_batch, **options)
-
-
-def split_images(
-    annotations: CocoAnnotations, fraction: float, seed: int
-) -> tuple[CocoAnnotations, CocoAnnotations]:
-    """Split whole images into training and validation.
-
-    An image's place follows from its id and the seed alone: neither the order of the file nor images added later
-    move it from one side to the other, except at the boundary.
-
-    Args:
-        annotations: what to split.
-        fraction: share of the images for validation; at least one image goes to each side.
-        seed: another seed gives another split.
-
-    Raises:
-        DataError: there are fewer than two images.
-    """
-    count = len(annotations.images)
-    if count < 2:
-        raise DataError(
-            f"{annotations.path}: has one image, too few to set some aside for validation. Give val_annotations."
+            workers = default_workers(
+                len(dataset), self.trainer.num_devices if self.trainer is not None else 1
+            )
+        skipping = self.on_bad_image == "skip"
+        loader_class = _SkippingLoader if skipping else DataLoader
+        # No worker_init_fn: torch already gives each worker a single thread, and Lightning seeds the workers
+        # of each rank differently only where none is set.
+        collate_batch = _collate_or_none if skipping and may_lose_batches else collate
+        return loader_class(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=partial(collate_batch, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
         )
-    held_out = min(max(1, round(fraction * count)), count - 1)
-    ranked = sorted(
-        range(count), key=lambda i: hashlib.sha256(f"{seed}:{annotations.images[i].id}".encode()).digest()
-    )
-    validation = set(ranked[:held_out])
-    return (
-        annotations.subset([i for i in range(count) if i not in validation]),
-        annotations.subset([i for i in range(count) if i in validation]),
-    )
+
+
+class _SkippingLoader(DataLoader["Sample | None"]):
+    """Leaves out batches without a readable image, and reports at each epoch what the one before it skipped."""
+
+    dataset: CocoDetection
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a plain iterator is all that is needed
+        _report_skipped(self.dataset)
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _collate_or_none(samples: Sequence[Sample | None], **canvas: Any) -> Batch | None:
+    return None if all(sample is None for sample in samples) else collate(samples, **canvas)
 
 
 def default_workers(images: int, processes: int) -> int:
-    """Loader processes for a dataset, where `processes` training processes share the cores of this machine."""
+    """Loader processes for one dataset, where `processes` training processes share this machine's cores."""
     if images < TINY_DATASET:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, max(1, cores // max(1, processes)))
+    return min(MAX_WORKERS, max(1, cores // processes))
 
 
-def _files(root: str, explicit: dict[str, tuple[str | None, str | None]]) -> dict[str, SplitFiles]:
-    """The files of each split: those named explicitly, the others as found in the root.
-
-    Raises:
-        DataError: no training files, or a named file or folder that does not exist.
-    """
-    folder = Path(root)
-    named = explicit["train"][0] is not None
-    found = discover_split_files(folder) if named else find_split_files(folder)
-    for split, (annotations, images) in explicit.items():
-        if annotations is not None:
-            path = _existing(folder, annotations, f"{split}_annotations")
-            candidates = [path.parent / "images", path.parent, folder / split, folder / "images", folder]
-            found[split] = SplitFiles(path, choose_image_folder(path, candidates))
-        if images is not None:
-            if split not in found:
-                raise DataError(
-                    f"{split}_images is given, but there is no annotation file. Give {split}_annotations."
-                )
-            found[split] = SplitFiles(found[split].annotations, _existing(folder, images, f"{split}_images"))
-    if "train" not in found:
+def _check_images_folder(split: CocoAnnotations) -> None:
+    """Raise `DataError` if the image folder is plainly a wrong one: not one of the first files is there."""
+    probed = range(min(len(split.images), FILES_TO_PROBE))
+    if not any(split.image_path(index).is_file() for index in probed):
+        others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
         raise DataError(
-            f"{folder}: has {' and '.join(found)} files but no training files, which define the classes. "
-            "Give train_annotations."
-        )
-    return found
-
-
-def _existing(root: Path, given: str, argument: str) -> Path:
-    for path in (Path(given), root / given):
-        if path.exists():
-            return path
-    raise DataError(f"{argument}: {given} does not exist, neither in the working directory nor in {root}.")
-
-
-def _probe_images(annotations: CocoAnnotations) -> None:
-    """Raise `DataError` if the image folder is plainly the wrong one: not one of the first files is there."""
-    probed = range(min(len(annotations.images), FILES_TO_PROBE))
-    if not any(annotations.image_path(index).is_file() for index in probed):
-        raise DataError(
-            f"{annotations.path}: {annotations.image_path(0)} does not exist, nor do the next images listed. "
-            "Name the folder that the file names are relative to with train_images, val_images or test_images."
+            f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the "
+            "folder that the file names are relative to as train_images, val_images or test_images."
         )
 
 
-def _warn_of_repairs(annotations: CocoAnnotations) -> None:
-    summary = annotations.summary
+def _warn_of_repairs(split: CocoAnnotations) -> None:
+    summary = split.summary
     if summary.degenerate or summary.clipped:
         rank_zero_warn(
-            f"{annotations.path}: {summary.degenerate} boxes without area inside their image are dropped, "
-            f"{summary.clipped} boxes that stick out are clipped to it."
+            f"{split.path}: {summary.degenerate} boxes without area inside their image are dropped; "
+            f"{summary.clipped} boxes that stick out are clipped to it for training."
         )
-
-
-def _boxes_per_label(dataset: CocoDetection) -> list[int]:
-    source = dataset.annotations
-    labels = torch.from_numpy(dataset.classes.labels_of(source)[source.usable & ~source.iscrowd])
-    return torch.bincount(labels, minlength=len(dataset.classes)).tolist()
 
 
 def _report_skipped(dataset: CocoDetection) -> None:
     ids = dataset.take_skipped_ids()
     if ids:
         listed = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        rank_zero_warn(
-            f"{dataset.annotations.path}: {len(ids)} of {len(dataset)} images could not be read and were left out "
-            f"of this epoch (image ids {listed})."
+        # On every rank, as each reads other images; and not by `warnings`, which say the same thing only once.
+        _log.warning(
+            f"{dataset.annotations.path}: {len(ids)} of {len(dataset)} images could not be read and were left "
+            f"out of the last epoch (image ids {listed})."
         )
+
+
+def _boxes_per_label(dataset: CocoDetection) -> list[int]:
+    source = dataset.annotations
+    labels = torch.from_numpy(dataset.classes.labels_of(source)[source.usable & ~source.iscrowd])
+    return [int(count) for count in torch.bincount(labels, minlength=len(dataset.classes))]

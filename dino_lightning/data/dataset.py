@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -48,11 +48,12 @@ class CocoDetection(Dataset["Sample | None"]):
         classes: the classes of the training file.
         transform: resizing and augmentation, or None for the image as it is.
         with_ground_truth: also give what evaluation compares against.
-        on_bad_image: what to do about a file that is missing or cannot be decoded: "error" raises, "skip" gives
-            None in place of a sample and remembers the image for `take_skipped_ids`.
+        on_bad_image: what to do about a file that is missing or cannot be decoded: "error" raises, "skip"
+            gives None in place of a sample and remembers the image for `take_skipped_ids`.
 
     Raises:
         DataError: the categories of the file do not fit `classes`.
+        ValueError: an unknown `on_bad_image`.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class CocoDetection(Dataset["Sample | None"]):
         with_ground_truth: bool = True,
         on_bad_image: OnBadImage = "error",
     ) -> None:
+        if on_bad_image not in get_args(OnBadImage):
+            raise ValueError(f"on_bad_image is {on_bad_image!r}; choose {' or '.join(get_args(OnBadImage))}.")
         check_classes(annotations, classes)
         self.annotations = annotations
         self.classes = classes
@@ -71,8 +74,9 @@ class CocoDetection(Dataset["Sample | None"]):
         self.with_ground_truth = with_ground_truth
         self.on_bad_image = on_bad_image
         self._labels = classes.labels_of(annotations)
-        # Shared with loader workers, which do the reading; one entry per image, so that nothing is counted twice.
-        self._skipped = torch.zeros(len(annotations.images), dtype=torch.bool).share_memory_()
+        # Shared with the loader workers, which do the reading; an entry per image, so none is counted twice.
+        self._skipped = torch.zeros(len(annotations.images), dtype=torch.bool)
+        self._skipped.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.annotations.images)
@@ -91,15 +95,16 @@ class CocoDetection(Dataset["Sample | None"]):
                 self._skipped[index] = True
                 return None
             raise DataError(
-                f"Image {entry.id} of {self.annotations.path}: {error} Restore the file, remove the image from the "
-                "annotations, or leave it out with on_bad_image=skip."
+                f"Image {entry.id} of {self.annotations.path}: {error} Restore the file, take the image out of "
+                "the annotations, or set on_bad_image=skip."
             ) from error
         size = (int(image.shape[1]), int(image.shape[2]))
         if size != entry.size:
             raise DataError(
-                f"Image {entry.id} of {self.annotations.path}: the annotations say {entry.size[1]} x {entry.size[0]} "
-                f"pixels (width x height), but {self.annotations.image_path(index)} has {size[1]} x {size[0]} as "
-                "displayed (after EXIF rotation). Boxes would be misplaced; fix the annotations or the file."
+                f"Image {entry.id} of {self.annotations.path}: width and height are "
+                f"{entry.size[1]} x {entry.size[0]} in the annotations, but {size[1]} x {size[0]} in "
+                f"{self.annotations.image_path(index)} as displayed (after EXIF rotation). "
+                "Its boxes would be misplaced; fix the annotations or the file."
             )
         example = LabelledImage(image, *self._boxes_and_labels(index))
         if self.transform is not None:

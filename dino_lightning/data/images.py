@@ -12,7 +12,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from dino_lightning.data.coco import DataError
 
-# What torchvision decodes exactly as wanted. It drops alpha, knows no BMP or TIFF, and no EXIF outside these two.
+# What torchvision decodes just as wanted. It drops alpha, knows no BMP or TIFF, and no EXIF elsewhere.
 _TORCHVISION_MODES = {"JPEG": {"L", "RGB"}, "MPO": {"RGB"}, "PNG": {"L", "RGB", "I;16"}}
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 
@@ -20,8 +20,8 @@ _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 def read_image(path: Path) -> Tensor:
     """Decode an image file.
 
-    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values are
-    scaled (65535 becomes 255), not clipped.
+    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values
+    are scaled, not clipped: 65535 becomes 255.
 
     Args:
         path: a JPEG, PNG, BMP, TIFF, WebP, GIF (first frame) or anything else Pillow reads.

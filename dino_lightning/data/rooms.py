@@ -10,17 +10,18 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lightning.data.rooms_drawing import Page, Pen, draw_walls
-from dino_lightning.data.rooms_geometry import Polygon, bounds, offset, signed_area
+from dino_lightning.data.rooms_drawing import Page, Pen, Room, draw_walls
+from dino_lightning.data.rooms_geometry import bounds, offset
 from dino_lightning.data.rooms_layout import simple_layout
+from dino_lightning.data.rooms_page import draw_page
+from dino_lightning.data.rooms_scan import page_without_plan, rotate, scan
 
 Style = Literal["clean", "realistic"]
 
@@ -30,29 +31,6 @@ MANIFEST = "rooms.json"
 SPLITS = ("train", "val")
 SEEDS_PER_SPLIT = 1_000_000
 LONG_SIDE = {"clean": (200, 320), "realistic": (200, 1100)}
-
-
-@dataclass(frozen=True)
-class Room:
-    """One room of a plan.
-
-    Attributes:
-        polygon: its outline along the inner faces of its walls, (x, y) in pixels of the page.
-        name: what the plan calls it, e.g. "BEDROOM 1".
-    """
-
-    polygon: Polygon
-    name: str
-
-    @property
-    def bbox_xyxy(self) -> tuple[float, float, float, float]:
-        """The smallest box around the outline: x0, y0, x1, y1 in pixels."""
-        return bounds(self.polygon)
-
-    @property
-    def area(self) -> float:
-        """Square pixels within the outline."""
-        return abs(signed_area(self.polygon))
 
 
 def draw_plan(
@@ -80,7 +58,22 @@ def draw_plan(
     rng = np.random.default_rng((seed, get_args(Style).index(style)))
     low, high = LONG_SIDE[style]
     long_side = size or int(rng.integers(low, high + 1))
-    return _draw_clean(long_side, rng)
+    return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng)
+
+
+def _draw_realistic(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+    """A page from an agent's folder, as it came out of a printer or a scanner."""
+    rooms: list[Room] = []
+    if rng.random() < 0.04:
+        picture = page_without_plan(long_side, rng)
+    else:
+        picture, rooms = draw_page(long_side, rng)
+    scanned = rng.random() < 0.4
+    if rng.random() < (0.6 if scanned else 0.1):
+        picture, rooms = rotate(picture, rooms, float(rng.uniform(-1, 1)) * math.radians(2))
+    if scanned:
+        picture = scan(picture, rng)
+    return picture, rooms
 
 
 def _draw_clean(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
@@ -204,6 +197,16 @@ def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
     return found == manifest and set(SPLITS) <= names
 
 
+def _save(picture: Image.Image, folder: Path, stem: str, style: Style, seed: int) -> str:
+    """Save a page, half of the realistic ones as JPEG of good to poor quality; returns the file's name."""
+    rng = np.random.default_rng((seed, len(get_args(Style))))  # a stream that no picture is drawn from
+    if style == "realistic" and rng.random() < 0.5:
+        picture.save(folder / f"{stem}.jpg", quality=int(rng.integers(35, 91)))
+        return f"{stem}.jpg"
+    picture.save(folder / f"{stem}.png")
+    return f"{stem}.png"
+
+
 def _write_split(
     folder: Path, first_seed: int, count: int, style: Style, size: int | None, progress: tqdm[Any]
 ) -> None:
@@ -213,8 +216,7 @@ def _write_split(
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         picture, rooms = draw_plan(first_seed + index, style=style, size=size)
-        file_name = f"{index + 1:06d}.png"
-        picture.save(folder / "images" / file_name)
+        file_name = _save(picture, folder / "images", f"{index + 1:06d}", style, first_seed + index)
         images.append(
             {"id": index + 1, "file_name": file_name, "width": picture.width, "height": picture.height}
         )

@@ -4,16 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from dino_lightning.data.rooms_geometry import Point, Polygon, along, direction, distance, offset
+from dino_lightning.data.rooms_geometry import (
+    Point,
+    Polygon,
+    along,
+    bounds,
+    direction,
+    distance,
+    edges,
+    offset,
+    signed_area,
+)
 from dino_lightning.data.rooms_layout import Layout, Opening
 
 Ink = tuple[int, int, int]
 BLACK: Ink = (0, 0, 0)
 WHITE: Ink = (255, 255, 255)
+LINE_SPACING = 0.25  # between lines of text, as a part of their height
+
+
+@dataclass(frozen=True)
+class Room:
+    """One room of a plan.
+
+    Attributes:
+        polygon: its outline along the inner faces of its walls, (x, y) in pixels of the page.
+        name: what the plan calls it, e.g. "BEDROOM 1".
+    """
+
+    polygon: Polygon
+    name: str
+
+    @property
+    def bbox_xyxy(self) -> tuple[float, float, float, float]:
+        """The smallest box around the outline: x0, y0, x1, y1 in pixels."""
+        return bounds(self.polygon)
+
+    @property
+    def area(self) -> float:
+        """Square pixels within the outline."""
+        return abs(signed_area(self.polygon))
+
+
+@dataclass(frozen=True)
+class WallStyle:
+    """How walls are filled.
+
+    Attributes:
+        fill: "solid", "grey" (with an outline), "hatched" or "hollow".
+        shade: grey value of the lines, and of solid walls, 0-255.
+    """
+
+    fill: str = "solid"
+    shade: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -47,6 +95,7 @@ class Page:
         *,
         anchor: str = "mm",
         halo: bool = False,
+        upright: bool = False,
     ) -> None:
         """Write lines of text around a point.
 
@@ -55,21 +104,49 @@ class Page:
             lines: one string a line.
             size: height of the writing in pixels of the finished page.
             ink: colour.
-            anchor: Pillow's text anchor.
+            anchor: Pillow's text anchor; upright text is always centred.
             halo: whether a white border keeps the text legible over lines.
+            upright: whether the text runs from bottom to top.
         """
         scale = self.supersampling
-        self.draw.multiline_text(
-            (centre[0] * scale, centre[1] * scale),
-            "\n".join(lines),
-            fill=ink,
-            font=font(max(round(size * scale), 4)),
-            anchor=anchor,
-            align="center",
-            spacing=size * scale * 0.2,
-            stroke_width=round(scale * 0.8) if halo else 0,
-            stroke_fill=WHITE if halo else None,
-        )
+        position = (centre[0] * scale, centre[1] * scale)
+        border = round(scale * 1.2) if halo else 0
+        if not upright:
+            self.draw.multiline_text(
+                position,
+                "\n".join(lines),
+                fill=ink,
+                font=self._font(size),
+                anchor=anchor,
+                align="center",
+                spacing=size * scale * LINE_SPACING,
+                stroke_width=border,
+                stroke_fill=WHITE if halo else None,
+            )
+            return
+        width, height = (math.ceil(length * scale) + 4 for length in self.text_size(lines, size))
+        corner = (round(position[0] - height / 2), round(position[1] - width / 2))
+        for stroke, colour in ((border, WHITE), (0, ink)) if halo else ((0, ink),):
+            mask = Image.new("L", (width, height), 0)
+            ImageDraw.Draw(mask).multiline_text(
+                (width / 2, height / 2),
+                "\n".join(lines),
+                fill=255,
+                font=self._font(size),
+                anchor="mm",
+                align="center",
+                spacing=size * scale * LINE_SPACING,
+                stroke_width=stroke,
+            )
+            self.image.paste(colour, corner, mask.transpose(Image.Transpose.ROTATE_90))
+
+    def text_size(self, lines: Sequence[str], size: float) -> tuple[float, float]:
+        """Width and height of lines of text in pixels of the finished page."""
+        width = max(self._font(size).getlength(line) for line in lines) / self.supersampling
+        return width, size * (len(lines) + LINE_SPACING * (len(lines) - 1))
+
+    def _font(self, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+        return font(max(round(size * self.supersampling), 4))
 
     def finish(self) -> Image.Image:
         """The page at its final size."""
@@ -116,9 +193,30 @@ class Pen:
         if width > 0:
             self.line([*points, points[0]], width)
 
-    def text(self, centre: Point, lines: Sequence[str], size: float, *, halo: bool = False) -> None:
+    def text(
+        self, centre: Point, lines: Sequence[str], size: float, *, halo: bool = False, upright: bool = False
+    ) -> None:
         """Text around a point; the size is in pixels of the finished page."""
-        self.page.text(self.to_page([centre])[0], lines, size, self.ink, halo=halo)
+        self.page.text(self.to_page([centre])[0], lines, size, self.ink, halo=halo, upright=upright)
+
+    def hatch(self, polygon: Polygon, spacing: float, angle: float) -> None:
+        """Fill a polygon with parallel lines, `spacing` metres apart, at an angle in radians."""
+        step = (math.cos(angle), math.sin(angle))
+        across = (-step[1], step[0])
+        depths = [x * across[0] + y * across[1] for x, y in polygon]
+        low, high = min(depths), max(depths)
+        for k in range(1, math.ceil((high - low) / spacing)):
+            depth = low + k * spacing
+            crossings = []
+            for (a, b), (p, q) in zip(
+                edges(polygon), edges(tuple(zip(depths, depths, strict=True))), strict=True
+            ):
+                if (p[0] > depth) != (q[0] > depth):
+                    t = (depth - p[0]) / (q[0] - p[0])
+                    crossings.append((a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])))
+            crossings.sort(key=lambda point: point[0] * step[0] + point[1] * step[1])
+            for start, end in zip(crossings[::2], crossings[1::2], strict=False):
+                self.line((start, end), width=0.7)
 
 
 def wall_mask(pen: Pen, layout: Layout) -> Image.Image:
@@ -193,11 +291,27 @@ def draw_window(pen: Pen, window: Opening, layout: Layout) -> None:
         )
 
 
-def draw_walls(pen: Pen, layout: Layout) -> None:
-    """Walls in solid ink, with the doors and windows in them."""
-    pen.page.image.paste(pen.ink, (0, 0), wall_mask(pen, layout))
+def draw_walls(pen: Pen, layout: Layout, style: WallStyle | None = None) -> None:
+    """Walls, solid black unless said otherwise, with the doors and windows in them."""
+    style = style or WallStyle()
+    mask = wall_mask(pen, layout)
+    line = max(round(pen.hairline * pen.page.supersampling), 1)
+    if style.fill == "solid":
+        pen.page.image.paste((style.shade,) * 3, (0, 0), mask)
+    else:
+        fill = Image.new("L", mask.size, 150 if style.fill == "grey" else 255)
+        if style.fill == "hatched":
+            pen_on_fill = ImageDraw.Draw(fill)
+            width, height = mask.size
+            for x in range(-height, width, line * 5):
+                pen_on_fill.line((x, height, x + height, 0), fill=style.shade, width=line)
+        pen.page.image.paste(fill.convert("RGB"), (0, 0), mask)
+        inner = mask
+        for dx, dy in ((line, 0), (-line, 0), (0, line), (0, -line)):
+            inner = ImageChops.darker(inner, ImageChops.offset(mask, dx, dy))
+        pen.page.image.paste((style.shade,) * 3, (0, 0), ImageChops.subtract(mask, inner))
     for opening in layout.openings:
         if opening.kind == "door":
             draw_door(pen, opening, layout)
-        else:
+        elif opening.kind == "window":
             draw_window(pen, opening, layout)

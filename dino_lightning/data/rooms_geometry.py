@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 Point = tuple[float, float]
 Polygon = tuple[Point, ...]
@@ -116,6 +120,16 @@ def contains(polygon: Polygon, point: Point) -> bool:
     return inside
 
 
+def inside(polygon: Polygon, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which of many points (N, 2) lie inside, (N,) bool: `contains` for arrays."""
+    x, y = points[:, 0], points[:, 1]
+    result = np.zeros(len(points), dtype=np.bool_)
+    for (ax, ay), (bx, by) in edges(polygon):
+        if ay != by:
+            result ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) / (by - ay) * (bx - ax))
+    return result
+
+
 def clearance(polygon: Polygon, point: Point) -> float:
     """Distance from a point to the nearest edge."""
     nearest = math.inf
@@ -153,7 +167,7 @@ def merge(first: Polygon, second: Polygon) -> Polygon | None:
         for a, b in edges(polygon):
             on_edge = [p for p in other if clearance((a, b), p) < 1e-4]
             stops = [a, *sorted(on_edge, key=lambda p: distance(a, p)), b]
-            directed += [(p, q) for p, q in zip(stops, stops[1:], strict=False) if key(p) != key(q)]
+            directed += [(p, q) for p, q in pairwise(stops) if key(p) != key(q)]
     pieces.update((key(p), key(q)) for p, q in directed)
     for p, q in directed:
         if (key(q), key(p)) in pieces:

@@ -262,7 +262,14 @@ def _carve(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
         if not plain or len(cell.parts) > 1 or min(x1 - x0, y1 - y0) < 2.9 or cell.kind == "garage":
             continue
         width, height = float(rng.uniform(1.2, 1.9)), float(rng.uniform(1.3, 2.1))
-        large: Polygon = ((x0, y0), (x1, y0), (x1, y1 - height), (x1 - width, y1 - height), (x1 - width, y1), (x0, y1))
+        large: Polygon = (
+            (x0, y0),
+            (x1, y0),
+            (x1, y1 - height),
+            (x1 - width, y1 - height),
+            (x1 - width, y1),
+            (x0, y1),
+        )
         small = rectangle(x1 - width, y1 - height, x1, y1)
         if rng.random() < 0.5:
             large, small = _mirrored(large, x0 + x1, 0), _mirrored(small, x0 + x1, 0)

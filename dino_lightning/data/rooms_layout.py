@@ -28,7 +28,6 @@ from dino_lightning.data.rooms_geometry import (
     signed_area,
 )
 
-
 SOCIAL = ("living", "family", "dining", "kitchen", "study", "hall", "landing")
 
 
@@ -228,7 +227,14 @@ def place_openings(
     halls = [i for i, cell in enumerate(cells) if cell.kind in ("hall", "landing")]
     entrance = halls[0] if halls else max(range(len(cells)), key=lambda i: signed_area(cells[i].outline))
     front_doors = sorted(outer[entrance], key=distance_of, reverse=True)[-2:]
-    front = next((wall for wall in front_doors if add_door(wall, 0.9, into_second=False, outside=True, wide_too=varied)), None)
+    front = next(
+        (
+            wall
+            for wall in front_doors
+            if add_door(wall, 0.9, into_second=False, outside=True, wide_too=varied)
+        ),
+        None,
+    )
 
     # Breadth first from the entrance; private rooms lead nowhere as long as another way exists.
     reached, queue = {entrance}, [entrance]

@@ -1,7 +1,7 @@
 """Resizing and augmentation of an image together with its boxes.
 
-All random draws come from torch's global generator, so that the seeds Lightning and `DataLoader` give to workers
-make a run repeatable.
+All random draws come from torch's global generator, so that the seeds which Lightning and `DataLoader` give
+to workers make a run repeatable.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def resized_size(size: tuple[int, int], short_side: int, max_size: int | None = 
     """The (height, width) that an image of (height, width) is resized to, by the published rule.
 
     The short side becomes `short_side`, or less where the long side would pass `max_size`; the long side is
-    truncated to an integer. Because the short side is rounded first, the long side can still pass `max_size` by a
-    few pixels in very elongated images; kept for parity.
+    truncated to an integer. Because the short side is rounded first, the long side of an elongated image can
+    still pass `max_size` by a few pixels; kept for parity.
     """
     height, width = size
     short, long = min(size), max(size)
@@ -141,7 +141,7 @@ def crop(
 
 
 def _visible_part(boxes_xyxy: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(N, 4) the boxes in coordinates of the window, cut to it, and (N,) the share of each box's area left."""
+    """(N, 4) the boxes cut to a window, in its coordinates, and (N,) the share of each box left in it."""
     shifted = boxes_xyxy - boxes_xyxy.new_tensor([left, top, left, top])
     visible = shifted.clamp(min=0).minimum(shifted.new_tensor([width, height, width, height]))
     area = (shifted[:, 2:] - shifted[:, :2]).prod(-1)
@@ -254,7 +254,7 @@ class PlansAugmentation:
 def careful_crop(example: LabelledImage) -> LabelledImage:
     """Crop at random such that each box stays mostly visible or vanishes, and at least one stays.
 
-    A half-cut room is a wrong example of a room. A window that leaves of any box some, but less than 60 % of its
+    A half-cut room is a wrong example of a room. A window that shows some of a box, but less than 60 % of its
     area, is drawn again, up to 10 times; then the image stays whole.
     """
     for _ in range(PLANS_CROP_TRIES):

@@ -65,14 +65,8 @@ def reference(detections, truths, ids, num_classes):
     """COCOeval by the book: files' dictionaries, `loadRes`, `summarize`, per-class AP from the precision array."""
     annotations = []
     for image_id, truth in zip(ids, truths, strict=True):
-        for box, label, crowd, area in zip(
-            truth.boxes_xyxy.tolist(),
-            truth.labels.tolist(),
-            truth.iscrowd.tolist(),
-            truth.area.tolist(),
-            strict=True,
-        ):
-            x1, y1, x2, y2 = box
+        columns = (truth.boxes_xyxy, truth.labels, truth.iscrowd, truth.area)
+        for (x1, y1, x2, y2), label, crowd, area in zip(*(c.tolist() for c in columns), strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -196,7 +190,7 @@ FAR = [200.0, 200.0, 260.0, 260.0]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_perfect_detections_score_one_and_sizes_without_boxes_minus_one(backend):
     values = evaluate([detections_of([BOX])], [truth_of([BOX])], [5], backend=backend)
-    assert values["AP"] == values["AP50"] == values["AP75"] == values["AP_medium"] == pytest.approx(1)
+    assert [values[key] for key in ("AP", "AP50", "AP75", "AP_medium")] == pytest.approx([1] * 4)
     assert values["AR"] == values["F1"] == values["F1_precision"] == values["F1_recall"] == 1
     assert values["F1_threshold"] == pytest.approx(0.9)
     assert values["AP_small"] == values["AP_large"] == -1
@@ -271,7 +265,7 @@ def test_an_image_counts_once():
     metric.update(*data)
     expected = metric.compute()
     metric.update(*(part[:2] for part in data))
-    detections, truths, ids = data
+    _, truths, ids = data
     metric.update([detections_of([])], truths[3:4], ids[3:4])  # the first to come stays
     assert metric.compute() == expected
     twice = CocoMetric(class_names=names(3))

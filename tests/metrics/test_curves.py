@@ -1,4 +1,4 @@
-"""The matching and the F1 sweep: worked by hand, against a plain loop, and against pycocotools' own matching."""
+"""The matching and the F1 sweep: worked by hand, and against plain loops on pycocotools' own overlaps."""
 
 from __future__ import annotations
 
