@@ -53,3 +53,10 @@ def parameter_groups(
             group(lambda n: not in_backbone(n) and undecayed(n), lr, 0.0),
         ]
     return [entry for entry in groups if entry["params"]]
+
+
+def drop_epochs(max_epochs: int | None) -> list[int]:
+    """Where the learning rate drops by default: once, after 11/12 of the epochs, as in the published 12-epoch runs."""
+    if max_epochs is None or max_epochs < 2:
+        return []
+    return [max(1, round(max_epochs * 11 / 12))]

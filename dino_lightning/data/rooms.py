@@ -1,7 +1,7 @@
 """Synthetic floor plans, drawn from a seed, and a COCO dataset of them: the data of the embedded demo.
 
-A plan is a page as an estate agent prints it; the objects to find are its rooms. `clean` plans are small and plain, so
-that a tiny detector learns them in minutes on a CPU; `realistic` ones have what makes real plans hard.
+A plan is a page as an estate agent prints it; the objects to find are its rooms. `clean` plans are small and
+plain, so that a tiny detector learns them in minutes on a CPU; `realistic` ones are as hard as real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lightning.data.rooms_drawing import Page, Pen, Room, draw_walls
-from dino_lightning.data.rooms_geometry import bounds, offset
+from dino_lightning.data.rooms_furniture import furnish
+from dino_lightning.data.rooms_geometry import offset
+from dino_lightning.data.rooms_labels import write_name
 from dino_lightning.data.rooms_layout import simple_layout
 from dino_lightning.data.rooms_page import draw_page
 from dino_lightning.data.rooms_scan import page_without_plan, rotate, scan
@@ -57,7 +59,10 @@ def draw_plan(
         raise ValueError(f"size must be at least 96 pixels, got {size}.")
     rng = np.random.default_rng((seed, get_args(Style).index(style)))
     low, high = LONG_SIDE[style]
-    long_side = size or int(rng.integers(low, high + 1))
+    drawn = int(
+        rng.integers(low, high + 1)
+    )  # drawn in any case: the size leaves the rest of the plan as it is
+    long_side = size or drawn
     return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng)
 
 
@@ -96,16 +101,16 @@ def _draw_clean(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, 
     page = Page((width, height), 3)
     pen = Pen(page, scale, (left, top), hairline=long_side / 320)
     draw_walls(pen, layout)
+    fullness = 0.4 if rng.random() < 0.3 else 0.0
     rooms = []
-    counts: dict[str, int] = {}
+    bedrooms = 0
     for cell in layout.cells:
-        counts[cell.kind] = counts.get(cell.kind, 0) + 1
-        name = cell.kind.capitalize() + (f" {counts[cell.kind]}" if cell.kind == "bedroom" else "")
-        polygon = pen.to_page(offset(cell.outline, layout.inner_wall / 2))
-        rooms.append(Room(polygon, name))
-        x0, y0, x1, y1 = bounds(polygon)
-        text_size = min(long_side / 30, (x1 - x0) * 1.5 / len(name))
-        page.text(((x0 + x1) / 2, (y0 + y1) / 2), [name], text_size)
+        bedrooms += cell.kind == "bedroom"
+        outline = offset(cell.outline, layout.inner_wall / 2)
+        taken = furnish(pen, layout, cell, rng, fullness)
+        name = cell.kind.capitalize() + (f" {bedrooms}" if cell.kind == "bedroom" else "")
+        write_name(pen, outline, name, (), taken, long_side / 30)
+        rooms.append(Room(pen.to_page(outline), name))
     picture = page.finish()
     if rng.random() < 0.5:
         noise = rng.normal(0, rng.uniform(1, 5), (height, width, 1))
@@ -124,8 +129,8 @@ def write_rooms_dataset(
 ) -> Path:
     """Write a COCO dataset of plans: `root/{train,val}/annotations.json` and `root/{train,val}/images/`.
 
-    A dataset that is already there with the same parameters is used as it is; one with other parameters is replaced.
-    It is built beside `root` and moved into place, so an interrupted run never leaves half a dataset.
+    A dataset that is already there with the same parameters is used as it is; one with other parameters is
+    replaced. It is built beside `root` and moved into place: an interrupted run never leaves half a dataset.
 
     Args:
         root: folder of the dataset.
@@ -183,18 +188,21 @@ def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
         return False
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give a folder for the rooms dataset.")
-    names = {path.name for path in root.iterdir()}
+    names = {path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in root.glob(pattern)}
     if not names:
         return False
     try:
         found = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - {MANIFEST, *SPLITS}:
-        raise ValueError(
-            f"{root} holds files that are not a rooms dataset; give an empty or new folder, nothing was changed."
-        )
-    return found == manifest and set(SPLITS) <= names
+    ours = {MANIFEST} | {
+        f"{split}{part}" for split in SPLITS for part in ("", "/annotations.json", "/images")
+    }
+    if found == manifest and ours <= names:
+        return True
+    if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - ours:
+        raise ValueError(f"{root} holds files that are not a rooms dataset; give a new or empty folder.")
+    return False
 
 
 def _save(picture: Image.Image, folder: Path, stem: str, style: Style, seed: int) -> str:

@@ -94,7 +94,7 @@ class Page:
         ink: Ink = BLACK,
         *,
         anchor: str = "mm",
-        halo: bool = False,
+        halo: Ink | None = None,
         upright: bool = False,
     ) -> None:
         """Write lines of text around a point.
@@ -105,7 +105,7 @@ class Page:
             size: height of the writing in pixels of the finished page.
             ink: colour.
             anchor: Pillow's text anchor; upright text is always centred.
-            halo: whether a white border keeps the text legible over lines.
+            halo: colour of a border that keeps the text legible over lines.
             upright: whether the text runs from bottom to top.
         """
         scale = self.supersampling
@@ -121,12 +121,12 @@ class Page:
                 align="center",
                 spacing=size * scale * LINE_SPACING,
                 stroke_width=border,
-                stroke_fill=WHITE if halo else None,
+                stroke_fill=halo,
             )
             return
         width, height = (math.ceil(length * scale) + 4 for length in self.text_size(lines, size))
         corner = (round(position[0] - height / 2), round(position[1] - width / 2))
-        for stroke, colour in ((border, WHITE), (0, ink)) if halo else ((0, ink),):
+        for stroke, colour in ((border, halo), (0, ink)) if halo else ((0, ink),):
             mask = Image.new("L", (width, height), 0)
             ImageDraw.Draw(mask).multiline_text(
                 (width / 2, height / 2),
@@ -143,7 +143,7 @@ class Page:
     def text_size(self, lines: Sequence[str], size: float) -> tuple[float, float]:
         """Width and height of lines of text in pixels of the finished page."""
         width = max(self._font(size).getlength(line) for line in lines) / self.supersampling
-        return width, size * (len(lines) + LINE_SPACING * (len(lines) - 1))
+        return width, size * (1 + LINE_SPACING) * len(lines)
 
     def _font(self, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return font(max(round(size * self.supersampling), 4))
@@ -194,7 +194,13 @@ class Pen:
             self.line([*points, points[0]], width)
 
     def text(
-        self, centre: Point, lines: Sequence[str], size: float, *, halo: bool = False, upright: bool = False
+        self,
+        centre: Point,
+        lines: Sequence[str],
+        size: float,
+        *,
+        halo: Ink | None = None,
+        upright: bool = False,
     ) -> None:
         """Text around a point; the size is in pixels of the finished page."""
         self.page.text(self.to_page([centre])[0], lines, size, self.ink, halo=halo, upright=upright)
@@ -222,8 +228,8 @@ class Pen:
 def wall_mask(pen: Pen, layout: Layout) -> Image.Image:
     """Where there is wall: an "L" picture of the enlarged page, 255 in walls.
 
-    Each room's outline is first filled out to the outer face of its walls, then all rooms are emptied: a wall between
-    two rooms ends up with the inner thickness, a wall to the outside with the outer one, whatever their shapes.
+    Each room's outline is first filled out to the outer face of its walls, then all rooms are emptied: a wall
+    between two rooms ends up with the inner thickness, any other with the outer one, whatever their shapes.
     """
     mask = Image.new("L", pen.page.image.size, 0)
     draw = ImageDraw.Draw(mask)
@@ -247,13 +253,11 @@ def enlarged(pen: Pen, polygon: Sequence[Point]) -> list[Point]:
 
 def gap_outline(opening: Opening, layout: Layout, extra: float = 0.0) -> Polygon:
     """The rectangle of wall that an opening takes out, `extra` metres beyond both faces."""
-    step = direction(opening.start, opening.end)
     normal = opening.inward
     if opening.outer:
         front, back = layout.inner_wall / 2, layout.outer_wall - layout.inner_wall / 2
     else:
         front = back = layout.inner_wall / 2
-    del step
     start, end = opening.start, opening.end
     return (
         along(start, normal, front + extra),

@@ -284,7 +284,7 @@ def plant(frame: Frame, w: float, d: float) -> None:
         frame.line((w / 2, d / 2), (w / 2 + w * 0.45 * math.cos(t), d / 2 + d * 0.45 * math.sin(t)))
 
 
-# For each kind of room, from the most to the least typical: item, width range, depth, free-standing, probability.
+# For each kind of room, the typical things first: item, width range, depth, free-standing, probability.
 Wish = tuple[Item, tuple[float, float], float, bool, float]
 WISHES: dict[str, tuple[Wish, ...]] = {
     "bedroom": (

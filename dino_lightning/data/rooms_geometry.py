@@ -1,7 +1,7 @@
 """Plane geometry for the synthetic floor plans: simple polygons as tuples of points, y pointing down.
 
-Every polygon here runs with its interior on the side of the inward normal `(-dy, dx)` of each edge, which is what
-the shoelace formula calls a positive area. Units are the caller's: metres in the layout, pixels on the page.
+Every polygon here runs with its interior on the side of the normal `(-dy, dx)` of each edge: a positive
+area in the shoelace formula. Units are the caller's: metres in the layout, pixels on the page.
 """
 
 from __future__ import annotations
@@ -92,14 +92,23 @@ def clip(polygon: Polygon, anchor: Point, normal: Point) -> Polygon:
 
 
 def offset(polygon: Polygon, inset: float) -> Polygon:
-    """The polygon with every edge moved inwards by `inset` (outwards when negative), corners mitred."""
-    result = []
+    """The polygon with every edge moved inwards by `inset` (outwards when negative), corners mitred.
+
+    Moved outwards, a sharp corner is cut square, as a wall is: its mitre would stick out as a spike.
+    """
+    result: list[Point] = []
     corners = edges(polygon)
     for i, (a, b) in enumerate(corners):
-        nx, ny = inward_normal(*corners[i - 1])
+        before = corners[i - 1]
+        nx, ny = inward_normal(*before)
         mx, my = inward_normal(a, b)
-        # The mitred corner p solves p.n = p.m = inset relative to a; nearly parallel edges share one normal.
-        scale = inset / max(1 + nx * mx + ny * my, 1e-3)
+        cosine = nx * mx + ny * my
+        if inset < 0 and cosine < -0.3 and nx * my - ny * mx > 0:
+            for normal, step, sign in (((nx, ny), direction(*before), -1), ((mx, my), direction(a, b), 1)):
+                result.append(along(along(a, normal, inset), step, sign * inset))
+            continue
+        # The mitred corner p solves p.n = p.m = inset relative to a.
+        scale = inset / max(1 + cosine, 1e-3)
         result.append((a[0] + (nx + mx) * scale, a[1] + (ny + my) * scale))
     return tuple(result)
 

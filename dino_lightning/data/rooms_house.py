@@ -1,4 +1,4 @@
-"""Layouts with the shapes of real homes, for the `realistic` style: what rooms there are, and L, slanted and round ones.
+"""Layouts with the shapes of real homes, for the `realistic` style: L, slanted and round rooms among them.
 
 Lengths are metres, as in `rooms_layout`.
 """
@@ -112,7 +112,14 @@ def house_layout(
     for _ in range(int(rng.choice((0, 1, 2, 3), p=(0.55, 0.25, 0.15, 0.05)))):
         cells = _bulge(cells, rng)
     inner_wall = float(rng.uniform(0.08, 0.15))
-    openings = place_openings(cells, inner_wall, rng, window_share=float(rng.uniform(0.6, 0.95)), varied=True)
+    openings = place_openings(
+        cells,
+        inner_wall,
+        rng,
+        window_share=float(rng.uniform(0.6, 0.95)),
+        varied=True,
+        front_door=not upper,
+    )
     return Layout(
         tuple(cells), tuple(openings), inner_wall, inner_wall * float(rng.uniform(1.8, 3.0))
     ), terrace

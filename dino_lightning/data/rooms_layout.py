@@ -1,7 +1,7 @@
-"""Where the rooms of a synthetic plan lie: a footprint cut into cells, and the doors and windows between them.
+"""Where the rooms of a synthetic plan lie: a footprint cut into cells, with doors and windows between them.
 
-All lengths are metres, y pointing down. A cell's outline runs along the centre lines of its inner walls; the room
-proper is that outline moved inwards by half an inner wall.
+All lengths are metres, y pointing down. A cell's outline runs along the centre lines of its inner walls; the
+room proper is that outline moved inwards by half an inner wall.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Opening:
     """A gap in a wall: a door or a window.
 
     Attributes:
-        kind: "door" swings into the room that `inward` points to, "arch" is a doorway without a door, "window" is
-            always in an outer wall.
+        kind: "door" swings into the room that `inward` points to, "arch" is a doorway without a door,
+            "window" is always in an outer wall.
         start: one end of the gap on the wall's centre line.
         end: the other end; a door is hinged at `start`.
         inward: unit normal of the wall.
@@ -142,8 +142,8 @@ def shared_walls(cells: Sequence[Cell]) -> tuple[dict[tuple[int, int], list[Segm
     """Which walls stand between rooms, and which face the outside.
 
     Returns:
-        The segments between each pair of cells `(i, j)` with i < j, running along cell i; and for each cell its
-        segments that no other cell touches.
+        The segments between each pair of cells `(i, j)` with i < j, running along cell i; and for each cell
+        those that no other cell touches.
     """
     boxes = np.array([bounds(cell.outline) for cell in cells])
     inner: dict[tuple[int, int], list[Segment]] = {}
@@ -173,7 +173,7 @@ def shared_walls(cells: Sequence[Cell]) -> tuple[dict[tuple[int, int], list[Segm
 
 
 def _gap(wall: Segment, width: float, margin: float, rng: np.random.Generator) -> Segment | None:
-    """A gap of the given width somewhere in a wall, at least `margin` from its ends, or None if it is too short."""
+    """A gap of this width in a wall, at least `margin` from its ends, or None if the wall is too short."""
     room = distance(*wall) - width - 2 * margin
     if room < 0:
         return None
@@ -189,6 +189,7 @@ def place_openings(
     *,
     window_share: float = 0.75,
     varied: bool = False,
+    front_door: bool = True,
 ) -> list[Opening]:
     """Doors that connect all rooms, starting at the hall, a front door, and windows.
 
@@ -198,6 +199,7 @@ def place_openings(
         rng: source of the positions.
         window_share: probability that a long enough outer wall has a window.
         varied: whether there are double doors and archways too.
+        front_door: whether a door leads outside.
     """
     inner, outer = shared_walls(cells)
     inner = {pair: [max(walls, key=lambda wall: distance(*wall))] for pair, walls in inner.items()}
@@ -226,11 +228,11 @@ def place_openings(
 
     halls = [i for i, cell in enumerate(cells) if cell.kind in ("hall", "landing")]
     entrance = halls[0] if halls else max(range(len(cells)), key=lambda i: signed_area(cells[i].outline))
-    front_doors = sorted(outer[entrance], key=distance_of, reverse=True)[-2:]
+    front_walls = sorted(outer[entrance], key=lambda wall: distance(*wall)) if front_door else []
     front = next(
         (
             wall
-            for wall in front_doors
+            for wall in front_walls
             if add_door(wall, 0.9, into_second=False, outside=True, wide_too=varied)
         ),
         None,
@@ -263,11 +265,6 @@ def place_openings(
                 end = along(middle, direction(*wall), width)
                 openings.append(Opening("window", middle, end, inward_normal(*wall), True))
     return openings
-
-
-def distance_of(wall: Segment) -> float:
-    """Length of a wall, as a sorting key."""
-    return distance(*wall)
 
 
 def simple_layout(

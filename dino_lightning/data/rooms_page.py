@@ -1,15 +1,14 @@
-"""A `realistic` page: one or two floors with names, furniture, measurements, terraces, captions and a north arrow."""
+"""A `realistic` page: one or two floors, furnished, measured, with terraces, captions and a north arrow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from dino_lightning.data.rooms_drawing import Ink, Page, Pen, Room, WallStyle, draw_walls
+from dino_lightning.data.rooms_drawing import WHITE, Ink, Page, Pen, Room, WallStyle, draw_walls
 from dino_lightning.data.rooms_furniture import Box, furnish
 from dino_lightning.data.rooms_geometry import (
     Point,
@@ -18,16 +17,17 @@ from dino_lightning.data.rooms_geometry import (
     bounds,
     direction,
     distance,
-    inside,
     inward_normal,
     offset,
     signed_area,
 )
 from dino_lightning.data.rooms_house import house_layout, turned
+from dino_lightning.data.rooms_labels import draw_measures, write_name
 from dino_lightning.data.rooms_layout import Layout, shared_walls
 from dino_lightning.data.rooms_words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES, UNITS, measured
 
 FLOORS = (("GROUND FLOOR", "FIRST FLOOR"), ("LOWER FLOOR", "UPPER FLOOR"), ("1ST FLOOR", "2ND FLOOR"))
+PALE: Ink = (250, 248, 242)
 TINTS: dict[str, Ink] = {
     "bath": (214, 232, 240),
     "ensuite": (214, 232, 240),
@@ -90,11 +90,15 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
     stacked = bool(rng.random() < 0.3)
     widths = [floor.extent[2] - floor.extent[0] for floor in floors]
     heights = [floor.extent[3] - floor.extent[1] for floor in floors]
+    measures = bool(rng.random() < 0.4)
     space = 0.05 * max(*widths, *heights)
-    width = max(widths) if stacked else sum(widths) + space * (len(floors) - 1)
-    height = sum(heights) + 2 * space * (len(floors) - 1) if stacked else max(heights)
+    gap = space * (2.2 if measures else 1.0)
+    width = max(widths) if stacked else sum(widths) + gap * (len(floors) - 1)
+    height = sum(heights) + 2 * gap * (len(floors) - 1) if stacked else max(heights)
     left, right, top, bottom = (space * float(rng.uniform(1.0, 2.5)) for _ in range(4))
     title, footer = bool(rng.random() < 0.3), bool(rng.random() < 0.6)
+    if measures:
+        left, top = left + space, top + space
     top += space * 2 if title else 0.0
     bottom += space * (3.5 if footer else 1.2)
     page_width, page_height = width + left + right, height + top + bottom
@@ -118,7 +122,6 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
     lettering = _lettering(scale, long_side, rng)
     tinted = bool(rng.random() < 0.2)
     fullness = float(rng.choice((0.0, 0.6, 1.0), p=(0.12, 0.3, 0.58)))
-    measures = float(rng.choice((0.0, 1.0), p=(0.6, 0.4)))
     names = FLOORS[int(rng.integers(len(FLOORS)))]
     rooms: list[Room] = []
     counts: dict[str, int] = {}
@@ -130,13 +133,13 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
         pen = Pen(page, scale, origin, hairline, (grey, grey, grey))
         _draw_ground(pen, floor, tinted, lettering, rng)
         draw_walls(pen, floor.layout, walls)
-        rooms += _draw_rooms(pen, floor.layout, lettering, fullness, counts, rng)
+        rooms += _draw_rooms(pen, floor.layout, lettering, tinted, fullness, counts, rng)
         if measures and floor.upright:
-            _draw_measures(pen, floor, lettering, rng)
+            draw_measures(pen, floor.layout, floor.extent, lettering.size, rng)
         if len(floors) > 1 or rng.random() < 0.4:
             below = (x + shift + widths[index] / 2) * scale, (y + down + heights[index] + space * 0.5) * scale
             page.text(below, [names[index]], max(lettering.size * 1.2, 5.0), pen.ink)
-        x, y = (x, y + heights[index] + 2 * space) if stacked else (x + widths[index] + space, y)
+        x, y = (x, y + heights[index] + 2 * gap) if stacked else (x + widths[index] + gap, y)
     area = sum(abs(signed_area(cell.outline)) for floor in floors for cell in floor.layout.cells)
     _draw_margins(page, space * scale, lettering, area, title, footer, rng)
     return page.finish(), rooms
@@ -187,7 +190,11 @@ def _terrace(layout: Layout, rng: np.random.Generator) -> list[Polygon]:
 
 def _lettering(scale: float, long_side: int, rng: np.random.Generator) -> Lettering:
     language = str(rng.choice(list(NAMES), p=(0.7, 0.1, 0.1, 0.1)))
-    units = str(rng.choice(UNITS if language == "english" else ("m x m", "m²", "")))
+    units = str(
+        rng.choice(
+            UNITS if language == "english" else ("m x m", "m2", "qm" if language == "german" else "m2", "")
+        )
+    )
     size = min(max(scale * float(rng.uniform(0.2, 0.3)), 5.0), long_side / 50 + 3)
     return Lettering(language, bool(rng.random() < 0.6), size, units)
 
@@ -199,7 +206,7 @@ def _draw_ground(
     if tinted:
         for cell in floor.layout.cells:
             for kind, part in cell.parts:
-                pen.polygon(part, TINTS.get(kind, (250, 248, 242)), width=0)
+                pen.polygon(part, TINTS.get(kind, PALE), width=0)
     for terrace in floor.terraces:
         pattern = str(rng.choice(("hatched", "paved", "boards", "empty")))
         pen.polygon(terrace, width=1.0)
@@ -222,7 +229,7 @@ def _draw_ground(
                 middle,
                 [name.upper() if lettering.upper else name],
                 size,
-                halo=True,
+                halo=WHITE,
                 upright=y1 - y0 > 2 * (x1 - x0),
             )
 
@@ -231,6 +238,7 @@ def _draw_rooms(
     pen: Pen,
     layout: Layout,
     lettering: Lettering,
+    tinted: bool,
     fullness: float,
     counts: dict[str, int],
     rng: np.random.Generator,
@@ -248,101 +256,10 @@ def _draw_rooms(
             word += f" {counts[cell.kind]}"
         name = word.upper() if lettering.upper else word
         outline = offset(cell.outline, layout.inner_wall / 2)
-        _write_name(pen, outline, name, measured(outline, lettering.units), taken, lettering)
+        halo = TINTS.get(cell.kind, PALE) if tinted else WHITE
+        write_name(pen, outline, name, measured(outline, lettering.units), taken, lettering.size, halo)
         rooms.append(Room(pen.to_page(outline), name))
     return rooms
-
-
-def _write_name(
-    pen: Pen, outline: Polygon, name: str, sizes: Sequence[str], taken: Sequence[Box], lettering: Lettering
-) -> None:
-    """Write the name where it covers least; smaller, shorter or upright where the room is tight."""
-    full, size = [name, *sizes], lettering.size
-    best: tuple[float, Point, list[str], float, bool] | None = None
-    for lines, factor, upright in (
-        (full, 1.0, False),
-        (full, 0.8, False),
-        ([name], 0.9, False),
-        ([name], 0.9, True),
-        ([name], 0.65, False),
-        ([name], 0.65, True),
-    ):
-        width, height = (length / pen.scale for length in pen.page.text_size(lines, size * factor))
-        if upright:
-            width, height = height, width
-        x0, y0, x1, y1 = bounds(outline)
-        if x1 - x0 <= width or y1 - y0 <= height:
-            continue
-        xs, ys = np.meshgrid(
-            np.linspace(x0 + width / 2, x1 - width / 2, 9), np.linspace(y0 + height / 2, y1 - height / 2, 9)
-        )
-        centres = np.stack((xs.ravel(), ys.ravel()), axis=1)
-        half = np.array((width, height)) / 2
-        cost = 0.15 * np.abs((centres - centres.mean(0)) / ((x1 - x0), (y1 - y0))).sum(1)
-        for corner in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-            cost += ~inside(outline, centres + half * np.array(corner))
-        for left, top, right, bottom in taken:
-            low = np.maximum(centres - half, (left, top))
-            high = np.minimum(centres + half, (right, bottom))
-            cost += np.clip(high - low, 0, None).prod(1) / (width * height)
-        index = int(cost.argmin())
-        if best is None or cost[index] < best[0] - 0.2:
-            best = (
-                float(cost[index]),
-                (float(centres[index, 0]), float(centres[index, 1])),
-                list(lines),
-                factor,
-                upright,
-            )
-        if cost[index] < 0.25:
-            break
-    if best is not None and size * best[3] >= 3.5:
-        pen.text(best[1], best[2], size * best[3], halo=True, upright=best[4])
-
-
-def _draw_measures(pen: Pen, floor: Floor, lettering: Lettering, rng: np.random.Generator) -> None:
-    """Dimension lines along two sides, with ticks or arrows, outside of everything else."""
-    x0, y0, x1, y1 = bounds([point for cell in floor.layout.cells for point in cell.outline])
-    left, top, _, _ = floor.extent
-    arrows = bool(rng.random() < 0.4)
-    away = 0.3
-    rows = [cell for cell in floor.layout.cells if bounds(cell.outline)[1] < y0 + 0.05]
-    columns = [cell for cell in floor.layout.cells if bounds(cell.outline)[0] < x0 + 0.05]
-    for cells, axis, level in ((rows, 0, top - away), (columns, 1, left - away)):
-        if rng.random() < 0.2:
-            continue
-        stops = sorted({round(bounds(cell.outline)[axis + k], 3) for cell in cells for k in (0, 2)})
-        if rng.random() < 0.5:
-            stops = [(x0, y0)[axis], (x1, y1)[axis]]
-        for start, end in zip(stops, stops[1:], strict=False):
-            if end - start > 0.6:
-                _measure(pen, start, end, level, axis, arrows, lettering.size * 0.85)
-
-
-def _measure(pen: Pen, start: float, end: float, level: float, axis: int, arrows: bool, size: float) -> None:
-    """One dimension line between two positions on an axis, at a level on the other."""
-
-    def at(position: float, across: float) -> Point:
-        return (position, level + across) if axis == 0 else (level + across, position)
-
-    tick = min(0.12, 4 / pen.scale)
-    pen.line((at(start, 0), at(end, 0)))
-    for position, inwards in ((start, 1), (end, -1)):
-        pen.line((at(position, -tick), at(position, tick * 1.5)))
-        if arrows:
-            pen.polygon(
-                (
-                    at(position, 0),
-                    at(position + 2 * tick * inwards, -tick * 0.5),
-                    at(position + 2 * tick * inwards, tick * 0.5),
-                ),
-                fill=pen.ink,
-            )
-        else:
-            pen.line((at(position - tick, tick), at(position + tick, -tick)), width=1.5)
-    label = f"{end - start:.2f}"
-    if pen.page.text_size([label], size)[0] < (end - start) * pen.scale:
-        pen.text(at((start + end) / 2, -size * 0.75 / pen.scale), [label], size, upright=axis == 1)
 
 
 def _draw_margins(
@@ -372,7 +289,7 @@ def _draw_margins(
             lines = [*lines, line][:4]
         page.text((width / 2, height - space * 0.4), lines, small, anchor="md")
     if rng.random() < 0.4:
-        _draw_north(page, (width - space * 1.1, height - space * 1.4), space * 0.6, rng)
+        _draw_north(page, (width - space * 1.2, height - space * 1.3), space * 0.55, rng)
 
 
 def _draw_north(page: Page, centre: Point, radius: float, rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""What happens to a page after it was drawn: slight rotation, scanning, copying; and pages that hold no plan."""
+"""What happens to a page after it was drawn: slight rotation and scanning; and pages that hold no plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from dino_lightning.data.rooms_drawing import Page, Pen, Room
+from dino_lightning.data.rooms_drawing import WHITE, Page, Pen, Room
 from dino_lightning.data.rooms_geometry import rectangle
 from dino_lightning.data.rooms_words import AGENTS, DISCLAIMER
 
@@ -154,4 +154,4 @@ def _site_map(page: Page, rng: np.random.Generator) -> None:
                 pen.polygon(house, fill=(190, 190, 190))
             x += breadth
         y += plot * 2.5
-    page.text((width / 2, height * 0.95), ["SITE PLAN  1:1250"], max(width, height) / 40, halo=True)
+    page.text((width / 2, height * 0.95), ["SITE PLAN  1:1250"], max(width, height) / 40, halo=WHITE)

@@ -1,4 +1,7 @@
-"""The words on a `realistic` page: room names in four languages, room sizes, agents and small print."""
+"""The words on a `realistic` page: room names in four languages, room sizes, agents and small print.
+
+They keep to ASCII: the font that comes with Pillow has no accents.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "german": {
         "living": ("Wohnen", "Wohnzimmer"),
-        "open": ("Wohnen / Kochen", "Wohnküche"),
-        "kitchen": ("Küche", "Kochen"),
+        "open": ("Wohnen / Kochen", "Wohnen / Essen"),
+        "kitchen": ("Kochen", "Kochen / Essen"),
         "bedroom": ("Zimmer",),
         "bath": ("Bad",),
         "ensuite": ("Duschbad",),
@@ -40,23 +43,23 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "landing": ("Flur",),
         "dining": ("Essen", "Esszimmer"),
         "family": ("Spielzimmer",),
-        "study": ("Büro", "Arbeiten"),
+        "study": ("Arbeiten", "Arbeitszimmer"),
         "utility": ("HWR",),
         "store": ("Abst.",),
         "dressing": ("Ankleide",),
         "garage": ("Garage",),
     },
     "french": {
-        "living": ("Séjour", "Salon"),
-        "open": ("Séjour / Cuisine",),
+        "living": ("Salon", "Sejour"),
+        "open": ("Sejour / Cuisine", "Salon / Cuisine"),
         "kitchen": ("Cuisine",),
         "bedroom": ("Chambre",),
         "bath": ("Salle de bain", "SdB"),
         "ensuite": ("SdE",),
         "wc": ("WC",),
-        "hall": ("Entrée", "Dégagement"),
+        "hall": ("Couloir", "Hall"),
         "landing": ("Palier",),
-        "dining": ("Salle à manger",),
+        "dining": ("Repas",),
         "family": ("Salle de jeux",),
         "study": ("Bureau",),
         "utility": ("Buanderie",),
@@ -65,12 +68,12 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "garage": ("Garage",),
     },
     "spanish": {
-        "living": ("Salón", "Sala de estar"),
-        "open": ("Salón / Cocina",),
+        "living": ("Sala de estar", "Estar"),
+        "open": ("Estar / Cocina",),
         "kitchen": ("Cocina",),
         "bedroom": ("Dormitorio",),
-        "bath": ("Baño",),
-        "ensuite": ("Baño",),
+        "bath": ("Aseo", "Aseo completo"),
+        "ensuite": ("Ducha",),
         "wc": ("Aseo",),
         "hall": ("Recibidor", "Pasillo"),
         "landing": ("Distribuidor",),
@@ -87,9 +90,9 @@ OUTDOOR_NAMES: dict[str, tuple[str, ...]] = {
     "english": ("Terrace", "Balcony", "Patio", "Decking"),
     "german": ("Terrasse", "Balkon"),
     "french": ("Terrasse", "Balcon"),
-    "spanish": ("Terraza", "Balcón"),
+    "spanish": ("Terraza", "Porche"),
 }
-UNITS = ("two lines", "two lines", "one line", "m x m", "m²", "")
+UNITS = ("two lines", "two lines", "one line", "m x m", "sq m", "")
 AGENTS = (
     "Harrow & Finch",
     "Oakfield Residential",
@@ -99,9 +102,9 @@ AGENTS = (
     "Rose Cottage, Mill Lane",
 )
 DISCLAIMER = (
-    "This plan is for illustrative purposes only and is not to scale. Whilst every attempt has been made to ensure its "
-    "accuracy, measurements of doors, windows, rooms and any other items are approximate and no responsibility is taken "
-    "for any error, omission or misstatement."
+    "This plan is for illustrative purposes only and is not to scale. Whilst every attempt has been made to "
+    "ensure its accuracy, measurements of doors, windows, rooms and any other items are approximate and no "
+    "responsibility is taken for any error, omission or misstatement."
 )
 
 
@@ -122,4 +125,4 @@ def measured(outline: Polygon, units: str) -> list[str]:
         return [f"{metric} / {imperial}"]
     if units == "m x m":
         return [f"{width:.2f} x {height:.2f} m"]
-    return [f"{abs(signed_area(outline)):.1f} m²"] if units else []
+    return [f"{abs(signed_area(outline)):.1f} {units}"] if units else []

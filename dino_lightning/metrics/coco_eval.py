@@ -328,9 +328,8 @@ def _average_precision(
                 "annotations": annotations,
             }
             one.createIndex()
+        # At its default parameters, whose maxDets end with MAX_DETECTIONS.
         evaluation = eval_class(*coco, "bbox")
-        # Three entries, the last one 100: pycocotools 2.0.11 gives AP = -1 for [1, 10, 300].
-        evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]

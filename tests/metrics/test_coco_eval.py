@@ -62,7 +62,7 @@ def random_dataset(seed, *, num_images=6, num_classes=3, max_boxes=6, max_extra=
 
 
 def reference(detections, truths, ids, num_classes):
-    """COCOeval by the book: files' dictionaries, `loadRes`, `summarize`, per-class AP from the precision array."""
+    """COCOeval by the book: `loadRes`, `summarize`, and each class from the precision array."""
     annotations = []
     for image_id, truth in zip(ids, truths, strict=True):
         columns = (truth.boxes_xyxy, truth.labels, truth.iscrowd, truth.area)
@@ -78,7 +78,7 @@ def reference(detections, truths, ids, num_classes):
                 }
             )
     results = [
-        {**entry, "category_id": entry["category_id"] + 10}
+        {**entry, "category_id": entry["category_id"] + 10}  # ids need not be labels
         for image_id, one in zip(ids, detections, strict=True)
         for entry in one.to_coco(image_id)
     ]
@@ -321,6 +321,10 @@ def test_class_names_come_from_the_detections_and_double_names_stay_apart():
     assert {"AP_class/x (0)", "AP_class/x (1)"} <= set(
         evaluate([found], [truth], [1], class_names=["x", "x"])
     )
+    metric = CocoMetric()
+    metric.update([found], [truth], [1])
+    metric.update([detections_of([BOX])], [truth], [2])
+    assert "AP_class/window" in metric.compute()
     unnamed = evaluate([detections_of([BOX], labels=[2])], [truth], [1])
     assert {"AP_class/0", "AP_class/1", "AP_class/2"} <= set(unnamed)
 
@@ -382,6 +386,9 @@ def test_takes_detections_from_a_cuda_device():
     assert metric.compute() == expected
 
 
+CLASS_NAMES = ("door", "window", "sink")
+
+
 def run_rank(rank, folder, data):
     """One of two processes; leaves what it saw in a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -390,7 +397,7 @@ def run_rank(rank, folder, data):
 
     # Image 3 is in both parts, as a DistributedSampler would repeat it.
     mine = slice(0, 4) if rank == 0 else slice(3, None)
-    metric = CocoMetric(class_names=names(3))
+    metric = CocoMetric(class_names=CLASS_NAMES)
     metric.update(detections[mine], truths[mine], ids[mine])
     seen["overlap"] = (metric.compute(), metric.per_class())
     seen["again"] = (metric.compute(), metric.per_class())
@@ -403,14 +410,12 @@ def run_rank(rank, folder, data):
     for loaded in (0, 1):
         metric = CocoMetric()
         if rank == loaded:
-            named = [
-                Detections(one.boxes_xyxy, one.scores, one.labels, tuple(names(3))) for one in detections
-            ]
+            named = [Detections(one.boxes_xyxy, one.scores, one.labels, CLASS_NAMES) for one in detections]
             metric.update(named, truths, ids)
         seen[f"all on rank {loaded}"] = (metric.compute(), metric.per_class())
 
     # A failure on rank 0 reaches both, and both can go on.
-    metric = CocoMetric(class_names=names(3))
+    metric = CocoMetric(class_names=CLASS_NAMES)
     metric.update(detections[mine], truths[mine], ids[mine])
     if rank == 0:
         original = module_under_test._average_precision
@@ -431,7 +436,7 @@ def run_rank(rank, folder, data):
 @pytest.mark.timeout(120)
 def test_two_processes_see_what_one_sees(tmp_path):
     data = random_dataset(21, num_images=7)
-    metric = CocoMetric(class_names=names(3))
+    metric = CocoMetric(class_names=CLASS_NAMES)
     metric.update(*data)
     expected = (metric.compute(), metric.per_class())
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path), data), nprocs=2)

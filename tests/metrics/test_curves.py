@@ -97,6 +97,13 @@ def test_a_detection_falls_back_to_the_free_box():
     assert match([BOX, BOX], [0.9, 0.8], truth_of([BOX, NEAR])) == ([True, True], [False, False])
 
 
+def test_of_equal_overlaps_the_last_box_is_taken():
+    left, middle, right = [0, 0, 10, 10], [2, 0, 12, 10], [4, 0, 14, 10]
+    # Either box suits the middle; only the left one suits the left.
+    assert match([middle, left], [0.9, 0.8], truth_of([left, right]))[0] == [True, True]
+    assert match([middle, left], [0.9, 0.8], truth_of([right, left]))[0] == [True, False]
+
+
 def test_classes_are_told_apart():
     truth = truth_of([BOX], labels=[1])
     assert match([BOX, BOX], [0.9, 0.8], truth, labels=[0, 1]) == ([False, True], [False, False])

@@ -1,0 +1,44 @@
+"""The command line: `python -m dino_lightning {fit,validate,test,rooms}`."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """usage: python -m dino_lightning COMMAND [options]
+
+  fit        train (without options: a demo on floor plans that it draws itself)
+  validate   evaluate a checkpoint on the validation split
+  test       evaluate a checkpoint on the test split
+  rooms      draw synthetic floor plans as a COCO dataset
+
+COMMAND --help lists the options of each.
+"""
+
+
+def run(args: list[str]) -> int:
+    """Dispatch to a command; returns the exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    command, *rest = args
+    if command == "fit":
+        from dino_lightning import fit
+
+        return fit.run(rest)
+    if command in ("validate", "test"):
+        from dino_lightning import cli
+
+        return cli.main(command, rest)
+    if command == "rooms":
+        from jsonargparse import auto_cli
+
+        from dino_lightning.data.rooms import write_rooms_dataset
+
+        print(auto_cli(write_rooms_dataset, args=rest))
+        return 0
+    print(f"error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

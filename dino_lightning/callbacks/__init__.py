@@ -1,0 +1,6 @@
+"""Lightning callbacks that show what a run does."""
+
+from dino_lightning.callbacks.prediction_images import PredictionImages
+from dino_lightning.callbacks.report import RunReport
+
+__all__ = ["PredictionImages", "RunReport"]

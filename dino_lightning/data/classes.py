@@ -1,0 +1,80 @@
+"""The classes of a dataset: which label stands for which category of the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dino_lightning.data.coco import Category, CocoAnnotations, DataError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a training set: label k is `names[k]`, category `category_ids[k]` of the files.
+
+    Attributes:
+        category_ids: sorted ids of the training file.
+        names: the name of each.
+        left_out: a root category that is no class (see `classes_of`), or None.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    left_out: Category | None = None
+
+    def __len__(self) -> int:
+        return len(self.category_ids)
+
+    def labels_of(self, annotations: CocoAnnotations) -> npt.NDArray[np.int64]:
+        """(A,) int64 labels 0..K-1 of all rows of a file that `check_classes` has accepted."""
+        label_of_id = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        table = np.array(
+            [label_of_id.get(category.id, -1) for category in annotations.categories], dtype=np.int64
+        )
+        return table[annotations.category_indices]
+
+
+def classes_of(training: CocoAnnotations) -> Classes:
+    """The classes of a training file: all its categories by ascending id, used or not.
+
+    One exception: Roboflow exports put all classes under a category 0 with supercategory "none", which no
+    annotation uses. It is no class; keeping it would train a class that cannot occur.
+    """
+    first, others = training.categories[0], training.categories[1:]
+    is_root = (
+        first.id == 0
+        and first.supercategory == "none"
+        and bool(others)
+        and all(category.supercategory == first.name for category in others)
+        and first.id not in training.used_category_ids()
+    )
+    kept = others if is_root else training.categories
+    return Classes(
+        category_ids=tuple(category.id for category in kept),
+        names=tuple(category.name for category in kept),
+        left_out=first if is_root else None,
+    )
+
+
+def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
+    """Make sure that a validation or test file means the same classes as the training file.
+
+    Raises:
+        DataError: a category that annotations use is unknown to training, or an id has another name there.
+    """
+    name_of_id = dict(zip(classes.category_ids, classes.names, strict=True))
+    used = annotations.used_category_ids()
+    for category in annotations.categories:
+        if category.id not in name_of_id:
+            if category.id in used:
+                raise DataError(
+                    f"{annotations.path}: category {category.id} ({category.name!r}) has annotations but is "
+                    "no class of the training file. Use the same categories in both files."
+                )
+        elif category.name != name_of_id[category.id]:
+            raise DataError(
+                f"{annotations.path}: category {category.id} is named {category.name!r} here but "
+                f"{name_of_id[category.id]!r} in the training file. Use the same ids and names in both files."
+            )

@@ -1,0 +1,317 @@
+"""The LightningModule around detector, criterion and metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from torch import Tensor
+
+from dino_lightning.checkpoint import CheckpointError, load_weights
+from dino_lightning.data.images import read_image
+from dino_lightning.data.transforms import LabelledImage, eval_transform
+from dino_lightning.losses import Criterion
+from dino_lightning.metrics import ClassResult, CocoMetric
+from dino_lightning.model import DINO, postprocess
+from dino_lightning.model.backbone import pretrained_state
+from dino_lightning.optim import GroupRule, drop_epochs, parameter_groups
+from dino_lightning.structures import Batch, Detections
+
+ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+
+
+class DINOModule(lightning.LightningModule):
+    """DINO as a LightningModule: the published recipe by default.
+
+    Every constructor argument of `DINO` is one here as well. Class names, category ids and evaluation sizes are taken
+    from the trainer's data module where it has them and they are not given.
+
+    Args:
+        num_classes: K, classes with contiguous labels 0..K-1.
+        class_names: the name of each label.
+        category_ids: the original COCO category id of each label.
+        weights: a DINO checkpoint to start from, published or ours; class heads are matched by name.
+        backbone_weights: torchvision's name of pretrained backbone weights, or a local file with a torchvision state
+            dict; null for random ones. Not used with `weights` or when resuming.
+        lr: learning rate of everything outside the backbone.
+        backbone_lr: learning rate of the backbone.
+        weight_decay: AdamW's decoupled weight decay.
+        group_rule: how parameters are grouped, see `dino_lightning.optim.parameter_groups`.
+        clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
+        lr_drop_epochs: after how many epochs the learning rate drops; by default once, after 11/12 of the epochs.
+        lr_drop_factor: what the learning rate is multiplied with at each drop.
+        max_detections: detections kept for each image.
+        image_size: short side in pixels to which `detect` resizes; the data's by default.
+        max_size: limit of the long side in `detect`; the data's by default.
+        **detector: sizes of the detector.
+
+    Raises:
+        ValueError: a size that cannot be, or weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        category_ids: list[int] | None = None,
+        weights: str | None = None,
+        backbone_weights: str | None = "IMAGENET1K_V1",
+        lr: float = 1e-4,
+        backbone_lr: float = 1e-5,
+        weight_decay: float = 1e-4,
+        group_rule: GroupRule = "default",
+        clip_grad_norm: float = 0.1,
+        lr_drop_epochs: list[int] | None = None,
+        lr_drop_factor: float = 0.1,
+        max_detections: int = 300,
+        image_size: int | None = None,
+        max_size: int | None = None,
+        **detector: Any,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = DINO(num_classes=num_classes, **detector)
+        self.criterion = Criterion()
+        self.metric = CocoMetric()
+        self.class_results: list[ClassResult] = []
+        self.score_threshold = 0.3  # the best-F1 point once a validation has found it
+        self._has_weights = False
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Take what the data module knows; load starting weights once, and not when a checkpoint follows."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self._take_from_data(data)
+        if stage == "fit" and not self._has_weights and self.trainer.ckpt_path is None:
+            self._load_starting_weights()
+            self._has_weights = True
+
+    def _take_from_data(self, data: Any) -> None:
+        count = getattr(data, "num_classes", None)
+        if count is not None and count != self.hparams["num_classes"]:
+            raise ValueError(
+                f"The model has num_classes={self.hparams['num_classes']}, the data {count} classes; "
+                "make the model with num_classes=data.num_classes."
+            )
+        for name in ("class_names", "category_ids", "image_size", "max_size"):
+            if self.hparams[name] is None and getattr(data, name, None) is not None:
+                self.hparams[name] = getattr(data, name)
+
+    def _load_starting_weights(self) -> None:
+        weights, backbone_weights = self.hparams["weights"], self.hparams["backbone_weights"]
+        if weights is not None:
+            rank_zero_info(load_weights(self.model, weights, self.hparams["class_names"]))
+        elif backbone_weights is not None:
+            name = self.hparams.get("backbone", "resnet50")
+            try:
+                if self.trainer.is_global_zero:
+                    pretrained_state(name, backbone_weights)  # one process downloads, the others find it in the cache
+                self.trainer.strategy.barrier("backbone weights")
+                self.model.backbone.load_torchvision(pretrained_state(name, backbone_weights), backbone_weights)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+        elif self.hparams.get("backbone_norm", "frozen") == "frozen":
+            rank_zero_warn(
+                "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
+                "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
+            )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and a learning rate that drops at given epochs."""
+        groups = parameter_groups(
+            self.model,
+            lr=self.hparams["lr"],
+            backbone_lr=self.hparams["backbone_lr"],
+            weight_decay=self.hparams["weight_decay"],
+            rule=self.hparams["group_rule"],
+        )
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        milestones = self.hparams["lr_drop_epochs"]
+        if milestones is None:
+            milestones = drop_epochs(self.trainer.max_epochs)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, milestones=milestones, gamma=self.hparams["lr_drop_factor"]
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to the Trainer's value if it has one, else to the recipe's; log the norm before clipping."""
+        if gradient_clip_val is not None:
+            self.clip_gradients(
+                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+            )
+        elif self.hparams["clip_grad_norm"] > 0:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["clip_grad_norm"])
+            self.log("train/grad_norm", norm, batch_size=1)
+
+    # ------------------------------------------------------------------ steps
+
+    def forward(self, batch: Batch) -> list[Detections]:
+        """The detections of a batch, in pixels of the original images."""
+        return self._detections(self.model(batch), batch)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check labels while they are still on the host: a wrong one would crash the device without a word."""
+        if isinstance(batch, Batch) and batch.targets is not None and batch.targets.labels.numel():
+            highest, lowest = int(batch.targets.labels.max()), int(batch.targets.labels.min())
+            if highest >= self.model.num_classes or lowest < 0:
+                raise ValueError(
+                    f"A batch with image ids {list(batch.image_ids)} has labels from {lowest} to {highest}; the model "
+                    f"has {self.model.num_classes} classes, so labels go from 0 to {self.model.num_classes - 1}."
+                )
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted loss of a batch."""
+        losses = self._losses(batch)
+        self.log("train/loss", losses["loss"], prog_bar=True, on_epoch=True, batch_size=len(batch))
+        self.log_dict(_summary_terms(losses, "train"), batch_size=len(batch))
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+        """Detect, remember for the metric, and return the detections for callbacks."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+        """The detections of a batch, on the host."""
+        return [detections.cpu() for detections in self(batch)]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log COCO's average precision and the best-threshold F1; keep that threshold."""
+        results = self._log_metric("val")
+        if not self.trainer.sanity_checking and results["F1"] > 0:
+            self.score_threshold = results["F1_threshold"]
+
+    def on_test_epoch_end(self) -> None:
+        """As at the end of validation."""
+        self._log_metric("test")
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        if batch.targets is None:
+            raise ValueError("The batch has no targets; training needs them.")
+        losses: dict[str, Tensor] = self.criterion(self.model(batch), batch.targets, batch.image_ids)
+        return losses
+
+    def _evaluate(self, batch: Batch, stage: str) -> list[Detections]:
+        output = self.model(batch)
+        if batch.targets is not None:
+            losses = self.criterion(output, batch.targets, batch.image_ids)
+            self.log(f"{stage}/loss", losses["loss"], batch_size=len(batch), on_epoch=True, sync_dist=True)
+        detections = [found.cpu() for found in self._detections(output, batch)]
+        if batch.ground_truth is None:
+            raise ValueError("The batch has no ground_truth; evaluation needs it.")
+        self.metric.update(detections, batch.ground_truth, batch.image_ids)
+        return detections
+
+    def _log_metric(self, stage: str) -> dict[str, float]:
+        results = self.metric.compute()
+        self.class_results = self.metric.per_class()
+        self.metric.reset()
+        shown = {f"{stage}/AP", f"{stage}/F1"}
+        for name, value in results.items():
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" in shown)
+        return results
+
+    def _detections(self, output: Any, batch: Batch) -> list[Detections]:
+        return postprocess(
+            output,
+            batch.original_sizes,
+            max_detections=self.hparams["max_detections"],
+            class_names=self.hparams["class_names"] or (),
+            category_ids=self.hparams["category_ids"] or (),
+        )
+
+    # ------------------------------------------------------------------ checkpoints and use
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the score threshold of the best F1 with the weights."""
+        checkpoint["score_threshold"] = float(self.score_threshold)
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the threshold back, and leave the loaded weights alone in `setup`."""
+        self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
+        self._has_weights = True
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        threshold: float | None = None,
+        image_size: int | None = None,
+        max_size: int | None = None,
+    ) -> list[Detections]:
+        """Detect objects in images of any kind and size, one at a time.
+
+        Args:
+            images: paths, PIL images, (H, W, 3) or (H, W) uint8 arrays, or (3, H, W) tensors, uint8 or floating 0-1.
+            threshold: keep detections of at least this score; by default that of the best F1 in validation.
+            image_size: short side in pixels to resize to; by default that of training.
+            max_size: limit of the long side in pixels.
+
+        Returns:
+            Detections of each image, on the host, boxes in its own pixels.
+
+        Raises:
+            ValueError: an image that cannot be read.
+        """
+        threshold = self.score_threshold if threshold is None else threshold
+        transform = eval_transform(
+            image_size or self.hparams["image_size"] or 800, max_size or self.hparams["max_size"] or 1333
+        )
+        was_training = self.training
+        self.eval()
+        detections = []
+        try:
+            for image in images:
+                pixels = _to_pixels(image)
+                resized = transform(LabelledImage(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))).image
+                batch = Batch.from_images([resized], original_sizes=[(pixels.shape[1], pixels.shape[2])])
+                detections.append(self(batch.to(self.device))[0].cpu().above(threshold))
+        finally:
+            self.train(was_training)
+        return detections
+
+
+def _to_pixels(image: ImageLike) -> Tensor:
+    """Any image -> (3, H, W) uint8 RGB."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Tensor):
+        pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    else:
+        array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
+        raise ValueError(f"Expected an RGB image; got shape {tuple(pixels.shape)} of {pixels.dtype}.")
+    return pixels
+
+
+def _summary_terms(losses: Mapping[str, Tensor], stage: str) -> dict[str, Tensor]:
+    """The terms of the final layer, the encoder and the denoising queries; not those of each layer between."""
+    return {
+        f"{stage}/{name}": value
+        for name, value in losses.items()
+        if name != "loss" and not name.rpartition("_")[2].isdigit()
+    }
