@@ -232,8 +232,11 @@ def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | Non
     sources = [source for source in rows if source is not None]
     for key in _CLASS_ENTRIES:
         if key in loaded.state and targets:
-            own[key] = own[key].clone()
-            own[key][targets] = loaded.state[key][sources].to(own[key].dtype)
+            fresh = own[key].clone()
+            fresh[targets] = loaded.state[key][sources]
+            if len(fresh) > model.num_classes:  # the label embedding's spare row
+                fresh[-1] = loaded.state[key][-1]
+            own[key] = fresh
     model.load_state_dict(own)
     return f"{path}: {loaded.source}, {len(others)} of {len(others)} tensors loaded; " + _describe(
         rows, count, by_name=loaded.class_names is not None and class_names is not None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning
 import torch
@@ -20,14 +18,11 @@ from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import FitInto, eval_transform, train_transform
-from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
 TABLE_ROWS = 12
 FILES_TO_PROBE = 8
-
-_log = logging.getLogger(__name__)
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -58,7 +53,8 @@ class CocoDataModule(lightning.LightningDataModule):
             `image_size` and `max_size`.
         pad_to_multiple: round height and width of a batch up to a multiple of this.
         val_fraction: share of the training images that becomes the validation split where there is none.
-        on_bad_image: "error" stops at an unreadable image file; "skip" leaves it out and counts it.
+        on_bad_image: "error" stops at the first unreadable image file; "skip" reads all files of a split once
+            before its first batch, and leaves the unreadable ones out.
         seed: decides which images `val_fraction` takes.
 
     Attributes:
@@ -110,6 +106,8 @@ class CocoDataModule(lightning.LightningDataModule):
             raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
@@ -151,10 +149,9 @@ class CocoDataModule(lightning.LightningDataModule):
         evaluation = eval_transform(image_size, max_size)
         if fixed_size is not None:
             training, evaluation = FitInto(training, fixed_size), FitInto(evaluation, fixed_size)
-        dataset = partial(CocoDetection, classes=self.classes, on_bad_image=on_bad_image)
-        self.train_set = dataset(splits["train"], transform=training, with_ground_truth=False)
-        self.val_set = dataset(splits["val"], transform=evaluation)
-        self.test_set = dataset(splits["test"], transform=evaluation) if "test" in splits else None
+        self.train_set = CocoDetection(splits["train"], self.classes, training, with_ground_truth=False)
+        self.val_set = CocoDetection(splits["val"], self.classes, evaluation)
+        self.test_set = CocoDetection(splits["test"], self.classes, evaluation) if "test" in splits else None
 
     @property
     def num_classes(self) -> int:
@@ -171,39 +168,24 @@ class CocoDataModule(lightning.LightningDataModule):
         """The `category_id` of each label in the annotation files."""
         return list(self.classes.category_ids)
 
-    def train_dataloader(self) -> DataLoader[Sample | None]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled training batches, all full; a smaller one only where there is no full one."""
-        processes = self.trainer.world_size if self.trainer is not None else 1
-        images_per_process = -(-len(self.train_set) // processes)
-        return self._loader(
-            self.train_set,
-            self.batch_size,
-            # Under DDP the others would wait for the gradients of a process that leaves out a batch.
-            may_lose_batches=processes == 1,
-            shuffle=True,
-            drop_last=images_per_process >= self.batch_size,
-        )
+        return self._loader(self.train_set, self.batch_size, training=True)
 
-    def val_dataloader(self) -> DataLoader[Sample | None]:
+    def val_dataloader(self) -> DataLoader[Sample]:
         """All validation batches, in the order of the file."""
         return self._loader(self.val_set, self.val_batch_size)
 
-    def test_dataloader(self) -> DataLoader[Sample | None]:
+    def test_dataloader(self) -> DataLoader[Sample]:
         """All test batches, in the order of the file; the validation batches if there is no test split."""
         if self.test_set is None:
             rank_zero_info("No test split found: the validation split is used instead.")
             return self.val_dataloader()
         return self._loader(self.test_set, self.val_batch_size)
 
-    def predict_dataloader(self) -> DataLoader[Sample | None]:
+    def predict_dataloader(self) -> DataLoader[Sample]:
         """The batches of `test_dataloader`."""
         return self.test_dataloader()
-
-    def teardown(self, stage: str) -> None:
-        """Report the images skipped in the last epoch."""
-        for dataset in (self.train_set, self.val_set, self.test_set):
-            if dataset is not None:
-                _report_skipped(dataset)
 
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""
@@ -235,41 +217,42 @@ class CocoDataModule(lightning.LightningDataModule):
         )
 
     def _loader(
-        self, dataset: CocoDetection, batch_size: int, *, may_lose_batches: bool = True, **options: Any
-    ) -> DataLoader[Sample | None]:
+        self, dataset: CocoDetection, batch_size: int, *, training: bool = False
+    ) -> DataLoader[Sample]:
+        self._leave_out_unreadable(dataset)
+        processes, processes_here = 1, 1
+        if self.trainer is not None:
+            processes, processes_here = self.trainer.world_size, self.trainer.num_devices
         workers = self.num_workers
         if workers is None:
-            workers = default_workers(
-                len(dataset), self.trainer.num_devices if self.trainer is not None else 1
-            )
-        skipping = self.on_bad_image == "skip"
-        loader_class = _SkippingLoader if skipping else DataLoader
+            workers = default_workers(len(dataset), processes_here)
+        images_per_process = -(-len(dataset) // processes)
         # No worker_init_fn: torch already gives each worker a single thread, and Lightning seeds the workers
         # of each rank differently only where none is set.
-        collate_batch = _collate_or_none if skipping and may_lose_batches else collate
-        return loader_class(
+        return DataLoader(
             dataset,
             batch_size=batch_size,
-            collate_fn=partial(collate_batch, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
+            shuffle=training,
+            drop_last=training and images_per_process >= batch_size,
+            collate_fn=partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **options,
         )
 
-
-class _SkippingLoader(DataLoader["Sample | None"]):
-    """Leaves out batches without a readable image; each epoch, reports what the one before it skipped."""
-
-    dataset: CocoDetection
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a plain iterator is all that is needed
-        _report_skipped(self.dataset)
-        return (batch for batch in super().__iter__() if batch is not None)
-
-
-def _collate_or_none(samples: Sequence[Sample | None], **canvas: Any) -> Batch | None:
-    return None if all(sample is None for sample in samples) else collate(samples, **canvas)
+    def _leave_out_unreadable(self, dataset: CocoDetection) -> None:
+        # Before the first batch, not while training: Lightning and the other ranks rely on a loader giving as
+        # many batches as it said. One that ends early makes Lightning pass over that epoch's validation.
+        if self.on_bad_image == "error":
+            return
+        before = len(dataset)
+        left_out = dataset.leave_out_unreadable()
+        if left_out:
+            listed = ", ".join(map(str, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
+            rank_zero_warn(
+                f"{dataset.annotations.path}: {len(left_out)} of {before} images cannot be read and are left "
+                f"out (image ids {listed})."
+            )
 
 
 def default_workers(images: int, processes: int) -> int:
@@ -297,17 +280,6 @@ def _warn_of_repairs(split: CocoAnnotations) -> None:
         rank_zero_warn(
             f"{split.path}: {summary.degenerate} boxes without area inside their image are dropped; "
             f"{summary.clipped} boxes that stick out are clipped to it for training."
-        )
-
-
-def _report_skipped(dataset: CocoDetection) -> None:
-    ids = dataset.take_skipped_ids()
-    if ids:
-        listed = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        # On every rank, as each reads other images; and not by `warnings`, which say the same only once.
-        _log.warning(
-            f"{dataset.annotations.path}: {len(ids)} of {len(dataset)} images could not be read and were "
-            f"left out of the last epoch (image ids {listed})."
         )
 
 

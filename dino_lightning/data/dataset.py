@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from dino_lightning.data.coco import CocoAnnotations, DataError, ground_truth
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
 from dino_lightning.structures import GroundTruth
-
-OnBadImage = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Sample:
     ground_truth: GroundTruth | None = None
 
 
-class CocoDetection(Dataset["Sample | None"]):
+class CocoDetection(Dataset[Sample]):
     """The images of a checked annotation file.
 
     Args:
@@ -49,12 +47,9 @@ class CocoDetection(Dataset["Sample | None"]):
         classes: the classes of the training file.
         transform: resizing and augmentation, or None for the image as it is.
         with_ground_truth: also give what evaluation compares against.
-        on_bad_image: what to do about a file that is missing or cannot be decoded: "error" raises, "skip"
-            gives None in place of a sample and remembers the image for `take_skipped_ids`.
 
     Raises:
         DataError: the categories of the file do not fit `classes`.
-        ValueError: an unknown `on_bad_image`.
     """
 
     def __init__(
@@ -64,37 +59,28 @@ class CocoDetection(Dataset["Sample | None"]):
         transform: Transform | None = None,
         *,
         with_ground_truth: bool = True,
-        on_bad_image: OnBadImage = "error",
     ) -> None:
-        if on_bad_image not in get_args(OnBadImage):
-            raise ValueError(f"on_bad_image is {on_bad_image!r}; choose {' or '.join(get_args(OnBadImage))}.")
         check_classes(annotations, classes)
         self.annotations = annotations
         self.classes = classes
         self.transform = transform
         self.with_ground_truth = with_ground_truth
-        self.on_bad_image = on_bad_image
         self._labels = classes.labels_of(annotations)
-        # Shared with the loader workers, which do the reading; an entry per image, so none is counted twice.
-        self._skipped = torch.zeros(len(annotations.images), dtype=torch.bool)
-        self._skipped.share_memory_()  # type: ignore[no-untyped-call]
+        self._all_readable = False
 
     def __len__(self) -> int:
         return len(self.annotations.images)
 
-    def __getitem__(self, index: int) -> Sample | None:
-        """The sample of image `index`, or None for an unreadable image under `on_bad_image="skip"`.
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of image `index`.
 
         Raises:
             DataError: the image cannot be read, or its size is not the one the annotation file says.
         """
-        entry = self.annotations.images[index]
+        entry, path = self.annotations.images[index], self.annotations.image_path(index)
         try:
-            image = read_image(self.annotations.image_path(index))
+            image = read_image(path)
         except DataError as error:
-            if self.on_bad_image == "skip":
-                self._skipped[index] = True
-                return None
             raise DataError(
                 f"Image {entry.id} of {self.annotations.path}: {error} Restore the file, take the image out "
                 "of the annotations, or set on_bad_image=skip."
@@ -103,9 +89,8 @@ class CocoDetection(Dataset["Sample | None"]):
         if size != entry.size:
             raise DataError(
                 f"Image {entry.id} of {self.annotations.path}: width and height are "
-                f"{entry.size[1]} x {entry.size[0]} in the annotations, but {size[1]} x {size[0]} in "
-                f"{self.annotations.image_path(index)} as displayed (after EXIF rotation). "
-                "Its boxes would be misplaced; fix the annotations or the file."
+                f"{entry.size[1]} x {entry.size[0]} in the annotations, but {size[1]} x {size[0]} in {path} "
+                "as displayed (after EXIF rotation). Its boxes would be misplaced; fix one of the two."
             )
         example = LabelledImage(image, *self._boxes_and_labels(index))
         if self.transform is not None:
@@ -121,11 +106,35 @@ class CocoDetection(Dataset["Sample | None"]):
             else None,
         )
 
-    def take_skipped_ids(self) -> list[int]:
-        """The ids of the images skipped since the last call."""
-        indices = self._skipped.nonzero().flatten().tolist()
-        self._skipped.zero_()
-        return [self.annotations.images[index].id for index in indices]
+    def leave_out_unreadable(self) -> list[int]:
+        """Decode every image once, and from then on leave out those that cannot be; later calls do nothing.
+
+        Returns:
+            The ids of the images left out by this call.
+
+        Raises:
+            DataError: not one image can be read.
+        """
+        if self._all_readable:
+            return []
+        with ThreadPoolExecutor() as pool:  # decoders work outside Python's global lock
+            readable = list(pool.map(self._is_readable, range(len(self))))
+        if not any(readable):
+            raise DataError(f"{self.annotations.path}: not one of its {len(self)} images can be read.")
+        left_out = [
+            image.id for image, keep in zip(self.annotations.images, readable, strict=True) if not keep
+        ]
+        self.annotations = self.annotations.subset([index for index, keep in enumerate(readable) if keep])
+        self._labels = self.classes.labels_of(self.annotations)
+        self._all_readable = True
+        return left_out
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            read_image(self.annotations.image_path(index))
+        except DataError:
+            return False
+        return True
 
     def _boxes_and_labels(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes (N, 4) float32 pixels, clipped to the image, and labels (N,) int64 to learn from."""

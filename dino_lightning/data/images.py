@@ -20,8 +20,8 @@ from dino_lightning.data.coco import DataError
 def read_image(path: Path) -> Tensor:
     """Decode an image file.
 
-    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values are
-    scaled, not clipped: 65535 becomes 255.
+    EXIF orientation is applied, transparency is laid on white, grey and CMYK become RGB, and 16-bit values
+    are scaled, not clipped: 65535 becomes 255.
 
     Args:
         path: a JPEG, PNG, BMP, TIFF, WebP, GIF (its first frame) or anything else that Pillow reads.

@@ -176,7 +176,11 @@ def write_rooms_dataset(
         (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if root.exists():
             root.rename(workplace / "old")
-        built.rename(root)
+        try:
+            built.rename(root)
+        except OSError:  # another process was faster; what it wrote is the same
+            if not _is_current(root, manifest):
+                raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return root

@@ -210,7 +210,9 @@ def _cells(
     first, rest = _split(footprint, share * (1 - breadth), vertical)
     strip, second = _split(rest, breadth / (1 - share * (1 - breadth)), vertical)
     cells = divide(first, programme[:middle], rng, slant) + divide(second, programme[middle:], rng, slant)
-    if rng.random() < 0.5:  # the corridor's end becomes a room of its own and the corridor shorter
+    if (
+        len(programme) < 16 and rng.random() < 0.5
+    ):  # the corridor's end becomes a room of its own and the corridor shorter
         end, strip = cut(strip, float(rng.uniform(0.2, 0.35)), 0.0)
         cells.append(Cell("store", end, (("store", end),)))
     return [*cells, Cell(corridor, strip, ((corridor, strip),))]
@@ -315,8 +317,9 @@ def _bulge(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
     breadth = min(length * float(rng.uniform(0.55, 0.85)), length - 0.9, 3.6)
     start = along(a, step, (length - breadth) / 2)
     end = along(start, step, breadth)
-    depth = min(float(rng.uniform(0.5, 1.0)), breadth / 2)
-    if rng.random() < 0.5:
+    three_sided = rng.random() < 0.5
+    depth = min(float(rng.uniform(0.5, 1.0 if three_sided else 2.0)), breadth / 2)
+    if three_sided:
         shoulder = min(depth, breadth * 0.3)
         first = along(along(start, step, shoulder), outward, depth)
         second = along(along(end, step, -shoulder), outward, depth)

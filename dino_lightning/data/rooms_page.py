@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -85,7 +85,7 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
     Returns:
         The page, RGB, and its rooms.
     """
-    num_rooms = 2 + int(18 * rng.beta(1.5, 2.2))
+    num_rooms = 2 + int(19 * rng.beta(1.5, 2.2))
     floors = _floors(num_rooms, rng)
     stacked = bool(rng.random() < 0.3)
     widths = [floor.extent[2] - floor.extent[0] for floor in floors]
@@ -155,6 +155,9 @@ def _floors(num_rooms: int, rng: np.random.Generator) -> list[Floor]:
     floors = []
     for index, count in enumerate(counts):
         layout, corner = house_layout(count, rng, upper=index > 0)
+        if floors:  # the walls of the floor below
+            below = floors[0].layout
+            layout = replace(layout, inner_wall=below.inner_wall, outer_wall=below.outer_wall)
         terraces = [offset(corner.outline, 0.05)] if corner is not None and rng.random() < 0.8 else []
         layout = turned(layout, angle)
         if angle:

@@ -134,24 +134,36 @@ def _text_page(page: Page, rng: np.random.Generator) -> None:
 
 
 def _site_map(page: Page, rng: np.random.Generator) -> None:
-    """Streets, plots and the outlines of houses, seen from far above."""
+    """Streets, plots and houses, seen from far above; one house is the one for sale."""
     width, height = page.size
     pen = Pen(page, 1.0, (0.0, 0.0), hairline=max(page.size) / 900)
     plot = max(width, height) / float(rng.uniform(9, 14))
-    y = -plot * float(rng.random())
-    while y < height:
-        pen.line(((0, y), (width, y + plot * 0.15)))
-        pen.line(((0, y + plot * 0.5), (width, y + plot * 0.65)))
+    for_sale = (width * float(rng.uniform(0.3, 0.7)), height * float(rng.uniform(0.3, 0.7)))
+    slope = float(rng.uniform(-0.2, 0.2))
+    y = -plot * float(rng.uniform(1, 2.5))
+    while y < height + plot:
+        for kerb in (0.0, 0.5):
+            pen.line(((0, y + kerb * plot), (width, y + kerb * plot + slope * width)))
         x = -plot * float(rng.random())
         while x < width:
-            breadth = plot * float(rng.uniform(0.4, 0.8))
-            for low, high in ((y + plot * 0.6, y + plot * 1.5), (y + plot * 1.5, y + plot * 2.4)):
+            breadth = plot * float(rng.uniform(0.4, 1.1))
+            shift = y + slope * x
+            for low, high in (
+                (shift + plot * 0.6, shift + plot * 1.5),
+                (shift + plot * 1.5, shift + plot * 2.4),
+            ):
                 pen.polygon(rectangle(x, low, x + breadth, high), fill=None, width=0.7)
-                middle = (low + high) / 2
-                house = rectangle(
-                    x + breadth * 0.15, middle - plot * 0.2, x + breadth * 0.85, middle + plot * 0.2
+                if rng.random() < 0.15:
+                    continue
+                x0, x1 = (
+                    x + breadth * float(rng.uniform(0.05, 0.25)),
+                    x + breadth * float(rng.uniform(0.7, 0.95)),
                 )
-                pen.polygon(house, fill=(190, 190, 190))
+                middle = (low + high) / 2 + plot * float(rng.uniform(-0.15, 0.15))
+                half = plot * float(rng.uniform(0.12, 0.25))
+                here = x <= for_sale[0] <= x + breadth and low <= for_sale[1] <= high
+                shade = 60 if here else 190
+                pen.polygon(rectangle(x0, middle - half, x1, middle + half), fill=(shade, shade, shade))
             x += breadth
         y += plot * 2.5
     page.text((width / 2, height * 0.95), ["SITE PLAN  1:1250"], max(width, height) / 40, halo=WHITE)

@@ -54,7 +54,7 @@ def test_boxes_are_clipped_for_training_and_untouched_for_evaluation(tmp_path):
 
     second = dataset[1]  # 50 x 30
     assert (second.image_id, second.original_size, second.image.shape) == (2, (30, 50), (3, 30, 50))
-    # Clipped to 30, 20, 50, 30; then x, y, width, height of 5, 5, 10, 20. Crowd and degenerate are not learnt.
+    # The first is clipped to 30, 20, 50, 30. Crowd and degenerate boxes are not learnt.
     expected = torch.tensor([[40 / 50, 25 / 30, 20 / 50, 10 / 30], [10 / 50, 15 / 30, 10 / 50, 20 / 30]])
     torch.testing.assert_close(second.boxes_cxcywh, expected)
     assert second.labels.tolist() == [1, 1]

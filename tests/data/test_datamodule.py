@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -12,11 +16,12 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+import dino_lightning.data
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy, xyxy_to_normalized_cxcywh
 from dino_lightning.data import CocoDataModule, DataError, Sample, collate
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.structures import Batch
-from tests.data.small_coco import annotation, document, write_images, write_json, write_split
+from tests.data.small_coco import annotation, document, write_json, write_split
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def assert_same(first: Batch, second: Batch) -> None:
     assert torch.equal(first.targets.labels, second.targets.labels)
 
 
-# --- collate -------------------------------------------------------------------------------------------------
+# --- collate ---
 
 
 @st.composite
@@ -89,22 +94,7 @@ def test_padding_leaves_pixels_and_boxes_where_they_were(drawn, multiple):
         assert not batch.targets.boxes_cxcywh[index, count:].any()
 
 
-def test_unreadable_images_are_left_out_of_a_batch():
-    def sample(image_id):
-        return Sample(
-            torch.zeros(3, 4, 4, dtype=torch.uint8),
-            torch.zeros(0, 4),
-            torch.zeros(0).long(),
-            image_id,
-            (4, 4),
-        )
-
-    assert collate([None, sample(7), None, sample(9)]).image_ids == (7, 9)
-    with pytest.raises(DataError, match="None of the 2 images of a batch could be read"):
-        collate([None, None])
-
-
-# --- what is known at once -------------------------------------------------------------------------------------
+# --- what is known at once ---
 
 
 def test_classes_are_known_before_any_image_is_opened(root):
@@ -213,7 +203,7 @@ def test_the_command_line_knows_every_argument(root):
     assert all(action.help for action in parser._actions if action.dest.startswith("data."))
 
 
-# --- loaders ---------------------------------------------------------------------------------------------------
+# --- loaders ---
 
 
 def test_evaluation_batches_hold_each_image_once_in_order(root):
@@ -241,6 +231,14 @@ def test_training_shuffles_and_drops_the_incomplete_batch(root):
 def test_a_training_set_smaller_than_a_batch_still_trains(root):
     batches = list(small(root, batch_size=7).train_dataloader())
     assert [len(batch) for batch in batches] == [6]
+
+
+@pytest.mark.parametrize(("processes", "drops"), [(1, True), (2, False)])
+def test_a_last_batch_is_dropped_only_if_a_process_has_another(root, processes, drops):
+    data = small(root, batch_size=4)
+    data.trainer = SimpleNamespace(world_size=processes, num_devices=processes)
+    assert data.train_dataloader().drop_last is drops
+    assert data.val_dataloader().drop_last is False
 
 
 def test_fixed_size_and_multiple_shape_the_canvas(root):
@@ -312,7 +310,7 @@ def test_testing_falls_back_to_the_validation_split(root, lightning_log):
     assert [batch.image_ids for batch in small(root).predict_dataloader()] == [(201,)]
 
 
-# --- images that do not fit or cannot be read --------------------------------------------------------------------
+# --- images that do not fit or cannot be read ---
 
 
 def test_an_image_of_another_size_than_annotated_is_refused(root):
@@ -355,29 +353,35 @@ def test_an_unreadable_image_is_named(root, damage, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_can_be_skipped_and_are_counted_each_epoch(root, caplog, workers):
+def test_unreadable_images_can_be_left_out_with_a_count(root, workers):
     (root / "images/2.png").write_bytes(b"no image")
     (root / "images/5.png").unlink()
-    data = small(root, on_bad_image="skip", num_workers=workers, batch_size=3)
-    loader = data.train_dataloader()
-    expected = (
-        f"{root / 'train.json'}: 2 of 6 images could not be read and were left out of the last epoch "
-        "(image ids 2, 5)."
-    )
-    for epoch in range(3):
-        assert [record.getMessage() for record in caplog.records] == [expected] * epoch
-        assert sorted(image_id for batch in loader for image_id in batch.image_ids) == [1, 3, 4, 6]
-    data.teardown("fit")
-    assert [record.getMessage() for record in caplog.records] == [expected] * 3
+    data = small(root, on_bad_image="skip", num_workers=workers, batch_size=2, augmentation="none")
+    with pytest.warns(UserWarning) as caught:
+        loader = data.train_dataloader()
+    expected = f"{root / 'train.json'}: 2 of 6 images cannot be read and are left out (image ids 2, 5)."
+    assert [str(warning.message) for warning in caught if "left out" in str(warning.message)] == [expected]
+    assert len(loader) == 2
+    for _ in range(2):
+        batches = list(loader)
+        assert sorted(image_id for batch in batches for image_id in batch.image_ids) == [1, 3, 4, 6]
+        for batch in batches:  # each image still has its own boxes
+            for index, image_id in enumerate(batch.image_ids):
+                assert batch.original_sizes[index] == (30, 30 + 10 * image_id)
+                assert batch.targets.labels[index].tolist() == [0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.train_dataloader()  # neither read nor told again
 
 
-def test_a_batch_without_a_readable_image_is_left_out(root):
-    (root / "images/102.png").write_bytes(b"no image")
-    batches = list(small(root, on_bad_image="skip", val_batch_size=1).val_dataloader())
-    assert [batch.image_ids for batch in batches] == [(101,), (103,)]
+def test_a_file_of_unreadable_images_alone_is_refused(root):
+    for image_id in (101, 102, 103):
+        (root / f"images/{image_id}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"val\.json: not one of its 3 images can be read"):
+        small(root, on_bad_image="skip").val_dataloader()
 
 
-# --- with Lightning ----------------------------------------------------------------------------------------------
+# --- with Lightning ---
 
 
 class Recorder(lightning.LightningModule):
@@ -404,8 +408,9 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, caplog, workers):
+def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, workers):
     (root / "images/3.png").unlink()
     (root / "images/102.png").unlink()
     trainer = lightning.Trainer(
@@ -422,23 +427,11 @@ def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, caplog
     trainer.fit(module, data)
     assert sorted(module.seen["train"]) == [1, 1, 2, 2, 4, 4, 5, 5, 6, 6]
     assert module.seen["val"] == [101, 103] * 2
-    assert (
-        len([r for r in caplog.records if "train.json: 1 of 6 images could not be read" in r.getMessage()])
-        == 2
-    )
-    assert (
-        len([r for r in caplog.records if "val.json: 1 of 3 images could not be read" in r.getMessage()]) == 2
-    )
     trainer.test(module, data, verbose=False)
     assert module.seen["test"] == [101, 103]
 
 
 def test_nothing_of_the_model_is_imported_by_the_data_package():
-    import ast
-    from pathlib import Path
-
-    import dino_lightning.data
-
     for path in Path(dino_lightning.data.__file__).parent.glob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -86,8 +86,13 @@ def test_a_transparent_palette_entry_shows_white(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
 @pytest.mark.parametrize(
     ("orientation", "upright"),
-    [(3, SMOOTH[::-1, ::-1]), (6, np.rot90(SMOOTH, -1)), (8, np.rot90(SMOOTH)), (5, SMOOTH.transpose(1, 0, 2))],
-)  # fmt: skip
+    [
+        (3, SMOOTH[::-1, ::-1]),
+        (6, np.rot90(SMOOTH, -1)),
+        (8, np.rot90(SMOOTH)),
+        (5, SMOOTH.transpose(1, 0, 2)),
+    ],
+)
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation, upright):
     path = tmp_path / f"a.{suffix}"
     image = Image.fromarray(SMOOTH)

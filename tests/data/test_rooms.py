@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from dino_lightning.data.rooms import Room, Style, draw_plan, write_rooms_dataset
 from dino_lightning.data.rooms_drawing import font
 from dino_lightning.data.rooms_geometry import merge, offset, rectangle, signed_area
+from dino_lightning.data.rooms_layout import simple_layout
 from dino_lightning.data.rooms_scan import page_without_plan, rotate
 from dino_lightning.data.rooms_words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
 
@@ -95,6 +96,23 @@ def test_clean_rooms_are_large_and_apart(seed: int) -> None:
     assert sum(room.area for room in rooms) > 0.5 * picture.width * picture.height
 
 
+def test_clean_layouts_have_no_narrow_room() -> None:
+    for seed in range(30):
+        layout = simple_layout(
+            width=9.0,
+            height=7.0,
+            num_rooms=9,
+            min_side=1.2,
+            inner_wall=0.1,
+            outer_wall=0.2,
+            rng=np.random.default_rng(seed),
+        )
+        outlines = [np.array(offset(cell.outline, 0.05)) for cell in layout.cells]
+        assert min(np.ptp(outline, axis=0).min() for outline in outlines) >= 1.2
+        covered = sum(signed_area(cell.outline) for cell in layout.cells)
+        assert covered == pytest.approx((9.0 - 0.3) * (7.0 - 0.3))
+
+
 @few
 @given(seeds)
 def test_realistic_rooms_do_not_overlap(seed: int) -> None:
@@ -103,29 +121,27 @@ def test_realistic_rooms_do_not_overlap(seed: int) -> None:
     assert (covered > 1).sum() <= 0.002 * max((covered > 0).sum(), 1)
 
 
-@few
-@given(seeds)
-def test_clean_boxes_lie_on_the_inner_faces_of_the_walls(seed: int) -> None:
-    picture, rooms = draw_plan(seed)
-    grey = np.asarray(picture.convert("L")).astype(float)
+def test_clean_boxes_lie_on_the_inner_faces_of_the_walls() -> None:
     sides = []
-    for room in rooms:
-        x0, y0, x1, y1 = room.bbox_xyxy
-        rows, columns = (
-            slice(math.ceil(y0) + 1, math.floor(y1) - 1),
-            slice(math.ceil(x0) + 1, math.floor(x1) - 1),
-        )
-        assert np.median(grey[rows, columns]) > 230
-        # One pixel within each side is paper, one beyond it is wall, but for doors, windows, furniture and names.
-        for inner, outer in (
-            (grey[rows, math.ceil(x0)], grey[rows, math.floor(x0) - 1]),
-            (grey[rows, math.floor(x1) - 1], grey[rows, math.ceil(x1)]),
-            (grey[math.ceil(y0), columns], grey[math.floor(y0) - 1, columns]),
-            (grey[math.floor(y1) - 1, columns], grey[math.ceil(y1), columns]),
-        ):
-            sides.append(((inner > 200).mean(), (outer < 60).mean()))
+    for seed in range(15):
+        picture, rooms = draw_plan(seed)
+        grey = np.asarray(picture.convert("L")).astype(float)
+        for room in rooms:
+            x0, y0, x1, y1 = room.bbox_xyxy
+            rows = slice(math.ceil(y0) + 1, math.floor(y1) - 1)
+            columns = slice(math.ceil(x0) + 1, math.floor(x1) - 1)
+            assert np.median(grey[rows, columns]) > 230
+            for inner, outer in (
+                (grey[rows, math.ceil(x0)], grey[rows, math.floor(x0) - 1]),
+                (grey[rows, math.floor(x1) - 1], grey[rows, math.ceil(x1)]),
+                (grey[math.ceil(y0), columns], grey[math.floor(y0) - 1, columns]),
+                (grey[math.floor(y1) - 1, columns], grey[math.ceil(y1), columns]),
+            ):
+                sides.append(((inner > 200).mean(), (outer < 60).mean()))
+    # A pixel within each side is paper, one beyond it is wall, but for doors, windows and furniture. With
+    # boxes 1.5 pixels too large the first falls to 0.14, with boxes 1.5 too small the second to 0.01.
     paper, wall = np.mean(sides, axis=0)
-    assert paper > 0.75
+    assert paper > 0.85
     assert wall > 0.6
 
 
@@ -214,6 +230,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write_rooms_dataset(root, num_train=10, num_val=4, style=request.param, size=160)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on NumPy 2
 def test_dataset_loads_with_pycocotools(dataset: Path) -> None:
     for split, count in (("train", 10), ("val", 4)):
         coco = load_coco(dataset / split / "annotations.json")
@@ -247,11 +264,12 @@ def test_train_and_val_share_no_picture(dataset: Path) -> None:
 
 
 def test_dataset_is_the_same_wherever_it_is_written(tmp_path: Path) -> None:
-    first = write_rooms_dataset(tmp_path / "a", num_train=4, num_val=2, style="realistic", size=120, seed=3)
-    second = write_rooms_dataset(
-        tmp_path / "b" / "c", num_train=4, num_val=2, style="realistic", size=120, seed=3
-    )
-    other = write_rooms_dataset(tmp_path / "d", num_train=4, num_val=2, style="realistic", size=120, seed=4)
+    def write(name: str, seed: int) -> Path:
+        return write_rooms_dataset(
+            tmp_path / name, num_train=4, num_val=2, style="realistic", size=120, seed=seed
+        )
+
+    first, second, other = write("a", 3), write("b/c", 3), write("d", 4)
     assert tree(first) == tree(second)
     shared = set(tree(first).values()) & set(tree(other).values())
     assert not shared

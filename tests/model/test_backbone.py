@@ -1,0 +1,86 @@
+"""Backbones of many families: strides, channels, freezing, torchvision weights by name."""
+
+import pytest
+import torch
+import torchvision
+
+from dino_lightning.model.backbone import Backbone, pretrained_state
+
+FAMILIES = ["resnet10", "resnet18", "resnet34", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny", "swin_t", "efficientnet_b0"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_have_the_strides_asked_for(name):
+    backbone = Backbone(name=name, strides=(4, 8, 16, 32), norm="group", trainable_layers=5).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 96))
+    assert [tuple(feature.shape[2:]) for feature in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert tuple(feature.shape[1] for feature in maps) == backbone.channels
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny", "swin_t"])
+def test_sizes_that_are_no_multiple_of_the_stride(name):
+    maps = Backbone(name=name, norm="group").eval()(torch.rand(1, 3, 75, 50))
+    assert all(torch.isfinite(feature).all() for feature in maps)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_loaded_weights_give_torchvision_features(name):
+    """With frozen norms the maps equal those of the torchvision network in evaluation mode."""
+    torch.manual_seed(0)
+    reference = torchvision.models.get_model(name, weights=None)
+    for module in reference.modules():  # statistics as after training, not the trivial start
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    reference.eval()
+    backbone = Backbone(name=name, strides=(32,))
+    backbone.load_torchvision(reference.state_dict(), "test")
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        if name == "resnet18":
+            trunk = torch.nn.Sequential(*list(reference.children())[:-2])
+            expected = trunk(image)
+        else:
+            expected = reference.features(image)
+        torch.testing.assert_close(backbone.train()(image)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_published_freezing_of_resnet():
+    backbone = Backbone(name="resnet18")
+    trained = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+    nothing = Backbone(name="resnet18", trainable_layers=0)
+    assert not any(p.requires_grad for p in nothing.parameters())
+    everything = Backbone(name="resnet18", trainable_layers=5, norm="group")
+    assert all(p.requires_grad for p in everything.parameters())
+
+
+def test_unneeded_stages_are_dropped():
+    names = {name.split(".")[1] for name, _ in Backbone(name="resnet18", strides=(8, 16)).named_parameters()}
+    assert "layer4" not in names
+
+
+def test_weights_from_a_local_file(tmp_path):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    backbone = Backbone(name="resnet18")
+    backbone.load_torchvision(pretrained_state("resnet18", str(tmp_path / "resnet18.pth")), "file")
+    assert torch.equal(backbone.state_dict()["body.layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
+    with pytest.raises(ValueError, match="does not fit"):
+        Backbone(name="resnet34").load_torchvision(state, "resnet18.pth")
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"), [("nowhere.pth", "do not exist"), ("IMAGENET9K", "no torchvision weights 'IMAGENET9K'")]
+)
+def test_wrong_weights_are_refused(weights, part):
+    with pytest.raises(ValueError, match=part):
+        pretrained_state("resnet18", weights)
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read"):
+        pretrained_state("resnet18", str(tmp_path / "text.pth"))
