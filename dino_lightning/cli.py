@@ -99,7 +99,7 @@ class DINOCLI(LightningCLI):
                 TensorBoardLogger(save_dir=str(self.run_dir), name="", version="tensorboard"),
             ]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() and config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
         callbacks = [*callbacks, self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
         if config.get("logger"):
@@ -113,7 +113,7 @@ class DINOCLI(LightningCLI):
             callbacks += [
                 ModelCheckpoint(filename="best", monitor="val/AP", mode="max", **common),
                 # at the end of the epoch, or it would be stale when validation is rarer
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, save_on_exception=True, **common),
+                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
             ]
         return super()._instantiate_trainer(config, callbacks)
 

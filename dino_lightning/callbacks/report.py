@@ -23,6 +23,7 @@ class RunReport(lightning.Callback):
     def __init__(self, *, directory: str) -> None:
         self.directory = Path(directory)
         self.history: list[dict[str, float]] = []
+        self._validated = False
 
     @property
     def curves_path(self) -> Path:
@@ -37,9 +38,18 @@ class RunReport(lightning.Callback):
         """Taken back from the checkpoint."""
         self.history = list(state_dict["history"])
 
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Remember that this epoch has figures of its own: the Trainer repeats old ones where it has none."""
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the epoch's figures; validation has run by now."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if self._validated or not name.startswith("val/")
+        }
+        self._validated = False
         if "train/loss_epoch" in metrics:
             metrics["train/loss"] = metrics["train/loss_epoch"]
         self.history.append({"epoch": float(trainer.current_epoch + 1), **metrics})
@@ -52,7 +62,7 @@ class RunReport(lightning.Callback):
             return "No epoch was finished."
         best = max(range(len(self.history)), key=lambda index: self.history[index].get("val/AP", -1.0))
         shown = sorted({best, *range(max(0, len(self.history) - 3), len(self.history))})
-        lines = ["  " + "".join(f"{name.replace('val/', ''):>11}" for name in COLUMNS)]
+        lines = ["  " + "".join(f"{name.replace('/', ' '):>11}" for name in COLUMNS)]
         for index in shown:
             row = self.history[index]
             values = [f"{int(row['epoch']):>11}"]

@@ -17,13 +17,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lightning.data.rooms_drawing import Page, Pen, Room, draw_walls
-from dino_lightning.data.rooms_furniture import furnish
+from dino_lightning.data.rooms_drawing import Page, Pen, Room
+from dino_lightning.data.rooms_furnishing import furnish
 from dino_lightning.data.rooms_geometry import offset
 from dino_lightning.data.rooms_labels import write_name
 from dino_lightning.data.rooms_layout import simple_layout
 from dino_lightning.data.rooms_page import draw_page
 from dino_lightning.data.rooms_scan import page_without_plan, rotate, scan
+from dino_lightning.data.rooms_walls import draw_walls
 
 Style = Literal["clean", "realistic"]
 
@@ -167,7 +168,12 @@ def write_rooms_dataset(
     try:
         built = workplace / "new"
         progress = tqdm(
-            total=num_train + num_val, desc=f"drawing {style} plans", unit="plan", delay=3, leave=False
+            total=num_train + num_val,
+            desc=f"drawing {style} plans",
+            unit="plan",
+            disable=None,
+            delay=3,
+            leave=False,
         )
         with progress:
             for position, (split, count) in enumerate(counts.items()):

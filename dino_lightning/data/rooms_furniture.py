@@ -1,4 +1,4 @@
-"""Furniture, kitchen and bathroom signs, and stairs: what fills the rooms of a `realistic` plan.
+"""The drawings of furniture, kitchen and bathroom signs, and stairs, for `realistic` plans.
 
 Each item is drawn in a frame of its own, in metres: x along the wall it stands against, y into the room.
 """
@@ -6,29 +6,11 @@ Each item is drawn in a frame of its own, in metres: x along the wall it stands 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from dino_lightning.data.rooms_drawing import Pen, gap_outline
-from dino_lightning.data.rooms_geometry import (
-    Point,
-    Polygon,
-    along,
-    bounds,
-    clearance,
-    contains,
-    direction,
-    distance,
-    edges,
-    inward_normal,
-    offset,
-    rectangle,
-)
-from dino_lightning.data.rooms_layout import Cell, Layout
-
-Box = tuple[float, float, float, float]
+from dino_lightning.data.rooms_drawing import Pen
+from dino_lightning.data.rooms_geometry import Point, along, rectangle
 
 
 @dataclass(frozen=True)
@@ -282,141 +264,3 @@ def plant(frame: Frame, w: float, d: float) -> None:
     for i in range(6):
         t = i * math.pi / 3
         frame.line((w / 2, d / 2), (w / 2 + w * 0.45 * math.cos(t), d / 2 + d * 0.45 * math.sin(t)))
-
-
-# For each kind of room, the typical things first: item, width range, depth, free-standing, probability.
-Wish = tuple[Item, tuple[float, float], float, bool, float]
-WISHES: dict[str, tuple[Wish, ...]] = {
-    "bedroom": (
-        (bed_with_tables, (2.3, 2.5), 2.05, False, 0.6),
-        (double_bed, (1.4, 1.7), 2.0, False, 0.75),
-        (single_bed, (0.9, 1.0), 1.95, False, 0.9),
-        (wardrobe, (1.2, 2.2), 0.6, False, 0.7),
-        (cupboard, (0.8, 1.2), 0.5, False, 0.25),
-        (desk, (1.0, 1.3), 1.0, False, 0.3),
-    ),
-    "living": (
-        (corner_sofa, (2.3, 2.7), 2.0, False, 0.35),
-        (sofa_and_table, (1.9, 2.2), 1.75, False, 0.8),
-        (television, (1.2, 1.8), 0.4, False, 0.7),
-        (sofa, (0.85, 0.95), 0.85, False, 0.6),
-        (dining_table, (2.1, 2.9), 1.75, True, 0.5),
-        (plant, (0.4, 0.5), 0.45, False, 0.3),
-    ),
-    "family": (
-        (sofa_and_table, (1.8, 2.1), 1.7, False, 0.8),
-        (sofa, (1.4, 1.6), 0.85, False, 0.5),
-        (television, (1.2, 1.6), 0.4, False, 0.7),
-    ),
-    "dining": (
-        (dining_table, (2.1, 2.7), 1.75, True, 0.75),
-        (round_table, (1.8, 2.0), 1.9, True, 0.9),
-        (cupboard, (1.2, 1.6), 0.45, False, 0.5),
-    ),
-    "kitchen": (
-        (counter, (2.4, 3.4), 0.6, False, 1.0),
-        (counter, (1.2, 1.9), 0.6, False, 0.5),
-        (sink_counter, (1.0, 2.0), 0.6, False, 0.6),
-        (fridge, (0.6, 0.65), 0.62, False, 0.8),
-        (round_table, (1.7, 1.9), 1.8, True, 0.4),
-        (dining_table, (1.9, 2.2), 1.7, True, 0.3),
-    ),
-    "bath": (
-        (bath, (1.65, 1.75), 0.75, False, 0.85),
-        (toilet, (0.4, 0.45), 0.7, False, 0.95),
-        (basin, (0.5, 0.6), 0.45, False, 0.95),
-        (shower, (0.8, 0.9), 0.85, False, 0.4),
-    ),
-    "ensuite": (
-        (shower, (0.8, 0.95), 0.85, False, 0.85),
-        (toilet, (0.4, 0.45), 0.68, False, 0.95),
-        (basin, (0.45, 0.55), 0.4, False, 0.95),
-    ),
-    "wc": ((toilet, (0.4, 0.44), 0.66, False, 1.0), (basin, (0.35, 0.42), 0.3, False, 0.85)),
-    "study": ((desk, (1.2, 1.6), 1.1, False, 0.9), (cupboard, (1.0, 1.6), 0.4, False, 0.6)),
-    "utility": ((washing_machine, (0.6, 0.6), 0.6, False, 0.9), (sink_counter, (1.0, 1.5), 0.6, False, 0.8)),
-    "dressing": ((wardrobe, (1.4, 2.2), 0.6, False, 0.9), (wardrobe, (1.2, 1.8), 0.6, False, 0.7)),
-    "garage": ((car, (1.8, 1.9), 4.2, True, 0.6),),
-    "hall": ((stairs, (2.2, 2.9), 0.9, False, 0.35), (cupboard, (0.6, 1.0), 0.4, False, 0.35)),
-    "landing": ((stairs, (2.0, 2.7), 0.9, False, 0.85),),
-}
-BEDS = (bed_with_tables, double_bed, single_bed)
-
-
-def furnish(pen: Pen, layout: Layout, cell: Cell, rng: np.random.Generator, fullness: float) -> list[Box]:
-    """Draw the furniture of a room where it fits, clear of the doors.
-
-    Args:
-        pen: draws in the metres of the layout.
-        layout: the floor, for its doors and walls.
-        cell: the room.
-        rng: source of what stands where.
-        fullness: 0 leaves rooms empty, 1 places all that is usual.
-
-    Returns:
-        The boxes taken by doors and furniture, in metres, for the writing to avoid.
-    """
-    room = offset(cell.outline, layout.inner_wall / 2 + 0.02)
-    taken: list[Box] = []
-    for opening in layout.openings:
-        if opening.kind == "window":
-            continue
-        a, b, c, d = gap_outline(opening, layout)
-        reach = distance(a, b)
-        for start, end, normal in ((a, b, 1.0), (d, c, -1.0)):
-            zone = (*(along(p, opening.inward, normal * reach * 0.95) for p in (start, end)), start, end)
-            taken.append(bounds(zone))
-    for kind, part in cell.parts:
-        zone_walls = part if len(cell.parts) > 1 else cell.outline
-        walls = edges(offset(zone_walls, layout.inner_wall / 2 + 0.02))
-        has_bed = False
-        for item, (low, high), depth, free, probability in WISHES.get(kind, ()):
-            if rng.random() > probability * fullness or (has_bed and item in BEDS):
-                continue
-            width = float(rng.uniform(low, high))
-            frame = _place(pen, room, walls, taken, (width, depth), free, rng)
-            if frame is not None:
-                item(frame, width, depth)
-                has_bed = has_bed or item in BEDS
-    return taken
-
-
-def _place(
-    pen: Pen,
-    room: Polygon,
-    walls: Sequence[tuple[Point, Point]],
-    taken: list[Box],
-    size: tuple[float, float],
-    free: bool,
-    rng: np.random.Generator,
-) -> Frame | None:
-    """Find a place for an item of this width and depth, and mark it as taken."""
-    width, depth = size
-    for _ in range(10):
-        a, b = walls[int(rng.integers(len(walls)))]
-        step, normal, length = direction(a, b), inward_normal(a, b), distance(a, b)
-        if free:
-            x0, y0, x1, y1 = bounds([point for wall in walls for point in wall])
-            middle = (
-                x0 + (x1 - x0) * float(rng.uniform(0.3, 0.7)),
-                y0 + (y1 - y0) * float(rng.uniform(0.3, 0.7)),
-            )
-            origin = along(along(middle, step, -width / 2), normal, -depth / 2)
-        else:
-            if length < width:
-                continue
-            origin = along(a, step, (length - width) * float(rng.choice((0.0, 0.5, 1.0, rng.random()))))
-        frame = Frame(pen, origin, step, normal)
-        corners = [frame.at(x, y) for x, y in ((0, 0), (width, 0), (width, depth), (0, depth))]
-        if not all(contains(room, p) or clearance(room, p) < 1e-6 for p in corners):
-            continue
-        if any(
-            contains(rectangle(*bounds(corners)), p) and clearance(tuple(corners), p) > 1e-3 for p in room
-        ):
-            continue  # a corner of an L-shaped room sticks into the item
-        x0, y0, x1, y1 = bounds(corners)
-        if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
-            continue
-        taken.append((x0, y0, x1, y1))
-        return frame
-    return None

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from dino_lightning.data.rooms_drawing import WHITE, Ink, Pen
-from dino_lightning.data.rooms_furniture import Box
+from dino_lightning.data.rooms_furnishing import Box
 from dino_lightning.data.rooms_geometry import Point, Polygon, bounds, inside, offset
 from dino_lightning.data.rooms_layout import Layout
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from dino_lightning.data.rooms_drawing import WHITE, Ink, Page, Pen, Room, WallStyle, draw_walls
-from dino_lightning.data.rooms_furniture import Box, furnish
+from dino_lightning.data.rooms_drawing import WHITE, Ink, Page, Pen, Room
+from dino_lightning.data.rooms_furnishing import Box, furnish
 from dino_lightning.data.rooms_geometry import (
     Point,
     Polygon,
@@ -24,6 +24,7 @@ from dino_lightning.data.rooms_geometry import (
 from dino_lightning.data.rooms_house import house_layout, turned
 from dino_lightning.data.rooms_labels import draw_measures, write_name
 from dino_lightning.data.rooms_layout import Layout, shared_walls
+from dino_lightning.data.rooms_walls import WallStyle, draw_walls
 from dino_lightning.data.rooms_words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES, UNITS, measured
 
 FLOORS = (("GROUND FLOOR", "FIRST FLOOR"), ("LOWER FLOOR", "UPPER FLOOR"), ("1ST FLOOR", "2ND FLOOR"))

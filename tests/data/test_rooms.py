@@ -224,6 +224,16 @@ def test_merge_of_neighbours_is_their_union() -> None:
     assert merge(rectangle(0, 0, 1, 1), rectangle(2, 0, 3, 1)) is None
 
 
+def test_walls_end_square_at_sharp_corners() -> None:
+    sharp = ((0.0, 0.0), (4.0, 0.0), (0.0, 1.0))
+    assert signed_area(sharp) > 0
+    x0, y0, x1, y1 = Room(offset(sharp, -0.1), "").bbox_xyxy
+    assert (x0, y0) == pytest.approx((-0.1, -0.1))
+    assert 4.1 <= x1 < 4.2, "the mitre of this corner reaches 4.8"
+    assert 1.1 <= y1 < 1.2
+    assert offset(rectangle(0, 0, 2, 1), 0.25) == rectangle(0.25, 0.25, 1.75, 0.75)
+
+
 @pytest.fixture(scope="module", params=["clean", "realistic"])
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rooms") / request.param
