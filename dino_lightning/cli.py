@@ -254,9 +254,8 @@ def config_path(name: str) -> Path:
 def explain_argument_error(message: str) -> str:
     """Add to a parser's complaint about an unknown option the names that exist and come close."""
     message = " ".join(message.split())
-    names = re.findall(r"--([A-Za-z_][\w.]*)|[Kk]ey ['\"]([\w.]+)['\"]", message)
     known = known_options()
-    for name in [first or second for first, second in names]:
+    for name in re.findall(r"(?:--|[Kk]ey ['\"]|option ['\"])([A-Za-z_][\w.]*)", message):
         if name in known:
             continue
         group = name.rpartition(".")[0]
@@ -326,7 +325,11 @@ def _stored_arguments(origin: Path, checkpoint: str) -> list[str]:
         return ["--config", str(origin / "config.yaml")]
     content = read_checkpoint(checkpoint)
     stored = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-    return [f"--model.{name}={json.dumps(value)}" for name, value in stored.items() if name not in LINKED]
+    return [
+        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in stored.items()
+        if name not in LINKED
+    ]
 
 
 def _packaged_config(previous: str, arg: str) -> str:

@@ -22,8 +22,8 @@ from dino_lightning.losses import Criterion
 from dino_lightning.metrics import ClassResult, CocoMetric
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.model.backbone import pretrained_state
-from dino_lightning.optim import GroupRule, drop_epochs, parameter_groups
-from dino_lightning.structures import Batch, Detections
+from dino_lightning.optim import GroupRule, drop_epochs, parameter_groups, update_rates
+from dino_lightning.structures import Batch, Detections, to_uint8
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
@@ -129,21 +129,31 @@ class DINOModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and a learning rate that drops at given epochs."""
-        groups = parameter_groups(
+        optimizer = torch.optim.AdamW(self._parameter_groups())
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, milestones=self._milestones(), gamma=self.hparams["lr_drop_factor"]
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def on_train_start(self) -> None:
+        """When resuming, let the learning rates of now stand, not those stored with the optimizer."""
+        if self.trainer.ckpt_path is not None:
+            scheduler = self.lr_schedulers()
+            assert isinstance(scheduler, torch.optim.lr_scheduler.MultiStepLR)
+            update_rates(scheduler, self._parameter_groups(), self._milestones(), self.hparams["lr_drop_factor"])
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(
             self.model,
             lr=self.hparams["lr"],
             backbone_lr=self.hparams["backbone_lr"],
             weight_decay=self.hparams["weight_decay"],
             rule=self.hparams["group_rule"],
         )
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
-        milestones = self.hparams["lr_drop_epochs"]
-        if milestones is None:
-            milestones = drop_epochs(self.trainer.max_epochs)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, milestones=milestones, gamma=self.hparams["lr_drop_factor"]
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _milestones(self) -> list[int]:
+        given = self.hparams["lr_drop_epochs"]
+        return drop_epochs(self.trainer.max_epochs) if given is None else list(given)
 
     def configure_gradient_clipping(
         self,
@@ -165,17 +175,6 @@ class DINOModule(lightning.LightningModule):
     def forward(self, batch: Batch) -> list[Detections]:
         """The detections of a batch, in pixels of the original images."""
         return self._detections(self.model(batch), batch)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check labels while they are still on the host: a wrong one would crash the device without a word."""
-        if isinstance(batch, Batch) and batch.targets is not None and batch.targets.labels.numel():
-            highest, lowest = int(batch.targets.labels.max()), int(batch.targets.labels.min())
-            if highest >= self.model.num_classes or lowest < 0:
-                raise ValueError(
-                    f"A batch with image ids {list(batch.image_ids)} has labels from {lowest} to {highest}; the model "
-                    f"has {self.model.num_classes} classes, so labels go from 0 to {self.model.num_classes - 1}."
-                )
-        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss of a batch."""
@@ -298,7 +297,7 @@ def _to_pixels(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Tensor):
-        pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = to_uint8(image)
     else:
         array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
         array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array

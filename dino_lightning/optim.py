@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
 
 GroupRule = Literal["default", "offsets", "no_norm_decay"]
 
@@ -60,3 +63,15 @@ def drop_epochs(max_epochs: int | None) -> list[int]:
     if max_epochs is None or max_epochs < 2:
         return []
     return [max(1, round(max_epochs * 11 / 12))]
+
+
+def update_rates(
+    scheduler: MultiStepLR, groups: Sequence[dict[str, Any]], milestones: Sequence[int], gamma: float
+) -> None:
+    """Give a resumed optimizer and its schedule the rates, decays and drops of `groups`, at the epoch they are in."""
+    factor = gamma ** sum(milestone <= scheduler.last_epoch for milestone in milestones)
+    for stored, group in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        stored.update(initial_lr=group["lr"], lr=group["lr"] * factor, weight_decay=group["weight_decay"])
+    scheduler.base_lrs = [group["lr"] for group in groups]
+    scheduler.milestones = Counter(milestones)
+    scheduler.gamma = gamma

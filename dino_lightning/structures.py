@@ -29,12 +29,14 @@ class Targets:
         labels: (B, N) int64, contiguous labels 0..K-1; entries past an image's count are zero.
         valid: (B, N) bool, True for a box, False for padding.
         num_boxes: the count of each image, on the host.
+        highest_label: the highest label there is, on the host; -1 without boxes.
     """
 
     boxes_cxcywh: Tensor
     labels: Tensor
     valid: Tensor
     num_boxes: tuple[int, ...]
+    highest_label: int
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
         """The same targets on another device."""
@@ -180,7 +182,7 @@ class Batch:
         Raises:
             ValueError: a label below `first_label`, or boxes that are not (n, 4).
         """
-        pixels = [image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8) for image in images]
+        pixels = [to_uint8(image) for image in images]
         if targets is None:
             return cls.from_images(pixels)
         padded: list[tuple[Tensor, Tensor]] = []
@@ -215,8 +217,17 @@ class Batch:
         return cls.from_images(pixels, image_ids=ids, targets=padded, ground_truth=truths)
 
 
+def to_uint8(image: Tensor) -> Tensor:
+    """Pixels as uint8 0-255, from uint8 or from floating point 0-1."""
+    return image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:
-    """Pad per-image (boxes_cxcywh (n, 4), labels (n,)) to `Targets` of the largest count."""
+    """Pad per-image (boxes_cxcywh (n, 4), labels (n,)) to `Targets` of the largest count.
+
+    Raises:
+        ValueError: a negative label.
+    """
     counts = tuple(int(labels.shape[0]) for _, labels in targets)
     boxes_cxcywh = torch.zeros(len(targets), max(counts, default=0), 4)
     padded_labels = torch.zeros(len(targets), max(counts, default=0), dtype=torch.int64)
@@ -225,7 +236,15 @@ def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:
         boxes_cxcywh[index, : counts[index]] = boxes
         padded_labels[index, : counts[index]] = labels
         valid[index, : counts[index]] = True
-    return Targets(boxes_cxcywh=boxes_cxcywh, labels=padded_labels, valid=valid, num_boxes=counts)
+    if padded_labels.numel() and int(padded_labels.min()) < 0:
+        raise ValueError(f"There is a label {int(padded_labels.min())}; labels start at 0.")
+    return Targets(
+        boxes_cxcywh=boxes_cxcywh,
+        labels=padded_labels,
+        valid=valid,
+        num_boxes=counts,
+        highest_label=int(padded_labels.max()) if any(counts) else -1,
+    )
 
 
 @dataclass(frozen=True)

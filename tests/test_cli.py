@@ -16,6 +16,7 @@ from dino_lightning.__main__ import run
 from tests.conftest import TINY_ARGS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+LOG = ["--trainer.log_every_n_steps=1"]
 SMALL = ["--data.image_size=64", "--data.max_size=96", "--data.num_workers=0"]
 
 
@@ -30,7 +31,7 @@ def own_directory(tmp_path, monkeypatch):
 def trained(rooms, tmp_path_factory):
     """A run of two epochs."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    code = run(["fit", "--data.root", str(rooms), "--run_dir", str(folder), "--trainer.max_epochs=2", *TINY_ARGS])
+    code = run(["fit", "--data.root", str(rooms), "--run_dir", str(folder), "--trainer.max_epochs=2", *TINY_ARGS, *LOG])
     assert code == 0
     return folder
 
@@ -208,11 +209,11 @@ BAD_INPUT = {
         2,
         ["nun_queries", "Did you mean --model.num_queries?"],
     ),
-    "too many gpus": (
+    "no gpu": (
         lambda d: None,
         ["--trainer.accelerator=gpu", "--trainer.devices=99"],
         1,
-        ["gpu", "99"],
+        ["gpu"],
     ),
 }
 
@@ -220,8 +221,6 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_in_one_sentence(case, rooms, capsys):
     prepare, extra, code, parts = BAD_INPUT[case]
-    if case == "too many gpus" and torch.cuda.device_count() >= 99:
-        pytest.skip("this machine has them")
     data = copy_rooms(rooms, Path("data"))
     prepare(data)
     args = ["fit", "--data.root=data", "--trainer.max_epochs=1", *TINY_ARGS, *extra]

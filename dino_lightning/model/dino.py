@@ -135,7 +135,15 @@ class DINO(nn.Module):
 
         Returns:
             What every decoder layer, the encoder and the denoising queries say.
+
+        Raises:
+            ValueError: a label that the model has no class for.
         """
+        if batch.targets is not None and batch.targets.highest_label >= self.num_classes:
+            raise ValueError(
+                f"A batch with image ids {list(batch.image_ids)} has label {batch.targets.highest_label}; the model has "
+                f"{self.num_classes} classes, so labels go from 0 to {self.num_classes - 1}."
+            )
         padding_mask = image_padding_mask(batch)
         levels = self.neck(self.backbone(self.normalize(batch.images)))
         tokens, position, spatial_shapes, valid_ratios, token_mask = self._flatten(levels, padding_mask)

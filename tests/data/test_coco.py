@@ -268,6 +268,15 @@ def test_categories_must_mean_the_same_in_all_files(tmp_path):
         check_classes(load(tmp_path, renamed, "val.json"), classes)
 
 
+def test_boxes_keep_the_order_of_the_file(tmp_path):
+    content = document(count=2)
+    content["annotations"] = [annotation(k, 1 + k % 2, 1, [1, 1, 1 + k / 100, 2]) for k in range(400)]
+    annotations = load(tmp_path, content)
+    widths = annotations.boxes_xyxy[:, 2] - annotations.boxes_xyxy[:, 0]
+    assert annotations.offsets.tolist() == [0, 200, 400]
+    np.testing.assert_allclose(widths, [1 + k / 100 for start in (0, 1) for k in range(start, 400, 2)])
+
+
 def test_a_subset_keeps_each_image_with_its_boxes(tmp_path):
     content = document(count=4)
     del content["annotations"][0:2]  # the first image has none
