@@ -1,4 +1,4 @@
-"""Train the DINO object detector (DETR with improved denoising anchor boxes, arXiv 2203.03605) with PyTorch Lightning."""
+"""Train the DINO object detector (DETR with improved denoising anchor boxes) with PyTorch Lightning."""
 
 from dino_lightning.data import CocoDataModule
 from dino_lightning.losses import Criterion

@@ -61,7 +61,10 @@ class DINOCLI(LightningCLI):
         """State each value once: classes and sizes come from the data."""
         # Both are taken off the command line by `prepare`; here they are for --help.
         parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Folder for this run's files; a new one in runs/ by default."
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder for this run's files; a new one in runs/ by default.",
         )
         for name in ("num_classes", "class_names", "category_ids"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
@@ -70,6 +73,7 @@ class DINOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args` without the warning about `sys.argv`, which must stay as it is for DDP's other processes."""
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -227,10 +231,17 @@ def sizes_for_device() -> list[str]:
     """Image sizes and batch for the published model on this machine's device; said, so that nobody wonders."""
     if torch.cuda.is_available():
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
-        image_size, max_size, batch = (800, 1333, 2) if gigabytes > 20 else (800, 1333, 1) if gigabytes > 14 else (640, 1066, 1)
+        image_size, max_size, batch = (
+            (800, 1333, 2) if gigabytes > 20 else (800, 1333, 1) if gigabytes > 14 else (640, 1066, 1)
+        )
         device = f"a GPU with {gigabytes:.0f} GB"
     else:
-        image_size, max_size, batch, device = 480, 800, 1, "a CPU (hours per epoch; configs/small_cpu.yaml is made for it)"
+        image_size, max_size, batch, device = (
+            480,
+            800,
+            1,
+            "a CPU (hours per epoch; configs/small_cpu.yaml is made for it)",
+        )
     say(
         f"No --config given: training the published DINO R50 4-scale model, with images of {image_size} to {max_size} "
         f"pixels and batches of {batch} to suit {device}."
@@ -262,7 +273,9 @@ def explain_argument_error(message: str) -> str:
         siblings = [option for option in known if option.rpartition(".")[0] == group]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         hint = f" Did you mean --{close[0]}?" if close else ""
-        listed = f" Options of {group}: {', '.join(option.rpartition('.')[2] for option in siblings)}." if siblings else ""
+        listed = (
+            f" Options of {group}: {', '.join(option.rpartition('.')[2] for option in siblings)}." if siblings else ""
+        )
         return f"There is no option --{name}.{hint}{listed}"
     return message
 

@@ -164,7 +164,9 @@ class DINOModule(lightning.LightningModule):
         """Clip to the Trainer's value if it has one, else to the recipe's; log the norm before clipping."""
         if gradient_clip_val is not None:
             self.clip_gradients(
-                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+                optimizer,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
             )
         elif self.hparams["clip_grad_norm"] > 0:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hparams["clip_grad_norm"])
@@ -183,11 +185,11 @@ class DINOModule(lightning.LightningModule):
         self.log_dict(_summary_terms(losses, "train"), batch_size=len(batch))
         return losses["loss"]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
-        """Detect, remember for the metric, and return the detections for callbacks."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Detect, remember for the metric, and return the batch's `detections` for callbacks."""
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """As `validation_step`."""
         return self._evaluate(batch, "test")
 
@@ -211,7 +213,7 @@ class DINOModule(lightning.LightningModule):
         losses: dict[str, Tensor] = self.criterion(self.model(batch), batch.targets, batch.image_ids)
         return losses
 
-    def _evaluate(self, batch: Batch, stage: str) -> list[Detections]:
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         output = self.model(batch)
         if batch.targets is not None:
             losses = self.criterion(output, batch.targets, batch.image_ids)
@@ -220,7 +222,7 @@ class DINOModule(lightning.LightningModule):
         if batch.ground_truth is None:
             raise ValueError("The batch has no ground_truth; evaluation needs it.")
         self.metric.update(detections, batch.ground_truth, batch.image_ids)
-        return detections
+        return {"detections": detections}
 
     def _log_metric(self, stage: str) -> dict[str, float]:
         results = self.metric.compute()

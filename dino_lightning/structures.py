@@ -168,7 +168,11 @@ class Batch:
 
     @classmethod
     def from_torchvision(
-        cls, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None, *, first_label: int = 1
+        cls,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+        *,
+        first_label: int = 1,
     ) -> Self:
         """A batch from torchvision's detection convention, for users with a data module of their own.
 
@@ -329,6 +333,11 @@ class Detections:
         ):
             category_id = self.category_ids[label] if self.category_ids else label
             results.append(
-                {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+                {
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
             )
         return results

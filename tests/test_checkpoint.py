@@ -119,7 +119,9 @@ def test_a_class_unknown_to_the_file_starts_afresh(published_file):
 def test_prefix_of_data_parallel_and_single_aliases_are_accepted(tmp_path):
     model = tiny(2)
     published = to_published(model.state_dict())
-    state = {f"module.{key}": value for key, value in published.items() if not key.startswith("transformer.decoder.class")}
+    state = {
+        f"module.{key}": value for key, value in published.items() if not key.startswith("transformer.decoder.class")
+    }
     torch.save(state, tmp_path / "bare.pth")
     assert read_weights(tmp_path / "bare.pth").state.keys() == model.state_dict().keys()
 
@@ -128,7 +130,7 @@ def test_another_architecture_is_refused(published_file):
     path, _ = published_file
     with pytest.raises(CheckpointError, match="num_queries"):
         load_weights(tiny(91, num_queries=13), path)
-    with pytest.raises(CheckpointError, match="another architecture: .*entries are missing"):
+    with pytest.raises(CheckpointError, match=r"another architecture: .*entries are missing"):
         load_weights(tiny(91, num_decoder_layers=3), path)
 
 

@@ -31,7 +31,18 @@ def own_directory(tmp_path, monkeypatch):
 def trained(rooms, tmp_path_factory):
     """A run of two epochs."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    code = run(["fit", "--data.root", str(rooms), "--run_dir", str(folder), "--trainer.max_epochs=2", *TINY_ARGS, *LOG])
+    code = run(
+        [
+            "fit",
+            "--data.root",
+            str(rooms),
+            "--run_dir",
+            str(folder),
+            "--trainer.max_epochs=2",
+            *TINY_ARGS,
+            *LOG,
+        ]
+    )
     assert code == 0
     return folder
 
@@ -39,8 +50,20 @@ def trained(rooms, tmp_path_factory):
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_config_runs_a_step(config, rooms):
     assert len((CONFIGS / config).read_text().splitlines()) <= 30
-    args = ["--config", str(CONFIGS / config), "--data.root", str(rooms), "--trainer.fast_dev_run=true", *SMALL]
-    args += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true"]
+    args = [
+        "--config",
+        str(CONFIGS / config),
+        "--data.root",
+        str(rooms),
+        "--trainer.fast_dev_run=true",
+        *SMALL,
+    ]
+    args += [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.num_nodes=1",
+        "--trainer.precision=32-true",
+    ]
     args += ["--model.backbone_weights=null", "--data.batch_size=1", "--trainer.enable_progress_bar=false"]
     assert run(["fit", *args]) == 0
 
@@ -67,7 +90,12 @@ def test_the_summary_says_where_everything_is(rooms, capsys):
     args = ["--data.root", str(rooms), "--trainer.max_epochs=1", "--run_dir", "here", *TINY_ARGS]
     assert run(["fit", *args]) == 0
     printed = capsys.readouterr().out
-    for part in ("room", "train: 8 images", "best checkpoint  here/checkpoints/best.ckpt", "validate --ckpt_path"):
+    for part in (
+        "room",
+        "train: 8 images",
+        "best checkpoint  here/checkpoints/best.ckpt",
+        "validate --ckpt_path",
+    ):
         assert part in printed
 
 
@@ -125,7 +153,13 @@ def test_seeded_runs_repeat(rooms):
 
 
 def test_bf16_mixed_runs_on_cpu(rooms):
-    args = ["--data.root", str(rooms), "--trainer.fast_dev_run=2", "--trainer.precision=bf16-mixed", *TINY_ARGS]
+    args = [
+        "--data.root",
+        str(rooms),
+        "--trainer.fast_dev_run=2",
+        "--trainer.precision=bf16-mixed",
+        *TINY_ARGS,
+    ]
     assert run(["fit", *args]) == 0
 
 
@@ -138,7 +172,13 @@ def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, cap
 
 def test_starting_weights_are_named_in_one_line(trained, rooms, capfd, caplog):
     weights = trained / "checkpoints" / "best.ckpt"
-    args = ["--data.root", str(rooms), "--trainer.fast_dev_run=true", f"--model.weights={weights}", *TINY_ARGS]
+    args = [
+        "--data.root",
+        str(rooms),
+        "--trainer.fast_dev_run=true",
+        f"--model.weights={weights}",
+        *TINY_ARGS,
+    ]
     with caplog.at_level("INFO"):
         assert run(["fit", *args]) == 0
     said = caplog.text + capfd.readouterr().err

@@ -15,7 +15,7 @@ from tests.conftest import TINY_ARGS, TINY_SIZES
 # Trains three steps without shuffling on eight images of one size and writes what came out.
 SCRIPT = textwrap.dedent(
     """
-    import json, sys
+    import json, os, sys
     import lightning, torch
     from torch.utils.data import DataLoader
     from dino_lightning import Batch, DINOModule
@@ -42,11 +42,15 @@ SCRIPT = textwrap.dedent(
             self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
 
     samples = [sample(index) for index in range(12)]
-    loader = DataLoader(samples, batch_size=4 // options["devices"], shuffle=False, collate_fn=collate)
+    devices = options["devices"]
+    # rank r sees every other image of each global batch; Lightning's own sampler would shuffle
+    order = [i for i in range(12) if i % devices == int(os.environ.get("LOCAL_RANK", 0))]
+    loader = DataLoader(samples, batch_size=4 // devices, sampler=order, collate_fn=collate)
     module = DINOModule(num_classes=3, backbone_weights=None, lr=1e-3, **options["model"])
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=options["devices"], strategy="ddp" if options["devices"] > 1 else "auto",
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
     )
     recorder = Recorder()
     trainer.callbacks.append(recorder)
@@ -70,7 +74,13 @@ def train(tmp_path, devices, *, denoising=0, empty="none"):
     options["model"] = {**TINY_SIZES, "num_denoising": denoising}
     command = [sys.executable, str(script), json.dumps(options)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -96,9 +106,20 @@ def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
 
 def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path):
     command = [sys.executable, "-m", "dino_lightning.fit", "--data.root", str(rooms), *TINY_ARGS]
-    command += ["--trainer.max_epochs=2", "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
+    command += [
+        "--trainer.max_epochs=2",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--data.batch_size=2",
+    ]
     done = subprocess.run(
-        command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "runs").iterdir()

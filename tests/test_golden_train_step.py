@@ -56,7 +56,9 @@ def test_training_step():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             delta = (parameter.detach() - before[name]).double().norm().item()
-            assert parameter.detach().double().norm().item() == pytest.approx(published[name]["norm_after"], rel=1e-5), name
+            assert parameter.detach().double().norm().item() == pytest.approx(
+                published[name]["norm_after"], rel=1e-5
+            ), name
             assert delta == pytest.approx(published[name]["delta_norm"], rel=1e-2), name
     after = criterion(model(batch, noise), batch.targets)
     published_after = meta["after_step_same_draws"]

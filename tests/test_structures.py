@@ -70,7 +70,11 @@ def test_targets_keep_their_counts(counts):
 
 @pytest.mark.parametrize(
     ("images", "part"),
-    [([], "at least one"), ([torch.zeros(1, 4, 4)], r"\(3, height, width\)"), ([torch.zeros(4, 4)], "Image 0")],
+    [
+        ([], "at least one"),
+        ([torch.zeros(1, 4, 4)], r"\(3, height, width\)"),
+        ([torch.zeros(4, 4)], "Image 0"),
+    ],
 )
 def test_impossible_batches_are_refused(images, part):
     with pytest.raises(ValueError, match=part):
@@ -112,4 +116,9 @@ def test_detections_speak_coco():
     assert found.names == ["room", "door"]
     assert len(found.above(0.5)) == 1
     first = found.to_coco(5)[0]
-    assert first == {"image_id": 5, "category_id": 70, "bbox": [1.0, 2.0, 10.0, 20.0], "score": pytest.approx(0.9)}
+    assert first == {
+        "image_id": 5,
+        "category_id": 70,
+        "bbox": [1.0, 2.0, 10.0, 20.0],
+        "score": pytest.approx(0.9),
+    }

@@ -57,7 +57,15 @@ def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
         axes.set_title(panel.title, fontsize=8)
         for x1, y1, x2, y2 in panel.truth_xyxy:
             axes.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=TRUTH_COLOUR, linewidth=1.2, linestyle="--")
+                Rectangle(
+                    (x1, y1),
+                    x2 - x1,
+                    y2 - y1,
+                    fill=False,
+                    edgecolor=TRUTH_COLOUR,
+                    linewidth=1.2,
+                    linestyle="--",
+                )
             )
         for (x1, y1, x2, y2), label, caption in zip(panel.boxes_xyxy, panel.labels, panel.captions, strict=True):
             colour = PALETTE[label % len(PALETTE)]

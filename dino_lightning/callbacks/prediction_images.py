@@ -42,7 +42,7 @@ class PredictionImages(lightning.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         for index in range(min(len(batch), self.num_images - len(self._seen))):
-            self._seen.append((batch.to("cpu", non_blocking=False), index, outputs[index]))
+            self._seen.append((batch.to("cpu", non_blocking=False), index, outputs["detections"][index]))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw."""
@@ -62,7 +62,8 @@ class PredictionImages(lightning.Callback):
             if isinstance(logger, TensorBoardLogger):
                 canvas = figure.canvas
                 assert isinstance(canvas, FigureCanvasAgg)
-                pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+                rgba: Any = canvas.buffer_rgba()  # type: ignore[no-untyped-call]  # matplotlib has no types here
+                pixels = np.asarray(rgba)[..., :3]
                 logger.experiment.add_image("val/detections", pixels, trainer.global_step, dataformats="HWC")
 
 

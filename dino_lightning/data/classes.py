@@ -30,9 +30,7 @@ class Classes:
     def labels_of(self, annotations: CocoAnnotations) -> npt.NDArray[np.int64]:
         """(A,) int64 labels 0..K-1 of all rows of a file that `check_classes` has accepted."""
         label_of_id = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        table = np.array(
-            [label_of_id.get(category.id, -1) for category in annotations.categories], dtype=np.int64
-        )
+        table = np.array([label_of_id.get(category.id, -1) for category in annotations.categories], dtype=np.int64)
         return table[annotations.category_indices]
 
 

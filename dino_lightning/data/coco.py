@@ -168,9 +168,7 @@ def load_coco(annotations: Path, images: Path) -> CocoAnnotations:
     document = _read_json(path)
     for key in ("images", "annotations", "categories"):
         if key not in document:
-            raise DataError(
-                f"{path}: has no {key!r}. A COCO detection file needs images, annotations and categories."
-            )
+            raise DataError(f"{path}: has no {key!r}. A COCO detection file needs images, annotations and categories.")
         if not isinstance(document[key], list):
             raise DataError(f"{path}: {key!r} must be a list, not {_kind(document[key])}.")
         for position, entry in enumerate(document[key]):
@@ -211,9 +209,7 @@ def _parse_categories(path: Path, entries: list[dict[str, Any]]) -> tuple[Catego
     for position, entry in enumerate(entries):
         category_id = _integer(path, f"category number {position}", entry, "id")
         if category_id in categories:
-            raise DataError(
-                f"{path}: category id {category_id} is listed twice. Give each category its own id."
-            )
+            raise DataError(f"{path}: category id {category_id} is listed twice. Give each category its own id.")
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"{path}: category {category_id} has no name. Give each category a name.")
@@ -233,9 +229,7 @@ def _parse_images(path: Path, entries: list[dict[str, Any]]) -> tuple[ImageEntry
         height, width = _integer(path, what, entry, "height"), _integer(path, what, entry, "width")
         if height < 1 or width < 1:
             raise DataError(f"{path}: {what} has width {width} and height {height}. Give its size in pixels.")
-        images[image_id] = ImageEntry(
-            image_id, _safe_file_name(path, what, entry.get("file_name")), (height, width)
-        )
+        images[image_id] = ImageEntry(image_id, _safe_file_name(path, what, entry.get("file_name")), (height, width))
     return tuple(images.values())
 
 
@@ -288,9 +282,7 @@ def _parse_annotations(
                 "x, y, width, height."
             )
         if crowd not in (0, 1):
-            raise DataError(
-                f"{path}: {_annotation(entry, position)} has iscrowd {crowd!r}; it must be 0 or 1."
-            )
+            raise DataError(f"{path}: {_annotation(entry, position)} has iscrowd {crowd!r}; it must be 0 or 1.")
         given_area = entry.get("area")
         boxes_xywh.append(box)
         image_indices.append(index_of_image[image_id])

@@ -8,9 +8,7 @@ from dino_lightning.data.dataset import Sample
 from dino_lightning.structures import Batch
 
 
-def collate(
-    samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None, pad_to_multiple: int = 1
-) -> Batch:
+def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None, pad_to_multiple: int = 1) -> Batch:
     """Put samples into one batch.
 
     Args:

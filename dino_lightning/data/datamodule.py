@@ -216,9 +216,7 @@ class CocoDataModule(lightning.LightningDataModule):
             if dataset is not None
         )
 
-    def _loader(
-        self, dataset: CocoDetection, batch_size: int, *, training: bool = False
-    ) -> DataLoader[Sample]:
+    def _loader(self, dataset: CocoDetection, batch_size: int, *, training: bool = False) -> DataLoader[Sample]:
         self._leave_out_unreadable(dataset)
         processes, processes_here = 1, 1
         if self.trainer is not None:

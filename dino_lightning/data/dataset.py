@@ -101,9 +101,7 @@ class CocoDetection(Dataset[Sample]):
             labels=example.labels,
             image_id=entry.id,
             original_size=size,
-            ground_truth=ground_truth(self.annotations, self._labels, index)
-            if self.with_ground_truth
-            else None,
+            ground_truth=ground_truth(self.annotations, self._labels, index) if self.with_ground_truth else None,
         )
 
     def leave_out_unreadable(self) -> list[int]:
@@ -121,9 +119,7 @@ class CocoDetection(Dataset[Sample]):
             readable = list(pool.map(self._is_readable, range(len(self))))
         if not any(readable):
             raise DataError(f"{self.annotations.path}: not one of its {len(self)} images can be read.")
-        left_out = [
-            image.id for image, keep in zip(self.annotations.images, readable, strict=True) if not keep
-        ]
+        left_out = [image.id for image, keep in zip(self.annotations.images, readable, strict=True) if not keep]
         self.annotations = self.annotations.subset([index for index, keep in enumerate(readable) if keep])
         self._labels = self.classes.labels_of(self.annotations)
         self._all_readable = True

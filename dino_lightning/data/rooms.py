@@ -36,9 +36,7 @@ SEEDS_PER_SPLIT = 1_000_000
 LONG_SIDE = {"clean": (200, 320), "realistic": (200, 1100)}
 
 
-def draw_plan(
-    seed: int, *, style: Style = "clean", size: int | None = None
-) -> tuple[Image.Image, list[Room]]:
+def draw_plan(seed: int, *, style: Style = "clean", size: int | None = None) -> tuple[Image.Image, list[Room]]:
     """Draw one floor plan.
 
     Args:
@@ -60,9 +58,7 @@ def draw_plan(
         raise ValueError(f"size must be at least 96 pixels, got {size}.")
     rng = np.random.default_rng((seed, get_args(Style).index(style)))
     low, high = LONG_SIDE[style]
-    drawn = int(
-        rng.integers(low, high + 1)
-    )  # drawn in any case: the size leaves the rest of the plan as it is
+    drawn = int(rng.integers(low, high + 1))  # drawn in any case: the size leaves the rest of the plan as it is
     long_side = size or drawn
     return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng)
 
@@ -205,9 +201,7 @@ def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
         found = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         found = None
-    ours = {MANIFEST} | {
-        f"{split}{part}" for split in SPLITS for part in ("", "/annotations.json", "/images")
-    }
+    ours = {MANIFEST} | {f"{split}{part}" for split in SPLITS for part in ("", "/annotations.json", "/images")}
     if found == manifest and ours <= names:
         return True
     if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - ours:
@@ -235,9 +229,7 @@ def _write_split(
     for index in range(count):
         picture, rooms = draw_plan(first_seed + index, style=style, size=size)
         file_name = _save(picture, folder / "images", f"{index + 1:06d}", style, first_seed + index)
-        images.append(
-            {"id": index + 1, "file_name": file_name, "width": picture.width, "height": picture.height}
-        )
+        images.append({"id": index + 1, "file_name": file_name, "width": picture.width, "height": picture.height})
         for room in rooms:
             x0, y0, x1, y1 = room.bbox_xyxy
             annotations.append(

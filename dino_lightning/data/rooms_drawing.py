@@ -145,9 +145,7 @@ class Pen:
         hairline: thickness of thin lines, in pixels of the finished page.
     """
 
-    def __init__(
-        self, page: Page, scale: float, origin: Point, hairline: float = 0.8, ink: Ink = BLACK
-    ) -> None:
+    def __init__(self, page: Page, scale: float, origin: Point, hairline: float = 0.8, ink: Ink = BLACK) -> None:
         self.page = page
         self.scale = scale
         self.origin = origin
@@ -196,9 +194,7 @@ class Pen:
         for k in range(1, math.ceil((high - low) / spacing)):
             depth = low + k * spacing
             crossings = []
-            for (a, b), (p, q) in zip(
-                edges(polygon), edges(tuple(zip(depths, depths, strict=True))), strict=True
-            ):
+            for (a, b), (p, q) in zip(edges(polygon), edges(tuple(zip(depths, depths, strict=True))), strict=True):
                 if (p[0] > depth) != (q[0] > depth):
                     t = (depth - p[0]) / (q[0] - p[0])
                     crossings.append((a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])))

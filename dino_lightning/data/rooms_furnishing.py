@@ -179,9 +179,7 @@ def _place(
         corners = [frame.at(x, y) for x, y in ((0, 0), (width, 0), (width, depth), (0, depth))]
         if not all(contains(room, p) or clearance(room, p) < 1e-6 for p in corners):
             continue
-        if any(
-            contains(rectangle(*bounds(corners)), p) and clearance(tuple(corners), p) > 1e-3 for p in room
-        ):
+        if any(contains(rectangle(*bounds(corners)), p) and clearance(tuple(corners), p) > 1e-3 for p in room):
             continue  # a corner of an L-shaped room sticks into the item
         x0, y0, x1, y1 = bounds(corners)
         if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):

@@ -26,9 +26,7 @@ class Frame:
         """A point of the item in the layout."""
         return along(along(self.origin, self.x_axis, x), self.y_axis, y)
 
-    def box(
-        self, x0: float, y0: float, x1: float, y1: float, radius: float = 0.0, width: float = 1.0
-    ) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, radius: float = 0.0, width: float = 1.0) -> None:
         """A rectangle, its corners rounded where `radius` is given."""
         if radius <= 0:
             self.pen.polygon([self.at(x, y) for x, y in rectangle(x0, y0, x1, y1)], width=width)

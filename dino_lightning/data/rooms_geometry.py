@@ -69,9 +69,7 @@ def clean(polygon: Sequence[Point]) -> Polygon:
     kept = []
     for i, point in enumerate(points):
         before, after = points[i - 1], points[(i + 1) % len(points)]
-        cross = (point[0] - before[0]) * (after[1] - point[1]) - (point[1] - before[1]) * (
-            after[0] - point[0]
-        )
+        cross = (point[0] - before[0]) * (after[1] - point[1]) - (point[1] - before[1]) * (after[0] - point[0])
         if abs(cross) > TOLERANCE * distance(before, point):
             kept.append(point)
     return tuple(kept)

@@ -56,9 +56,7 @@ NARROWEST = {
 }
 
 
-def house_layout(
-    num_rooms: int, rng: np.random.Generator, *, upper: bool = False
-) -> tuple[Layout, Cell | None]:
+def house_layout(num_rooms: int, rng: np.random.Generator, *, upper: bool = False) -> tuple[Layout, Cell | None]:
     """One floor of a home.
 
     Args:
@@ -111,9 +109,7 @@ def house_layout(
         varied=True,
         front_door=not upper,
     )
-    return Layout(
-        tuple(cells), tuple(openings), inner_wall, inner_wall * float(rng.uniform(1.8, 3.0))
-    ), terrace
+    return Layout(tuple(cells), tuple(openings), inner_wall, inner_wall * float(rng.uniform(1.8, 3.0))), terrace
 
 
 def turned(layout: Layout, angle: float) -> Layout:
@@ -148,18 +144,14 @@ def _programme(
     taken = set(wanted[:num_rooms])
     for i, group in enumerate(groups):
         members = [
-            (kind, size * float(rng.uniform(0.8, 1.35)))
-            for j, (kind, size) in enumerate(group)
-            if (i, j) in taken
+            (kind, size * float(rng.uniform(0.8, 1.35))) for j, (kind, size) in enumerate(group) if (i, j) in taken
         ]
         if members:
             chosen.append(members)
     return chosen
 
 
-def _cells(
-    outline: Polygon, programme: list[tuple[str, float]], rng: np.random.Generator, slant: float
-) -> list[Cell]:
+def _cells(outline: Polygon, programme: list[tuple[str, float]], rng: np.random.Generator, slant: float) -> list[Cell]:
     """Cut a footprint up, at times with a corridor through the middle and rooms on both sides."""
     corridor = next((kind for kind, _ in programme if kind in CORRIDORS), None)
     if corridor is None or len(programme) < 6 or rng.random() < 0.35:

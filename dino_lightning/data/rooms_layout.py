@@ -128,9 +128,7 @@ def divide(
     slanted = min(x1 - x0, y1 - y0) > 3.0 and rng.random() < slant
     angle = float(rng.uniform(0.12, 0.35) * rng.choice((-1, 1))) if slanted else 0.0
     first, second = cut(outline, float(shares[index]), angle)
-    return divide(first, programme[: index + 1], rng, slant) + divide(
-        second, programme[index + 1 :], rng, slant
-    )
+    return divide(first, programme[: index + 1], rng, slant) + divide(second, programme[index + 1 :], rng, slant)
 
 
 def narrowest(cells: Sequence[Cell]) -> float:
@@ -153,7 +151,7 @@ def shared_walls(cells: Sequence[Cell]) -> tuple[dict[tuple[int, int], list[Segm
         free: list[Segment] = []
         for a, b in edges(cell.outline):
             step, taken = direction(a, b), []
-            for j in np.flatnonzero(touching):
+            for j in np.flatnonzero(touching).tolist():
                 if j == i:
                     continue
                 for other in edges(cells[j].outline):
@@ -230,11 +228,7 @@ def place_openings(
     entrance = halls[0] if halls else max(range(len(cells)), key=lambda i: signed_area(cells[i].outline))
     front_walls = sorted(outer[entrance], key=lambda wall: distance(*wall)) if front_door else []
     front = next(
-        (
-            wall
-            for wall in front_walls
-            if add_door(wall, 0.9, into_second=False, outside=True, wide_too=varied)
-        ),
+        (wall for wall in front_walls if add_door(wall, 0.9, into_second=False, outside=True, wide_too=varied)),
         None,
     )
 
@@ -302,10 +296,8 @@ def simple_layout(
             break
     # The largest cell becomes the living room, the smallest the bath and the store.
     cells.sort(key=lambda cell: -signed_area(cell.outline))
-    kinds = ("living", "bedroom", "kitchen", "bedroom", "hall", "study", "bedroom", "bath", "store")
+    kinds: tuple[str, ...] = ("living", "bedroom", "kitchen", "bedroom", "hall", "study", "bedroom", "bath", "store")
     kinds = (*kinds[: len(cells) - 1], "bath") if len(cells) < 9 else kinds
-    cells = [
-        Cell(kind, cell.outline, ((kind, cell.outline),)) for kind, cell in zip(kinds, cells, strict=True)
-    ]
+    cells = [Cell(kind, cell.outline, ((kind, cell.outline),)) for kind, cell in zip(kinds, cells, strict=True)]
     openings = place_openings(cells, inner_wall, rng)
     return Layout(tuple(cells), tuple(openings), inner_wall, outer_wall)

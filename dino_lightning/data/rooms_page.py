@@ -117,9 +117,7 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
 
     grey = int(rng.choice((0, 0, 20, 50)))
     hairline = max(long_side / 900, 0.55) * float(rng.uniform(0.8, 1.2))
-    walls = WallStyle(
-        str(rng.choice(("solid", "grey", "hatched", "hollow"), p=(0.62, 0.13, 0.18, 0.07))), grey
-    )
+    walls = WallStyle(str(rng.choice(("solid", "grey", "hatched", "hollow"), p=(0.62, 0.13, 0.18, 0.07))), grey)
     lettering = _lettering(scale, long_side, rng)
     tinted = bool(rng.random() < 0.2)
     fullness = float(rng.choice((0.0, 0.6, 1.0), p=(0.12, 0.3, 0.58)))
@@ -153,7 +151,7 @@ def _floors(num_rooms: int, rng: np.random.Generator) -> list[Floor]:
         upstairs = int(np.clip(num_rooms * rng.uniform(0.35, 0.55), 2, 9))
         counts = [num_rooms - upstairs, upstairs]
     angle = float(rng.uniform(-0.6, 0.6)) if rng.random() < 0.07 else 0.0
-    floors = []
+    floors: list[Floor] = []
     for index, count in enumerate(counts):
         layout, corner = house_layout(count, rng, upper=index > 0)
         if floors:  # the walls of the floor below
@@ -195,17 +193,13 @@ def _terrace(layout: Layout, rng: np.random.Generator) -> list[Polygon]:
 def _lettering(scale: float, long_side: int, rng: np.random.Generator) -> Lettering:
     language = str(rng.choice(list(NAMES), p=(0.7, 0.1, 0.1, 0.1)))
     units = str(
-        rng.choice(
-            UNITS if language == "english" else ("m x m", "m2", "qm" if language == "german" else "m2", "")
-        )
+        rng.choice(UNITS if language == "english" else ("m x m", "m2", "qm" if language == "german" else "m2", ""))
     )
     size = min(max(scale * float(rng.uniform(0.2, 0.3)), 5.0), long_side / 50 + 3)
     return Lettering(language, bool(rng.random() < 0.6), size, units)
 
 
-def _draw_ground(
-    pen: Pen, floor: Floor, tinted: bool, lettering: Lettering, rng: np.random.Generator
-) -> None:
+def _draw_ground(pen: Pen, floor: Floor, tinted: bool, lettering: Lettering, rng: np.random.Generator) -> None:
     """Floor colours, and the terraces: hatched, paved or only dashed, and never a room."""
     if tinted:
         for cell in floor.layout.cells:
@@ -251,9 +245,7 @@ def _draw_rooms(
     rooms = []
     for cell in layout.cells:
         taken = furnish(pen, layout, cell, rng, fullness)
-        words = NAMES[lettering.language][
-            "open" if len(cell.parts) > 1 and cell.kind == "living" else cell.kind
-        ]
+        words = NAMES[lettering.language]["open" if len(cell.parts) > 1 and cell.kind == "living" else cell.kind]
         word = words[int(rng.integers(len(words)))]
         counts[cell.kind] = counts.get(cell.kind, 0) + 1
         if cell.kind == "bedroom":
@@ -306,9 +298,7 @@ def _draw_north(page: Page, centre: Point, radius: float, rng: np.random.Generat
         return radius * (forward * s + sideways * c), radius * (-forward * c + sideways * s)
 
     if rng.random() < 0.6:
-        pen.polygon(
-            [(radius * math.cos(t / 12 * math.pi), radius * math.sin(t / 12 * math.pi)) for t in range(24)]
-        )
+        pen.polygon([(radius * math.cos(t / 12 * math.pi), radius * math.sin(t / 12 * math.pi)) for t in range(24)])
     pen.polygon((at(0.8, 0), at(-0.5, 0.35), at(-0.25, 0)), fill=(0, 0, 0))
     pen.polygon((at(0.8, 0), at(-0.5, -0.35), at(-0.25, 0)))
     pen.text(at(1.35, 0), ["N"], max(radius * 0.6, 4))

@@ -47,9 +47,7 @@ def scan(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         RGB, or L where the scanner only knew grey.
     """
     if rng.random() < 0.6:
-        picture = picture.filter(
-            ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.5 + picture.width / 2000)))
-        )
+        picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.5 + picture.width / 2000))))
     grey_only = bool(rng.random() < 0.5)
     values = np.asarray(picture.convert("L") if grey_only else picture, dtype=np.float32).reshape(
         picture.height, picture.width, -1
@@ -104,9 +102,7 @@ def _title_page(page: Page, rng: np.random.Generator) -> None:
     pen = Pen(page, 1.0, (0.0, 0.0), hairline=0.8)
     x0, x1, eaves = width * 0.3, width * 0.7, top + (bottom - top) * 0.42
     pen.polygon(rectangle(x0, eaves, x1, ground), fill=(wall, wall, wall))
-    pen.polygon(
-        ((x0 - unit, eaves), ((x0 + x1) / 2, top + unit), (x1 + unit, eaves)), fill=(roof, roof, roof)
-    )
+    pen.polygon(((x0 - unit, eaves), ((x0 + x1) / 2, top + unit), (x1 + unit, eaves)), fill=(roof, roof, roof))
     for t in (0.15, 0.65):
         x = x0 + (x1 - x0) * t
         pen.polygon(rectangle(x, eaves + unit, x + unit * 1.6, eaves + unit * 2.4), fill=(60, 70, 80))

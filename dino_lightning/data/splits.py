@@ -69,9 +69,7 @@ def find_split_files(root: Path) -> dict[str, SplitFiles]:
     return found
 
 
-def resolve_split_files(
-    root: Path, explicit: Mapping[str, tuple[str | None, str | None]]
-) -> dict[str, SplitFiles]:
+def resolve_split_files(root: Path, explicit: Mapping[str, tuple[str | None, str | None]]) -> dict[str, SplitFiles]:
     """The files of each split: those the user names, the others as found in the root.
 
     Args:
@@ -90,9 +88,7 @@ def resolve_split_files(
             found[split] = SplitFiles(path, choose_image_folder(path, candidates))
         if images is not None:
             if split not in found:
-                raise DataError(
-                    f"{split}_images: given without annotations for it. Give {split}_annotations as well."
-                )
+                raise DataError(f"{split}_images: given without annotations for it. Give {split}_annotations as well.")
             found[split] = SplitFiles(found[split].annotations, _existing(root, images, f"{split}_images"))
     if "train" not in found:
         raise DataError(
@@ -114,9 +110,7 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path]) -> Path:
     return max(folders, key=lambda folder: sum((folder / name).is_file() for name in names))
 
 
-def split_images(
-    annotations: CocoAnnotations, fraction: float, seed: int
-) -> tuple[CocoAnnotations, CocoAnnotations]:
+def split_images(annotations: CocoAnnotations, fraction: float, seed: int) -> tuple[CocoAnnotations, CocoAnnotations]:
     """Split whole images into training and validation.
 
     Images are ranked by a hash of seed and image id, so the order of the file does not matter, and adding
@@ -174,9 +168,7 @@ def _newest_year(root: Path) -> str:
     """One year for all splits: validation images of one COCO year are training images of another."""
     names = [path.name for path in sorted(root.glob("annotations/instances_*.json"))]
     for split in SPLIT_NAMES:
-        years = [
-            match[1] for name in names if (match := re.fullmatch(rf"instances_{split}(\d{{4}})\.json", name))
-        ]
+        years = [match[1] for name in names if (match := re.fullmatch(rf"instances_{split}(\d{{4}})\.json", name))]
         if years:
             return max(years)
     return ""

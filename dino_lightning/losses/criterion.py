@@ -98,7 +98,8 @@ def _global_num_boxes(targets: Targets, device: torch.device) -> Tensor:
 
 def _class_loss(logits: Tensor, wanted: Tensor) -> Tensor:
     """(L, B, Q, K) logits and 0/1 targets -> (L,) focal loss, summed."""
-    return sigmoid_focal_loss(logits, wanted, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA).sum((1, 2, 3))
+    per_query: Tensor = sigmoid_focal_loss(logits, wanted, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
+    return per_query.sum((1, 2, 3))
 
 
 def _box_losses(boxes: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

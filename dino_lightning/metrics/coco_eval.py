@@ -222,9 +222,7 @@ class CocoMetric(Metric):
 
     def _evaluate_on_rank_zero(self) -> _Result:
         """One gather, one evaluation, one broadcast."""
-        gathered: list[tuple[dict[int, _Image], tuple[str, ...] | None] | None] = [
-            None
-        ] * dist.get_world_size()
+        gathered: list[tuple[dict[int, _Image], tuple[str, ...] | None] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._images, self._detections_names))
         outcome: list[_Result | str | None] = [None]
         cause: Exception | None = None
@@ -391,9 +389,7 @@ def _annotations(
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def _best_of_each_class(
-    scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
+def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """(D,) True for the detections of one image that COCO looks at: the best 100 of each class."""
     if len(scores) <= MAX_DETECTIONS:
         return np.ones(len(scores), np.bool_)

@@ -195,9 +195,7 @@ def match_detections(
     return is_true_positive, fits_crowd & ~is_true_positive
 
 
-def coco_overlaps(
-    boxes_xyxy: Floats, truth_boxes_xyxy: Floats, truth_iscrowd: Bools
-) -> npt.NDArray[np.float64]:
+def coco_overlaps(boxes_xyxy: Floats, truth_boxes_xyxy: Floats, truth_iscrowd: Bools) -> npt.NDArray[np.float64]:
     """(D, 4) and (N, 4) corners in pixels -> (D, N) IoU; for a crowd region intersection over detection area.
 
     In float64 and by way of width and height, as pycocotools computes it, so that a box on the threshold

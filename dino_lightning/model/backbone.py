@@ -195,7 +195,8 @@ class _NarrowResNet(nn.Module):
             shortcut = None
             if channels != width or stride != 1:
                 shortcut = nn.Sequential(
-                    nn.Conv2d(channels, width, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                    nn.Conv2d(channels, width, kernel_size=1, stride=stride, bias=False),
+                    nn.BatchNorm2d(width),
                 )
             self.add_module(f"layer{index}", nn.Sequential(BasicBlock(channels, width, stride, shortcut)))
             channels = width

@@ -1,4 +1,4 @@
-"""The decoder: dynamic anchor boxes refined layer by layer, looking forward twice (sections 3.4 and D.3 of 2203.03605)."""
+"""The decoder: anchor boxes refined layer by layer, looking forward twice (arXiv 2203.03605, section 3.4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, *, hidden_dim: int, num_levels: int, num_heads: int, num_points: int, ffn_dim: int, dropout: float
+        self,
+        *,
+        hidden_dim: int,
+        num_levels: int,
+        num_heads: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.cross_attention = MultiScaleDeformableAttention(
@@ -45,9 +52,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """(B, Q, D) queries, their positions and (B, Q, L, 4) reference boxes -> (B, Q, D)."""
         positioned = queries + position
-        attended, _ = self.self_attention(
-            positioned, positioned, queries, attn_mask=attention_mask, need_weights=False
-        )
+        attended, _ = self.self_attention(positioned, positioned, queries, attn_mask=attention_mask, need_weights=False)
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attention(queries + position, reference_points, memory, spatial_shapes, padding_mask)
         queries = self.norm1(queries + self.dropout(attended))

@@ -99,9 +99,7 @@ def denoising_queries(
     box_noise_scale: float,
 ) -> DenoisingQueries:
     """Lay the noised targets out as queries; see `DenoisingQueries` for the order of slots."""
-    labels, boxes = noised_targets(
-        targets, noise, label_noise_ratio=label_noise_ratio, box_noise_scale=box_noise_scale
-    )
+    labels, boxes = noised_targets(targets, noise, label_noise_ratio=label_noise_ratio, box_noise_scale=box_noise_scale)
     repetitions, batch, max_boxes = labels.shape
     filled = targets.valid[None, ..., None]
     content = label_embedding(labels) * filled

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.model.backbone import Backbone, NormKind
 from dino_lightning.model.decoder import Decoder
+from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.denoising import (
     DenoisingQueries,
     Noise,
@@ -97,15 +98,18 @@ class DINO(nn.Module):
         self.level_embedding = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
         self.encoder = Encoder(num_layers=num_encoder_layers, dropout=dropout, **attention)
         self.decoder = Decoder(num_layers=num_decoder_layers, num_classes=num_classes, dropout=dropout, **attention)
-        self.query_selection = QuerySelection(
-            hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries
-        )
+        self.query_selection = QuerySelection(hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)
         body = Backbone(
-            name=backbone, strides=feature_strides, norm=backbone_norm, trainable_layers=trainable_backbone_layers
+            name=backbone,
+            strides=feature_strides,
+            norm=backbone_norm,
+            trainable_layers=trainable_backbone_layers,
         )
         self.neck = Neck(in_channels=body.channels, hidden_dim=hidden_dim, num_levels=num_feature_levels)
         self.backbone = body
+        self.image_mean: Tensor
+        self.image_std: Tensor
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255, persistent=False)
         self._reset_parameters()
@@ -116,10 +120,10 @@ class DINO(nn.Module):
             for parameter in part.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
-        for parameter in (self.query_selection.content_queries.weight, self.query_selection.output_projection.weight):
-            nn.init.xavier_uniform_(parameter)
+        nn.init.xavier_uniform_(self.query_selection.content_queries.weight)
+        nn.init.xavier_uniform_(self.query_selection.output_projection.weight)
         for module in self.modules():
-            if hasattr(module, "sampling_offsets"):
+            if isinstance(module, MultiScaleDeformableAttention):
                 module.reset_parameters()
         # published: the encoder's heads begin as copies of the decoder's
         self.query_selection.bbox_head.load_state_dict(self.decoder.bbox_head.state_dict())
@@ -141,8 +145,8 @@ class DINO(nn.Module):
         """
         if batch.targets is not None and batch.targets.highest_label >= self.num_classes:
             raise ValueError(
-                f"A batch with image ids {list(batch.image_ids)} has label {batch.targets.highest_label}; the model has "
-                f"{self.num_classes} classes, so labels go from 0 to {self.num_classes - 1}."
+                f"A batch with image ids {list(batch.image_ids)} has label {batch.targets.highest_label}; the model "
+                f"has {self.num_classes} classes, so labels go from 0 to {self.num_classes - 1}."
             )
         padding_mask = image_padding_mask(batch)
         levels = self.neck(self.backbone(self.normalize(batch.images)))
@@ -187,8 +191,7 @@ class DINO(nn.Module):
         """(B, 3, H, W) uint8 pixels -> float32 with ImageNet's mean and deviation; floating point passes unchanged."""
         if images.dtype != torch.uint8:
             return images
-        normalized: Tensor = (images.float() - self.image_mean) / self.image_std
-        return normalized
+        return (images.float() - self.image_mean) / self.image_std
 
     def _denoising_queries(self, batch: Batch, noise: Noise | None) -> DenoisingQueries | None:
         targets = batch.targets

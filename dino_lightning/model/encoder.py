@@ -14,7 +14,14 @@ class EncoderLayer(nn.Module):
     """Deformable self-attention and a feed-forward network, both post-norm."""
 
     def __init__(
-        self, *, hidden_dim: int, num_levels: int, num_heads: int, num_points: int, ffn_dim: int, dropout: float
+        self,
+        *,
+        hidden_dim: int,
+        num_levels: int,
+        num_heads: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.self_attention = MultiScaleDeformableAttention(

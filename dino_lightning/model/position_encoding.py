@@ -12,7 +12,7 @@ QUERY_TEMPERATURE = 10000.0
 
 
 def _interleaved_sine(angles: Tensor, dim: int, temperature: float) -> Tensor:
-    """(...) angles in radians -> (..., dim): sine and cosine in turn at frequencies 1 / temperature^(2 floor(i/2) / dim)."""
+    """(...) angles in radians -> (..., dim): sine and cosine in turn, at falling frequencies."""
     exponents = torch.arange(dim, device=angles.device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / dim
     phases = angles.unsqueeze(-1) / temperature**exponents
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
@@ -33,9 +33,7 @@ def image_position_embedding(padding_mask: Tensor, dim: int, temperature: float 
     count_y, count_x = valid.cumsum(1), valid.cumsum(2)
     y = count_y / (count_y[:, -1:, :] + 1e-6) * (2 * math.pi)
     x = count_x / (count_x[:, :, -1:] + 1e-6) * (2 * math.pi)
-    return torch.cat(
-        (_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), dim=-1
-    )
+    return torch.cat((_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), dim=-1)
 
 
 def query_position_embedding(

@@ -1,4 +1,4 @@
-"""Mixed query selection: encoder proposals give the queries' anchors, learned rows their content (section 3.3 of 2203.03605)."""
+"""Mixed query selection: proposals give the anchors, learned rows the content (arXiv 2203.03605, section 3.3)."""
 
 from __future__ import annotations
 

@@ -12,9 +12,7 @@ from PIL import Image
 CATEGORIES = [{"id": 1, "name": "kitchen"}, {"id": 2, "name": "bath"}]
 
 
-def annotation(
-    annotation_id: int, image_id: int, category_id: int, bbox: list[float], **more: Any
-) -> dict[str, Any]:
+def annotation(annotation_id: int, image_id: int, category_id: int, bbox: list[float], **more: Any) -> dict[str, Any]:
     return {"id": annotation_id, "image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
 
 

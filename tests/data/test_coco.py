@@ -32,9 +32,7 @@ def test_counts_say_what_was_found_and_repaired(tmp_path):
         annotation(8, 2, 1, [5, 5, 10, 10], iscrowd=1),
     ]
     summary = load(tmp_path, content).summary
-    assert str(summary) == (
-        "4 images, 4 boxes, 1 crowd, 3 degenerate dropped, 1 clipped, 2 images without boxes"
-    )
+    assert str(summary) == ("4 images, 4 boxes, 1 crowd, 3 degenerate dropped, 1 clipped, 2 images without boxes")
     assert (summary.images, summary.boxes, summary.crowd) == (4, 4, 1)
     assert (summary.degenerate, summary.clipped, summary.images_without_boxes) == (3, 1, 2)
 

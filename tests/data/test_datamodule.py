@@ -33,9 +33,7 @@ def lightning_log(caplog):
 
 def small(root, **arguments) -> CocoDataModule:
     """A data module with images small enough for fast tests."""
-    return CocoDataModule(
-        **{"root": str(root), "image_size": 32, "max_size": 64, "num_workers": 0, **arguments}
-    )
+    return CocoDataModule(**{"root": str(root), "image_size": 32, "max_size": 64, "num_workers": 0, **arguments})
 
 
 def assert_same(first: Batch, second: Batch) -> None:
@@ -157,9 +155,7 @@ def test_the_root_category_is_left_out_aloud(root, lightning_log):
     with lightning_log.at_level(logging.INFO):
         data = small(root)
     assert data.category_ids == [1, 2]
-    assert (
-        "Category 0 ('rooms') has no annotations and is the supercategory of all others" in lightning_log.text
-    )
+    assert "Category 0 ('rooms') has no annotations and is the supercategory of all others" in lightning_log.text
 
 
 def test_classes_that_differ_between_files_are_refused(root):
@@ -211,9 +207,7 @@ def test_evaluation_batches_hold_each_image_once_in_order(root):
     assert batches[0].original_sizes == ((30, 40), (30, 50))
     assert batches[0].image_sizes == ((32, 42), (32, 53))
     assert batches[0].images.shape == (2, 3, 32, 53)
-    assert [truth.boxes_xyxy.tolist() for truth in batches[1].ground_truth] == [
-        [[4, 5, 24, 15], [10, 15, 16, 27]]
-    ]
+    assert [truth.boxes_xyxy.tolist() for truth in batches[1].ground_truth] == [[[4, 5, 24, 15], [10, 15, 16, 27]]]
     assert batches[1].targets.labels.tolist() == [[0, 1]]
 
 
@@ -333,9 +327,7 @@ def test_an_image_of_another_size_than_annotated_is_refused(root):
     Image.new("RGB", (44, 30)).save(root / "images/101.png")
     with pytest.raises(DataError) as caught:
         list(small(root, on_bad_image="skip").val_dataloader())
-    assert f"Image 101 of {root / 'val.json'}: width and height are 40 x 30 in the annotations" in str(
-        caught.value
-    )
+    assert f"Image 101 of {root / 'val.json'}: width and height are 40 x 30 in the annotations" in str(caught.value)
     assert f"but 44 x 30 in {root / 'images/101.png'}" in str(caught.value)
 
 

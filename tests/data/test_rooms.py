@@ -200,9 +200,7 @@ def test_size_changes_the_scale_only() -> None:
         assert np.allclose(np.array(a.bbox_xyxy) * 2, b.bbox_xyxy, atol=4)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"seed": -1}, {"seed": 0, "size": 50}, {"seed": 0, "style": "baroque"}], ids=str
-)
+@pytest.mark.parametrize("arguments", [{"seed": -1}, {"seed": 0, "size": 50}, {"seed": 0, "style": "baroque"}], ids=str)
 def test_wrong_arguments_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must be"):
         draw_plan(**arguments)  # type: ignore[arg-type]
@@ -266,18 +264,14 @@ def test_dataset_loads_with_pycocotools(dataset: Path) -> None:
 
 
 def test_train_and_val_share_no_picture(dataset: Path) -> None:
-    pictures = [
-        {path.read_bytes() for path in (dataset / split / "images").iterdir()} for split in ("train", "val")
-    ]
+    pictures = [{path.read_bytes() for path in (dataset / split / "images").iterdir()} for split in ("train", "val")]
     assert [len(part) for part in pictures] == [10, 4]
     assert not pictures[0] & pictures[1]
 
 
 def test_dataset_is_the_same_wherever_it_is_written(tmp_path: Path) -> None:
     def write(name: str, seed: int) -> Path:
-        return write_rooms_dataset(
-            tmp_path / name, num_train=4, num_val=2, style="realistic", size=120, seed=seed
-        )
+        return write_rooms_dataset(tmp_path / name, num_train=4, num_val=2, style="realistic", size=120, seed=seed)
 
     first, second, other = write("a", 3), write("b/c", 3), write("d", 4)
     assert tree(first) == tree(second)

@@ -106,8 +106,7 @@ def test_a_folder_that_is_missing_or_holds_nothing_is_named(tmp_path):
 
 def resolve(root: Path, **given: str):
     explicit = {
-        split: (given.get(f"{split}_annotations"), given.get(f"{split}_images"))
-        for split in ("train", "val", "test")
+        split: (given.get(f"{split}_annotations"), given.get(f"{split}_images")) for split in ("train", "val", "test")
     }
     return resolve_split_files(root, explicit)
 

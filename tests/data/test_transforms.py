@@ -60,9 +60,7 @@ def test_published_operations_on_a_target(case):
     else:
         assert found.size == tuple(reversed(case["image_wh"]))
     assert found.size == tuple(case["target"]["size"])
-    torch.testing.assert_close(
-        boxes, torch.tensor(case["target"]["boxes"]), rtol=0, atol=1e-6 if normalised else 1e-4
-    )
+    torch.testing.assert_close(boxes, torch.tensor(case["target"]["boxes"]), rtol=0, atol=1e-6 if normalised else 1e-4)
     assert found.labels.tolist() == case["target"]["labels"]
 
 
@@ -91,9 +89,7 @@ def examples(draw, max_boxes: int = 6) -> LabelledImage:
     if boxes:
         x1, y1, x2, y2 = boxes[-1]
         image[0, y1:y2, x1:x2] = 255
-    return LabelledImage(
-        image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.arange(len(boxes))
-    )
+    return LabelledImage(image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.arange(len(boxes)))
 
 
 def painted_box(image: torch.Tensor) -> list[int]:
@@ -179,9 +175,7 @@ def test_careful_crops_do_crop():
 
 
 def test_a_crop_that_must_cut_a_box_is_not_made():
-    whole = torch.tensor(
-        [[0.0, 0, 100, 2], [0, 98, 100, 100], [0, 0, 2, 100], [98, 0, 100, 100], [0, 0, 100, 100]]
-    )
+    whole = torch.tensor([[0.0, 0, 100, 2], [0, 98, 100, 100], [0, 0, 2, 100], [98, 0, 100, 100], [0, 0, 100, 100]])
     example = LabelledImage(torch.zeros(3, 100, 100, dtype=torch.uint8), whole, torch.arange(5))
     torch.manual_seed(0)
     for _ in range(20):
@@ -217,9 +211,7 @@ def test_boxes_follow_their_pixels_through_every_preset(preset, height, width, s
 def sizes(preset: str, image_size: int, max_size: int, size: tuple[int, int], draws: int = 300):
     torch.manual_seed(0)
     transform = train_transform(preset, image_size, max_size)
-    example = LabelledImage(
-        torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long()
-    )
+    example = LabelledImage(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long())
     return [transform(example).size for _ in range(draws)]
 
 
@@ -234,9 +226,7 @@ def test_coco_sizes_are_the_published_ones_or_in_proportion(image_size, expected
 
 def test_coco_crops_are_of_the_published_sizes(monkeypatch):
     windows = []
-    monkeypatch.setattr(
-        transforms, "crop", lambda example, *window: windows.append((example.size, window)) or example
-    )
+    monkeypatch.setattr(transforms, "crop", lambda example, *window: windows.append((example.size, window)) or example)
     sizes("coco", 800, 1333, (48, 64), draws=100)
     assert {min(size) for size, _ in windows} == {400, 500, 600}
     for (height, width), (top, left, crop_height, crop_width) in windows:

@@ -57,9 +57,7 @@ def test_losses_matches_and_gradients(case):
     unnamed = expected - {published_name(name) for name in losses}
     assert all("_dn" in name and meta["losses"][name] == 0 for name in unnamed)
 
-    matches = HungarianMatcher()(
-        torch.stack(leaves["pred_logits"]), torch.stack(leaves["pred_boxes"]), targets
-    )
+    matches = HungarianMatcher()(torch.stack(leaves["pred_logits"]), torch.stack(leaves["pred_boxes"]), targets)
     for layer, name in enumerate([*order, "interm"]):
         for image in range(len(counts)):
             boxes = matches.matched[layer, image].nonzero().flatten()

@@ -150,9 +150,7 @@ def test_equals_pycocotools(backend, seed, num_images, num_classes, ties, crowds
 @given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 2), ties=st.booleans())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_pycocotools_beyond_100_detections(backend, seed, num_classes, ties):
-    data = random_dataset(
-        seed, num_images=3, num_classes=num_classes, max_extra=500, max_boxes=120, ties=ties
-    )
+    data = random_dataset(seed, num_images=3, num_classes=num_classes, max_extra=500, max_boxes=120, ties=ties)
     assert_equal_to_reference(*data, num_classes, backend)
 
 
@@ -318,9 +316,7 @@ def test_class_names_come_from_the_detections_and_double_names_stay_apart():
     truth = truth_of([BOX])
     assert "AP_class/window" in evaluate([detections_of([]), found], [truth, truth], [1, 2])
     assert "AP_class/x" in evaluate([found], [truth], [1], class_names=["x", "y"])
-    assert {"AP_class/x (0)", "AP_class/x (1)"} <= set(
-        evaluate([found], [truth], [1], class_names=["x", "x"])
-    )
+    assert {"AP_class/x (0)", "AP_class/x (1)"} <= set(evaluate([found], [truth], [1], class_names=["x", "x"]))
     metric = CocoMetric()
     metric.update([found], [truth], [1])
     metric.update([detections_of([BOX])], [truth], [2])
@@ -378,9 +374,7 @@ def test_wrong_updates():
 def test_takes_detections_from_a_cuda_device():
     detections, truths, ids = random_dataset(15)
     expected = evaluate(detections, truths, ids)
-    on_device = [
-        Detections(one.boxes_xyxy.cuda(), one.scores.cuda(), one.labels.cuda()) for one in detections
-    ]
+    on_device = [Detections(one.boxes_xyxy.cuda(), one.scores.cuda(), one.labels.cuda()) for one in detections]
     metric = CocoMetric().cuda()
     metric.update(on_device, truths, ids)
     assert metric.compute() == expected
@@ -467,9 +461,7 @@ def test_in_a_lightning_module(tmp_path):
 
         def validation_step(self, batch):
             rows = batch.tolist()
-            self.val_metric.update(
-                [detections[i] for i in rows], [truths[i] for i in rows], [ids[i] for i in rows]
-            )
+            self.val_metric.update([detections[i] for i in rows], [truths[i] for i in rows], [ids[i] for i in rows])
 
         def on_validation_epoch_end(self):
             values = self.val_metric.compute()

@@ -31,9 +31,7 @@ def match(boxes, scores, truth, labels=None, **arguments):
 
 
 def curve_of(scores, right, num_boxes):
-    return PrecisionRecallCurve.from_matches(
-        np.asarray(scores, np.float32), np.asarray(right, np.bool_), num_boxes
-    )
+    return PrecisionRecallCurve.from_matches(np.asarray(scores, np.float32), np.asarray(right, np.bool_), num_boxes)
 
 
 BOX = [0, 0, 10, 10]
@@ -173,9 +171,7 @@ def plain_match(boxes, scores, labels, truth, iou_threshold):
             corners = corners.astype(np.float64)
             return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
 
-        overlaps = mask.iou(
-            xywh(boxes[mine]), xywh(truth.boxes_xyxy[theirs]), [int(truth.iscrowd[j]) for j in theirs]
-        )
+        overlaps = mask.iou(xywh(boxes[mine]), xywh(truth.boxes_xyxy[theirs]), [int(truth.iscrowd[j]) for j in theirs])
         taken = set()
         for row, i in enumerate(mine):
             best, best_overlap = None, min(iou_threshold, 1 - 1e-10)
@@ -194,9 +190,7 @@ def plain_match(boxes, scores, labels, truth, iou_threshold):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 3), iou=st.sampled_from([0.25, 0.5, 0.75, 1.0])
-)
+@given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 3), iou=st.sampled_from([0.25, 0.5, 0.75, 1.0]))
 def test_matching_equals_the_plain_loop(seed, num_classes, iou):
     boxes, scores, labels, truth = scene(seed, num_classes)
     expected = plain_match(boxes, scores, labels, truth, iou)
@@ -241,9 +235,7 @@ def test_best_f1_equals_brute_force(seeds, num_classes):
     num_boxes = dict.fromkeys(range(num_classes), 0)
     for boxes, scores, labels, truth in scenes:
         right, ignored = plain_match(boxes, scores, labels, truth, 0.5)
-        for score, label, is_right, is_ignored in zip(
-            scores.tolist(), labels.tolist(), right, ignored, strict=True
-        ):
+        for score, label, is_right, is_ignored in zip(scores.tolist(), labels.tolist(), right, ignored, strict=True):
             if not is_ignored:
                 entries[label].append((score, is_right))
         for label, crowd in zip(truth.labels.tolist(), truth.iscrowd.tolist(), strict=True):

@@ -6,7 +6,16 @@ import torchvision
 
 from dino_lightning.model.backbone import Backbone, pretrained_state
 
-FAMILIES = ["resnet10", "resnet18", "resnet34", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny", "swin_t", "efficientnet_b0"]
+FAMILIES = [
+    "resnet10",
+    "resnet18",
+    "resnet34",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "convnext_tiny",
+    "swin_t",
+    "efficientnet_b0",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,7 +82,8 @@ def test_weights_from_a_local_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "part"), [("nowhere.pth", "do not exist"), ("IMAGENET9K", "no torchvision weights 'IMAGENET9K'")]
+    ("weights", "part"),
+    [("nowhere.pth", "do not exist"), ("IMAGENET9K", "no torchvision weights 'IMAGENET9K'")],
 )
 def test_wrong_weights_are_refused(weights, part):
     with pytest.raises(ValueError, match=part):

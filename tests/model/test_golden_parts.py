@@ -92,7 +92,10 @@ def test_deformable_attention_module_with_gradients(case):
 
 def test_published_offset_start():
     module = MultiScaleDeformableAttention(hidden_dim=256, num_levels=4, num_heads=8, num_points=4)
-    close(module.sampling_offsets.bias.detach(), golden_arrays("msda.npz")["init_sampling_offsets_bias_256_4_8_4"])
+    close(
+        module.sampling_offsets.bias.detach(),
+        golden_arrays("msda.npz")["init_sampling_offsets_bias_256_4_8_4"],
+    )
 
 
 def flat_draws_to_noise(draws, counts, groups, label_noise_ratio):
@@ -154,7 +157,10 @@ def test_denoising_queries(case):
 
 def test_denoising_of_empty_images():
     meta = CDN_META["all_empty"]
-    assert meta["dn_meta"] == {"pad_size": 0, "num_dn_group": num_denoising_groups(meta["dn_number_config"], 0)}
+    assert meta["dn_meta"] == {
+        "pad_size": 0,
+        "num_dn_group": num_denoising_groups(meta["dn_number_config"], 0),
+    }
     mask = denoising_attention_mask(num_groups=1, max_boxes=0, num_queries=5, device="cpu")
     assert mask.shape == (5, 5)
     assert not mask.any()

@@ -43,7 +43,11 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = directions[:, None, None] * distances[None, None, :, None]  # (H, 1, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
-        for weight in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+        for weight in (
+            self.sampling_offsets.weight,
+            self.attention_weights.weight,
+            self.attention_weights.bias,
+        ):
             nn.init.zeros_(weight)
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
@@ -81,7 +85,10 @@ class MultiScaleDeformableAttention(nn.Module):
         with torch.autocast(device_type=query.device.type, enabled=False):
             # float32: locations in bfloat16 would be off by several pixels on a large image
             sampled = deformable_attention(
-                projected.float(), spatial_shapes, locations, weights.view(batch, queries, heads, levels, points)
+                projected.float(),
+                spatial_shapes,
+                locations,
+                weights.view(batch, queries, heads, levels, points),
             )
         out: Tensor = self.output_proj(sampled.to(projected.dtype))
         return out

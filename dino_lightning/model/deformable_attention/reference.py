@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ def deformable_attention(
     Args:
         value: (B, S, H, D), the maps of all levels flattened and concatenated, S = sum of their areas.
         spatial_shapes: (height, width) of each of the L levels, on the host.
-        sampling_locations: (B, Q, H, L, P, 2) x and y, 0-1 of the padded map; cell i has its centre at (i + 0.5) / size.
+        sampling_locations: (B, Q, H, L, P, 2) x and y, 0-1 of the padded map; cell i is centred at (i + 0.5) / size.
         attention_weights: (B, Q, H, L, P), of the same dtype as `value`.
 
     Returns:
@@ -30,12 +30,16 @@ def deformable_attention(
     queries = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B*H, Q, L, P, 2), -1..1
     weights = attention_weights.transpose(1, 2).flatten(0, 1)  # (B*H, Q, L, P)
-    maps = value.split([height * width for height, width in spatial_shapes], dim=1)
+    maps = torch.split(value, [height * width for height, width in spatial_shapes], dim=1)
     out: Tensor | None = None
     for level, (height, width) in enumerate(spatial_shapes):
         level_map = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
         samples = F.grid_sample(
-            level_map, grids[:, :, level].to(level_map.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+            level_map,
+            grids[:, :, level].to(level_map.dtype),
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
         )  # (B*H, D, Q, P)
         part = (samples * weights[:, None, :, level]).sum(-1)
         out = part if out is None else out + part
