@@ -46,7 +46,8 @@ class CocoDataModule(lightning.LightningDataModule):
         batch_size: training images per step and process.
         val_batch_size: evaluation images per step and process; 1 pads nothing.
         num_workers: loader processes; by default chosen from the number of cores and images, at most 8.
-        augmentation: "coco", the published augmentation; "plans", for drawings; "none", resizing only.
+        augmentation: "coco", the published augmentation; "plans", for drawings; "flips", mirrored and
+            turned by quarters only; "none", resizing only.
         image_size: largest short side of a training image, and the short side in evaluation, in pixels.
         max_size: limit of the long side in pixels.
         fixed_size: put every image into a square canvas of this many pixels, for static shapes; bounds
@@ -81,7 +82,7 @@ class CocoDataModule(lightning.LightningDataModule):
         batch_size: int = 2,
         val_batch_size: int = 1,
         num_workers: int | None = None,
-        augmentation: Literal["coco", "plans", "none"] = "coco",
+        augmentation: Literal["coco", "plans", "flips", "none"] = "coco",
         image_size: int = 800,
         max_size: int = 1333,
         fixed_size: int | None = None,

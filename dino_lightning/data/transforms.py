@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-Augmentation = Literal["coco", "plans", "none"]
+Augmentation = Literal["coco", "plans", "flips", "none"]
 
 # The published sizes, in pixels at image_size 800 (arXiv 2203.03605 follows DETR, arXiv 2005.12872).
 REFERENCE_SIZE = 800
@@ -153,7 +153,7 @@ def train_transform(preset: Augmentation, image_size: int = 800, max_size: int =
 
     Args:
         preset: "coco", the published augmentation; "plans", for drawings, which have no up or down and carry
-            meaning in every line; "none", the same resizing as in evaluation.
+            meaning in every line; "flips", mirrored and turned by quarters only; "none", the same resizing as in evaluation.
         image_size: largest short side in pixels; all sizes of a preset scale with it.
         max_size: limit of the long side in pixels.
 
@@ -164,6 +164,8 @@ def train_transform(preset: Augmentation, image_size: int = 800, max_size: int =
         return CocoAugmentation(image_size, max_size)
     if preset == "plans":
         return PlansAugmentation(image_size, max_size)
+    if preset == "flips":
+        return FlipsAugmentation(image_size, max_size)
     if preset == "none":
         return eval_transform(image_size, max_size)
     raise ValueError(f"Unknown augmentation {preset!r}; choose one of {', '.join(get_args(Augmentation))}.")
@@ -241,14 +243,32 @@ class PlansAugmentation:
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        if _chance():
-            example = flip_horizontal(example)
-        if _chance():
-            example = flip_vertical(example)
-        example = quarter_turns(example, _integer(0, 3))
+        example = _mirrored_and_turned(example)
         smallest, largest = (max(1, round(scale * self.image_size)) for scale in PLANS_SCALE)
         example = resize(example, resized_size(example.size, _integer(smallest, largest), self.max_size))
         return careful_crop(example) if _chance() else example
+
+
+@dataclass(frozen=True)
+class FlipsAugmentation:
+    """Mirrored and turned by quarters, at the size of evaluation."""
+
+    image_size: int
+    max_size: int
+
+    def __call__(self, example: LabelledImage) -> LabelledImage:
+        """Apply to one image."""
+        example = _mirrored_and_turned(example)
+        return resize(example, resized_size(example.size, self.image_size, self.max_size))
+
+
+def _mirrored_and_turned(example: LabelledImage) -> LabelledImage:
+    """One of the eight ways to lay down a square, at random."""
+    if _chance():
+        example = flip_horizontal(example)
+    if _chance():
+        example = flip_vertical(example)
+    return quarter_turns(example, _integer(0, 3))
 
 
 def careful_crop(example: LabelledImage) -> LabelledImage:

@@ -185,7 +185,7 @@ def test_a_crop_that_must_cut_a_box_is_not_made():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(["coco", "plans", "none"]),
+    st.sampled_from(["coco", "plans", "flips", "none"]),
     st.integers(40, 160),
     st.integers(40, 160),
     st.integers(0, 2**31),
@@ -252,11 +252,12 @@ def test_plans_are_cropped_in_about_half_of_the_cases():
     assert min(min(size) for size in cropped) >= 75
 
 
-def test_plans_turn_and_mirror_in_all_eight_ways():
+@pytest.mark.parametrize("preset", ["plans", "flips"])
+def test_drawings_turn_and_mirror_in_all_eight_ways(preset):
     image = torch.zeros(3, 30, 30, dtype=torch.uint8)
     image[:, 4:10, 14:26] = 255
     example = LabelledImage(image, torch.tensor([[14.0, 4, 26, 10]]), torch.tensor([0]))
-    transform = train_transform("plans", 30, 30)
+    transform = train_transform(preset, 30, 30)
     torch.manual_seed(0)
     found = set()
     for _ in range(1500):
@@ -277,7 +278,7 @@ def test_none_is_what_evaluation_does():
     assert_same(train_transform("none", 60, 90)(example), expected)
 
 
-@pytest.mark.parametrize("preset", ["coco", "plans"])
+@pytest.mark.parametrize("preset", ["coco", "plans", "flips"])
 def test_the_same_seed_gives_the_same_augmentation(preset):
     example = LabelledImage(
         torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8),
@@ -308,5 +309,5 @@ def test_nothing_is_larger_than_a_fixed_canvas(height, width, side):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="Unknown augmentation 'strong'; choose one of coco, plans, none"):
+    with pytest.raises(ValueError, match="Unknown augmentation 'strong'; choose one of coco, plans, flips, none"):
         train_transform("strong")
