@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dino_lightning import cli, fit
+from dino_lightning import arguments, fit
 from dino_lightning.__main__ import run
 from tests.conftest import TINY_ARGS
 
@@ -23,7 +23,7 @@ SMALL = ["--data.image_size=64", "--data.max_size=96", "--data.num_workers=0"]
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli.RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(arguments.RUN_DIR_VARIABLE, raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
@@ -287,6 +287,6 @@ def test_help_of_the_program_and_unknown_commands(capsys):
 
 
 def test_packaged_configs_are_found_from_anywhere(rooms):
-    assert cli.config_path("rooms_demo.yaml").is_file()
+    assert arguments.config_path("rooms_demo.yaml").is_file()
     args = ["--config", "configs/rooms_demo.yaml", "--data.root", str(rooms), "--trainer.fast_dev_run=1"]
     assert fit.run([*args, "--trainer.accelerator=cpu", "--data.num_workers=0"]) == 0

@@ -22,12 +22,13 @@ ALLOWED = {
     "checkpoint": {"model", "structures", "boxes"},
     "module": {"model", "losses", "data", "metrics", "optim", "checkpoint", "structures", "boxes"},
     "callbacks": {"module", "structures", "boxes", "metrics"},
-    "cli": {"callbacks", "checkpoint", "data", "losses", "module"},
-    "fit": {"cli", "data"},
+    "arguments": {"checkpoint", "data", "module"},
+    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "module"},
+    "fit": {"arguments", "cli", "data"},
     "__main__": {"cli", "fit", "data"},
     "__init__": {"data", "losses", "metrics", "model", "module", "structures"},
 }
-MAY_USE_LIGHTNING = {"module.py", "data/datamodule.py", "cli.py", "fit.py", "__main__.py"}
+MAY_USE_LIGHTNING = {"module.py", "data/datamodule.py", "arguments.py", "cli.py", "fit.py", "__main__.py"}
 
 
 def imports(path):

@@ -153,7 +153,8 @@ def train_transform(preset: Augmentation, image_size: int = 800, max_size: int =
 
     Args:
         preset: "coco", the published augmentation; "plans", for drawings, which have no up or down and carry
-            meaning in every line; "flips", mirrored and turned by quarters only; "none", the same resizing as in evaluation.
+            meaning in every line; "flips", mirrored and turned by quarters only; "none", the same resizing as in
+            evaluation.
         image_size: largest short side in pixels; all sizes of a preset scale with it.
         max_size: limit of the long side in pixels.
 

@@ -8,15 +8,11 @@ one gather; rank 0 evaluates while the others wait.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import io
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from dino_lightning.metrics.backends import MAX_DETECTIONS, Backend, EvaluatedImage, average_precision
 from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, match_images
 from dino_lightning.structures import Detections, GroundTruth
 
-Backend = Literal["faster_coco_eval", "pycocotools"]
-
-MAX_DETECTIONS = 100  # COCO's own: the best 100 of each class in each image
 NOTHING_TO_MEASURE = -1.0  # COCO's own: no true box to measure against
 
 
@@ -61,15 +55,6 @@ class ClassResult:
     threshold: float
 
 
-class _Image(NamedTuple):
-    """Everything known about one image, on the host: its D detections and N true boxes."""
-
-    boxes_xyxy: npt.NDArray[np.float32]  # (D, 4) pixels
-    scores: npt.NDArray[np.float32]  # (D,)
-    labels: npt.NDArray[np.int64]  # (D,)
-    truth: GroundTruth
-
-
 class _Result(NamedTuple):
     """What an evaluation gives."""
 
@@ -88,8 +73,8 @@ class CocoMetric(Metric):
     - `AR`: COCO's average recall at 100 detections.
     - `F1`, `F1_precision`, `F1_recall`, `F1_threshold`: the best F1 over one common score threshold for all
       classes, at `f1_iou_threshold`, classes told apart, from the same detections.
-    - with more than one class `AP_class/<name>` and `F1_class/<name>`, the latter at the class's own best
-      threshold.
+    - with more than one class `AP_class/<name>`, `AP50_class/<name>` and `F1_class/<name>`, the last at the
+      class's own best threshold.
 
     A value with nothing to measure is -1.0, as in COCO: AP and AR without a true box (of that size), F1 and
     its companions without a true box; so with no boxes at all every value is -1.0. Detections of a class
@@ -127,7 +112,7 @@ class CocoMetric(Metric):
         self.class_names = None if class_names is None else tuple(class_names)
         self.backend = backend
         self.f1_iou_threshold = f1_iou_threshold
-        self._images: dict[int, _Image] = {}
+        self._images: dict[int, EvaluatedImage] = {}
         self._detections_names: tuple[str, ...] | None = None
         self._result: _Result | None = None
 
@@ -176,7 +161,7 @@ class CocoMetric(Metric):
                 continue
             kept = start + np.flatnonzero(keep[start:end])
             kept = kept[_best_of_each_class(scores[kept], labels[kept])]
-            self._images[int(image_id)] = _Image(boxes_xyxy[kept], scores[kept], labels[kept], truth)
+            self._images[int(image_id)] = EvaluatedImage(boxes_xyxy[kept], scores[kept], labels[kept], truth)
 
     def compute(self) -> dict[str, float]:
         """Evaluate all images of all ranks.
@@ -222,13 +207,13 @@ class CocoMetric(Metric):
 
     def _evaluate_on_rank_zero(self) -> _Result:
         """One gather, one evaluation, one broadcast."""
-        gathered: list[tuple[dict[int, _Image], tuple[str, ...] | None] | None] = [None] * dist.get_world_size()
+        gathered: list[tuple[dict[int, EvaluatedImage], tuple[str, ...] | None] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._images, self._detections_names))
         outcome: list[_Result | str | None] = [None]
         cause: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                images: dict[int, _Image] = {}
+                images: dict[int, EvaluatedImage] = {}
                 detections_names: tuple[str, ...] | None = None
                 for part in gathered:
                     assert part is not None
@@ -245,14 +230,14 @@ class CocoMetric(Metric):
             raise RuntimeError(f"The evaluation failed on rank 0:\n{result}") from cause
         return result
 
-    def _evaluate(self, images: Mapping[int, _Image], detections_names: tuple[str, ...] | None) -> _Result:
+    def _evaluate(self, images: Mapping[int, EvaluatedImage], detections_names: tuple[str, ...] | None) -> _Result:
         """The values and the classes' rows for these images."""
         # By id, since pycocotools lets the order of the images decide between equal scores.
         ordered = [images[image_id] for image_id in sorted(images)]
         names = _unique(self.class_names or detections_names or _numbered(ordered))
         matches = match_images(ordered, len(names), iou_threshold=self.f1_iou_threshold)
         if matches.num_boxes.any():
-            precision, recall = _average_precision(ordered, len(names), self.backend)
+            precision, recall = average_precision(ordered, len(names), self.backend)
         else:
             precision = np.full((10, 101, len(names), 4), NOTHING_TO_MEASURE)
             recall = np.full((10, len(names), 4), NOTHING_TO_MEASURE)
@@ -290,103 +275,9 @@ class CocoMetric(Metric):
             )
         if len(classes) > 1:
             values |= {f"AP_class/{row.name}": row.ap for row in classes}
+            values |= {f"AP50_class/{row.name}": row.ap50 for row in classes}
             values |= {f"F1_class/{row.name}": row.f1 for row in classes}
         return _Result(values, classes)
-
-
-def _average_precision(
-    images: Sequence[_Image], num_classes: int, backend: Backend
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """COCO's own evaluation of the images, silenced.
-
-    Returns:
-        precision (10, 101, K, 4) for IoU 0.50:0.95, recall 0:1, classes, areas all / small / medium / large;
-        recall (10, K, 4) likewise. Both at 100 detections, and -1 where there is no true box.
-    """
-    coco_class, eval_class = _load_backend(backend)
-    with _without_garbage_collection(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truths = [image.truth for image in images]
-        truth = _annotations(
-            [one.boxes_xyxy for one in truths],
-            [one.labels for one in truths],
-            area=np.concatenate([one.area for one in truths]),
-            iscrowd=np.concatenate([one.iscrowd for one in truths]).astype(np.int64),
-        )
-        detected = _annotations(
-            [image.boxes_xyxy for image in images],
-            [image.labels for image in images],
-            score=np.concatenate([image.scores for image in images]).astype(np.float64),
-        )
-        coco = [coco_class(), coco_class()]
-        for one, annotations in zip(coco, (truth, detected), strict=True):
-            # Placed directly: `loadRes` copies, gives each detection a polygon, and fails without detections.
-            one.dataset = {
-                "images": [{"id": index + 1} for index in range(len(images))],
-                "categories": [{"id": label + 1, "name": str(label)} for label in range(num_classes)],
-                "annotations": annotations,
-            }
-            one.createIndex()
-        # At its default parameters, whose maxDets end with MAX_DETECTIONS.
-        evaluation = eval_class(*coco, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
-
-
-def _load_backend(backend: Backend) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The COCO and COCOeval classes of a backend; imported only here, where one of the two is used."""
-    if backend == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        return COCO, COCOeval
-    from faster_coco_eval import COCO as FasterCOCO
-    from faster_coco_eval import COCOeval_faster
-
-    return FasterCOCO, partial(COCOeval_faster, print_function=lambda *_: None)
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Pause the search for cycles: a million small dictionaries set it off again and again, for nothing."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _annotations(
-    boxes_xyxy: Sequence[npt.NDArray[Any]],
-    labels: Sequence[npt.NDArray[np.int64]],
-    **columns: npt.NDArray[Any],
-) -> list[dict[str, Any]]:
-    """COCO annotations of many images; images, categories and annotations are all numbered from 1.
-
-    From 1 because an annotation with id 0 counts as unmatched in pycocotools; images by their place, because
-    faster-coco-eval takes ids as floating point numbers, which are exact only up to 2**53.
-
-    Args:
-        boxes_xyxy: per image (N, 4) corners in pixels.
-        labels: per image (N,).
-        columns: (sum of N,) further keys; `area` defaults to that of the box, `iscrowd` to 0.
-    """
-    corners = np.concatenate(boxes_xyxy).astype(np.float64)
-    boxes_xywh = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
-    columns = {
-        "id": np.arange(len(corners)) + 1,
-        "image_id": np.repeat(np.arange(len(labels)) + 1, [len(one) for one in labels]),
-        "category_id": np.concatenate(labels) + 1,
-        "area": boxes_xywh[:, 2] * boxes_xywh[:, 3],
-        "iscrowd": np.zeros(len(corners), np.int64),
-        **columns,
-        "bbox": boxes_xywh,
-    }
-    keys = tuple(columns)
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -412,7 +303,7 @@ def _best(curve: PrecisionRecallCurve, num_boxes: int) -> OperatingPoint:
     return curve.best if num_boxes else OperatingPoint(*[NOTHING_TO_MEASURE] * 4)
 
 
-def _numbered(images: Sequence[_Image]) -> tuple[str, ...]:
+def _numbered(images: Sequence[EvaluatedImage]) -> tuple[str, ...]:
     """Names for the labels 0 to the highest that occurs."""
     highest = max(
         (labels.max() for one in images for labels in (one.labels, one.truth.labels) if labels.size),

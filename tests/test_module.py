@@ -1,0 +1,187 @@
+"""DINOModule in other people's hands: their Trainer, their data, their images."""
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule
+from dino_lightning.losses import NonFiniteError
+from tests.conftest import TINY_SIZES
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def tiny_module(num_classes=1, **changes):
+    return DINOModule(num_classes=num_classes, **{"backbone_weights": None, **TINY_SIZES, **changes})
+
+
+@pytest.fixture
+def data(rooms):
+    return CocoDataModule(root=str(rooms), batch_size=2, image_size=64, max_size=96, num_workers=0)
+
+
+def test_readme_example(data, rooms, tmp_path):
+    """Fit, detect in a file, save, load without the data module, detect the same."""
+    lightning.seed_everything(1)
+    model = tiny_module(data.num_classes)
+    trainer = lightning.Trainer(max_epochs=1, precision="bf16-mixed", **QUIET)
+    trainer.fit(model, datamodule=data)
+    assert trainer.callback_metrics["val/AP"] >= 0
+    plan = next((rooms / "val" / "images").iterdir())
+    (found,) = model.detect([str(plan)], threshold=0.0)
+    assert len(found) == 12
+    assert found.names[0] == "room"
+    assert found.category_ids == (1,)
+    assert (found.scores.diff() <= 0).all()
+
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    torch.load(tmp_path / "model.ckpt", weights_only=True)
+    loaded = DINOModule.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+    assert loaded.hparams["class_names"] == ["room"]
+    assert loaded.hparams["image_size"] == 64
+    (again,) = loaded.detect([plan], threshold=0.0)
+    torch.testing.assert_close(again.boxes_xyxy, found.boxes_xyxy)
+    assert loaded.score_threshold == model.score_threshold
+
+
+def test_detect_takes_any_kind_of_image_and_gives_its_own_pixels(tmp_path):
+    model = tiny_module()
+    array = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "image.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [str(tmp_path / "image.png"), tmp_path / "image.png", Image.fromarray(array), array, tensor, tensor / 255]
+    results = model.detect(kinds, threshold=0.0, image_size=48, max_size=96)
+    for found in results[1:]:
+        torch.testing.assert_close(found.boxes_xyxy, results[0].boxes_xyxy)
+    (large,) = model.detect([np.repeat(np.repeat(array, 2, 0), 2, 1)], threshold=0.0, image_size=48, max_size=96)
+    assert large.boxes_xyxy.max() > 1.5 * results[0].boxes_xyxy.max()
+    grey = model.detect([array[:, :, 0]], threshold=1.1)
+    assert len(grey[0]) == 0
+    assert model.training  # as it was before
+    with pytest.raises(ValueError, match="does not exist"):
+        model.detect(["nowhere.png"])
+    with pytest.raises(ValueError, match="Expected an RGB image"):
+        model.detect([np.zeros((4, 4, 7), dtype=np.uint8)])
+
+
+class TorchvisionData(lightning.LightningDataModule):
+    """Somebody's own data module, in torchvision's detection convention."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.labels = labels
+
+    def samples(self):
+        generator = torch.Generator().manual_seed(0)
+        for index, label in enumerate(self.labels):
+            target = {
+                "boxes": torch.tensor([[4.0, 4, 40, 50]]),
+                "labels": torch.tensor([label]),
+                "image_id": torch.tensor(100 + index),
+            }
+            yield torch.rand(3, 64, 64, generator=generator), target
+
+    def loader(self):
+        return DataLoader(list(self.samples()), batch_size=2, collate_fn=self.collate)
+
+    def collate(self, samples):
+        images, targets = zip(*samples, strict=True)
+        return Batch.from_torchvision(images, targets)
+
+    train_dataloader = val_dataloader = loader
+
+
+def test_own_data_module():
+    model = tiny_module(num_classes=2, class_names=["door", "room"])
+    trainer = lightning.Trainer(max_epochs=1, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(model, datamodule=TorchvisionData([1, 2, 2, 1]))
+    assert {"val/AP_class/door", "val/AP_class/room", "val/F1"} <= set(trainer.callback_metrics)
+
+
+def test_a_label_without_a_class_is_named():
+    with pytest.raises(ValueError, match=r"image ids \[102, 103\] has label 2; the model has 2 classes"):
+        lightning.Trainer(max_epochs=1, num_sanity_val_steps=0, **QUIET).fit(
+            tiny_module(num_classes=2), datamodule=TorchvisionData([1, 2, 3, 1])
+        )
+
+
+def test_another_class_count_than_the_data_is_refused(data):
+    with pytest.raises(ValueError, match="num_classes=data.num_classes"):
+        lightning.Trainer(max_epochs=1, **QUIET).fit(tiny_module(num_classes=4), datamodule=data)
+
+
+def test_predictions_that_are_not_finite_stop_with_the_image_ids(data):
+    model = tiny_module()
+    with torch.no_grad():
+        model.model.decoder.class_head.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"image ids \[\d+, \d+\] are not finite") as caught:
+        lightning.Trainer(max_epochs=1, num_sanity_val_steps=0, **QUIET).fit(model, datamodule=data)
+    assert len(caught.value.image_ids) == 2
+
+
+class Recorder(lightning.Callback):
+    def __init__(self):
+        self.rates, self.norms = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        squares = [p.grad.square().sum() for p in pl_module.parameters() if p.grad is not None]
+        if squares:
+            self.norms.append(torch.stack(squares).sum().sqrt().item())
+
+
+def run_epochs(data, trainer_options, **changes):
+    recorder = Recorder()
+    options = {**QUIET, "limit_val_batches": 0, "limit_train_batches": 1, **trainer_options}
+    lightning.Trainer(callbacks=[recorder], **options).fit(tiny_module(**changes), datamodule=data)
+    return recorder
+
+
+def test_the_recipe_drops_rates_and_clips(data):
+    recorder = run_epochs(data, {"max_epochs": 4}, lr_drop_epochs=[2], lr=1e-3, backbone_lr=1e-4)
+    expected = [[1e-3, 1e-4]] * 2 + [[1e-4, 1e-5]] * 2
+    assert recorder.rates == [pytest.approx(rates) for rates in expected]
+    assert all(norm <= 0.1001 for norm in recorder.norms)
+
+
+def test_rates_drop_once_near_the_end_by_default(data):
+    rates = [rate for rate, _ in run_epochs(data, {"max_epochs": 12}).rates]
+    assert rates == pytest.approx([1e-4] * 11 + [1e-5])
+
+
+def test_the_trainers_own_clipping_wins(data):
+    recorder = run_epochs(data, {"max_epochs": 1, "gradient_clip_val": 0.5})
+    assert recorder.norms[-1] == pytest.approx(0.5, rel=1e-3)
+    free = run_epochs(data, {"max_epochs": 1}, clip_grad_norm=0.0)
+    assert free.norms[-1] > 0.5
+
+
+def test_the_metric_is_reusable_without_the_module(data):
+    """Perfect detections score one."""
+    metric = CocoMetric(class_names=["room"])
+    from dino_lightning import Detections
+
+    for batch in data.val_dataloader():
+        found = [
+            Detections(
+                boxes_xyxy=torch.from_numpy(truth.boxes_xyxy).float(),
+                scores=torch.full((len(truth.labels),), 0.9),
+                labels=torch.from_numpy(truth.labels),
+            )
+            for truth in batch.ground_truth
+        ]
+        metric.update(found, batch.ground_truth, batch.image_ids)
+    results = metric.compute()
+    assert results["AP"] == pytest.approx(1.0)
+    assert results["F1"] == pytest.approx(1.0)
