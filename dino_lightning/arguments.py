@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning.checkpoint import CheckpointError, read_checkpoint
+from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.data import CocoDataModule
 from dino_lightning.module import DINOModule
 
@@ -29,12 +30,6 @@ FROM_DATA_OPTIONS = ("image_size", "max_size")
 
 class UsageError(ValueError):
     """A command line that cannot be carried out; the message is one sentence."""
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print, on the first process only."""
-    print(text, flush=True)
 
 
 def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
@@ -53,15 +48,14 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
         folder = folder or _newest_run()
         checkpoint = str(folder / "checkpoints" / "last.ckpt")
     if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise CheckpointError(f"Checkpoint {checkpoint} does not exist.")
+        content = read_checkpoint(checkpoint)  # refuses here, in one sentence, what Lightning would stumble over
         origin = Path(checkpoint).resolve().parent.parent
         if not _has_option(args, "--config", "-c"):
-            args = [*_stored_arguments(origin, checkpoint), *args]
+            args = [*_stored_arguments(origin, content), *args]
         if folder is None and (origin / "config.yaml").is_file():
             folder = origin if subcommand == "fit" else origin / subcommand
         args += ["--ckpt_path", checkpoint]
-    elif subcommand == "fit" and not _has_option(args, "--config", "-c"):
+    elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
     args = [_packaged_config(previous, arg) for previous, arg in zip(["", *args], args, strict=False)]
     folder = folder or RUNS / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -84,7 +78,7 @@ def sizes_for_device() -> list[str]:
             1,
             "a CPU (hours per epoch; configs/small_cpu.yaml is made for it)",
         )
-    say(
+    rank_zero_info(
         f"No --config given: training the published DINO R50 4-scale model, with images of {image_size} to {max_size} "
         f"pixels and batches of {batch} to suit {device}."
     )
@@ -166,11 +160,10 @@ def _newest_run() -> Path:
     return saved[-1].parent.parent
 
 
-def _stored_arguments(origin: Path, checkpoint: str) -> list[str]:
+def _stored_arguments(origin: Path, content: Any) -> list[str]:
     """What the run behind a checkpoint was started with: its configuration, or at least the model's sizes."""
     if (origin / "config.yaml").is_file():
         return ["--config", str(origin / "config.yaml")]
-    content = read_checkpoint(checkpoint)
     stored = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     return [
         f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from dino_lightning.arguments import (
     FROM_DATA_FILES,
@@ -20,7 +21,6 @@ from dino_lightning.arguments import (
     UsageError,
     explain_argument_error,
     prepare,
-    say,
 )
 from dino_lightning.callbacks import PredictionImages, RunReport
 from dino_lightning.checkpoint import CheckpointError
@@ -173,6 +173,12 @@ def main(subcommand: str, args: Sequence[str]) -> int:
         print(f"error: {original_message(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, on the first process only."""
+    print(text, flush=True)
 
 
 def original_message(error: BaseException) -> str:

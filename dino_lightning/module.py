@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class DINOModule(lightning.LightningModule):
         **detector: sizes of the detector.
 
     Raises:
+        TypeError: an argument that neither this class nor `DINO` has.
         ValueError: a size that cannot be, or weights that cannot be used.
     """
 
@@ -78,6 +80,12 @@ class DINOModule(lightning.LightningModule):
         **detector: Any,
     ) -> None:
         super().__init__()
+        valid = inspect.signature(DINO).parameters
+        unknown = [name for name in detector if name not in valid]
+        if unknown:
+            raise TypeError(
+                f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
+            )
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)
         self.criterion = Criterion()
@@ -113,7 +121,7 @@ class DINOModule(lightning.LightningModule):
         if weights is not None:
             rank_zero_info(load_weights(self.model, weights, self.hparams["class_names"]))
         elif backbone_weights is not None:
-            name = self.hparams.get("backbone", "resnet50")
+            name = self.model.backbone.name
             try:
                 if self.trainer.is_global_zero:
                     pretrained_state(name, backbone_weights)  # one process downloads, the others find it in the cache
@@ -121,7 +129,7 @@ class DINOModule(lightning.LightningModule):
                 self.model.backbone.load_torchvision(pretrained_state(name, backbone_weights), backbone_weights)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
-        elif self.hparams.get("backbone_norm", "frozen") == "frozen":
+        elif self.model.backbone.norm == "frozen":
             rank_zero_warn(
                 "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
                 "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
@@ -136,7 +144,9 @@ class DINOModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
     def on_train_start(self) -> None:
-        """When resuming, let the learning rates of now stand, not those stored with the optimizer."""
+        """Draw other noise on each process; when resuming, let the rates of now stand, not the stored ones."""
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)  # as published: seed plus rank
         if self.trainer.ckpt_path is not None:
             scheduler = self.lr_schedulers()
             assert isinstance(scheduler, torch.optim.lr_scheduler.MultiStepLR)

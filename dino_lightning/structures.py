@@ -38,13 +38,13 @@ class Targets:
     num_boxes: tuple[int, ...]
     highest_label: int
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        """The same targets on another device."""
+    def to(self, device: torch.device | str) -> Targets:
+        """The same targets on another device; see `Batch.to`."""
         return replace(
             self,
-            boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            valid=self.valid.to(device, non_blocking=non_blocking),
+            boxes_cxcywh=_copy_to(self.boxes_cxcywh, device),
+            labels=_copy_to(self.labels, device),
+            valid=_copy_to(self.valid, device),
         )
 
     def pin_memory(self) -> Targets:
@@ -98,12 +98,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image_sizes)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on another device; the copy is asynchronous from pinned memory."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on another device; to a GPU the host does not wait for the copy."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            targets=None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
+            images=_copy_to(self.images, device),
+            targets=None if self.targets is None else self.targets.to(device),
         )
 
     def pin_memory(self) -> Batch:
@@ -219,6 +219,11 @@ class Batch:
             )
             ids.append(int(target["image_id"]) if "image_id" in target else index)
         return cls.from_images(pixels, image_ids=ids, targets=padded, ground_truth=truths)
+
+
+def _copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Only copies towards a GPU may run on their own: a host tensor would be read before it is filled."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -163,11 +163,12 @@ def test_bf16_mixed_runs_on_cpu(rooms):
     assert run(["fit", *args]) == 0
 
 
-def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, capsys):
+def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, caplog):
     args = ["--data.root", str(rooms), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
     args += ["--model.backbone_weights=null", "--data.image_size=64", "--data.num_workers=0"]
-    assert run(["fit", *args]) == 0
-    assert "published DINO R50 4-scale model" in capsys.readouterr().out
+    with caplog.at_level("INFO"):
+        assert run(["fit", *args]) == 0
+    assert "published DINO R50 4-scale model" in caplog.text
 
 
 def test_starting_weights_are_named_in_one_line(trained, rooms, capfd, caplog):
@@ -232,6 +233,13 @@ BAD_INPUT = {
         ["--model.weights=data/w.pth"],
         1,
         ["data/w.pth", "not a"],
+    ),
+    "resume from nothing": (lambda d: None, ["--ckpt_path=nowhere.ckpt"], 1, ["nowhere.ckpt", "does not exist"]),
+    "resume from text": (
+        lambda d: (d / "w.ckpt").write_text("hello"),
+        ["--ckpt_path=data/w.ckpt"],
+        1,
+        ["data/w.ckpt", "not a"],
     ),
     "class count": (lambda d: None, ["--model.num_classes=0"], 2, ["num_classes"]),
     "impossible size": (lambda d: None, ["--model.hidden_dim=30"], 1, ["hidden_dim=30", "multiple of 4"]),

@@ -114,6 +114,11 @@ def test_a_label_without_a_class_is_named():
         )
 
 
+def test_an_unknown_argument_fails_and_lists_those_there_are():
+    with pytest.raises(TypeError, match=r"no argument hiden_dim; .*hidden_dim"):
+        tiny_module(hiden_dim=64)
+
+
 def test_another_class_count_than_the_data_is_refused(data):
     with pytest.raises(ValueError, match="num_classes=data.num_classes"):
         lightning.Trainer(max_epochs=1, **QUIET).fit(tiny_module(num_classes=4), datamodule=data)

@@ -42,7 +42,7 @@ class PredictionImages(lightning.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         for index in range(min(len(batch), self.num_images - len(self._seen))):
-            self._seen.append((batch.to("cpu", non_blocking=False), index, outputs["detections"][index]))
+            self._seen.append((batch.to("cpu"), index, outputs["detections"][index]))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw."""

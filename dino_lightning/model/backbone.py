@@ -49,6 +49,7 @@ class Backbone(nn.Module):
         super().__init__()
         if not 0 <= trainable_layers <= _NUM_STAGES:
             raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {_NUM_STAGES}.")
+        self.name, self.norm = name, norm
         network = _build_network(name)
         self._steps = _RESNET_STEPS if hasattr(network, "layer4") else _feature_steps(network)
         self._channels_last = isinstance(network, torchvision.models.SwinTransformer)

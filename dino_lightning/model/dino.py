@@ -170,7 +170,8 @@ class DINO(nn.Module):
         )
         # The label embedding takes part even when no image has boxes, so that plain DDP finds no unused parameter.
         hidden = hidden + 0.0 * self.label_embedding.weight[0, 0]
-        logits = self.decoder.class_head(hidden)
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            logits = self.decoder.class_head(hidden.float())  # bfloat16 scores would be full of ties
         slots = 0 if denoising is None else denoising.reference_logits.shape[1]
         return ModelOutput(
             pred_logits=logits[:, :, slots:],

@@ -71,16 +71,17 @@ class QuerySelection(nn.Module):
         """
         proposal_logits, usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
         tokens = self.output_norm(self.output_projection(memory.masked_fill(~usable[..., None], 0.0)))
-        logits = self.class_head(tokens)
-        scores = logits.float().amax(-1)
-        count = min(self.content_queries.num_embeddings, scores.shape[1])
-        indices = scores.topk(count, dim=1).indices
+        count = min(self.content_queries.num_embeddings, tokens.shape[1])
+        with torch.autocast(device_type=memory.device.type, enabled=False):
+            tokens = tokens.float()  # ranks and boxes need more than bfloat16's eight bits
+            logits = self.class_head(tokens)
+            indices = logits.amax(-1).topk(count, dim=1).indices
 
         def selected(values: Tensor) -> Tensor:
             return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
 
         with torch.autocast(device_type=memory.device.type, enabled=False):
-            box_logits = self.bbox_head(selected(tokens).float()) + selected(proposal_logits)
+            box_logits = self.bbox_head(selected(tokens)) + selected(proposal_logits)
         return SelectedQueries(
             content=self.content_queries.weight[:count].expand(memory.shape[0], -1, -1),
             reference_logits=box_logits.detach(),

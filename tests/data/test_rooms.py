@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
 from dino_lightning.data.rooms import Room, Style, draw_plan, write_rooms_dataset
-from dino_lightning.data.rooms_drawing import font
-from dino_lightning.data.rooms_geometry import merge, offset, rectangle, signed_area
-from dino_lightning.data.rooms_layout import simple_layout
-from dino_lightning.data.rooms_scan import page_without_plan, rotate
-from dino_lightning.data.rooms_words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
+from dino_lightning.data.rooms.drawing import font
+from dino_lightning.data.rooms.geometry import merge, offset, rectangle, signed_area
+from dino_lightning.data.rooms.layout import simple_layout
+from dino_lightning.data.rooms.scan import page_without_plan, rotate
+from dino_lightning.data.rooms.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
 
 few = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 10**9)

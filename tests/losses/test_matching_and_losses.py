@@ -57,9 +57,7 @@ def test_padding_of_targets_changes_no_loss(counts, seed):
     criterion = Criterion()
 
     def judge(images):
-        part = pad_targets(
-            [(targets.boxes_cxcywh[i, : counts[i]], targets.labels[i, : counts[i]]) for i in images]
-        )
+        part = pad_targets([(targets.boxes_cxcywh[i, : counts[i]], targets.labels[i, : counts[i]]) for i in images])
         output = ModelOutput(
             pred_logits=logits[:2, images],
             pred_boxes=boxes[:2, images],

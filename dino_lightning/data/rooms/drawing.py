@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dino_lightning.data.rooms_geometry import (
+from dino_lightning.data.rooms.geometry import (
     Point,
     Polygon,
     bounds,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dino_lightning.data.rooms_drawing import Pen
-from dino_lightning.data.rooms_furniture import (
+from dino_lightning.data.rooms.drawing import Pen
+from dino_lightning.data.rooms.furniture import (
     Frame,
     Item,
     basin,
@@ -34,7 +34,7 @@ from dino_lightning.data.rooms_furniture import (
     wardrobe,
     washing_machine,
 )
-from dino_lightning.data.rooms_geometry import (
+from dino_lightning.data.rooms.geometry import (
     Point,
     Polygon,
     along,
@@ -48,8 +48,8 @@ from dino_lightning.data.rooms_geometry import (
     offset,
     rectangle,
 )
-from dino_lightning.data.rooms_layout import Cell, Layout
-from dino_lightning.data.rooms_walls import gap_outline
+from dino_lightning.data.rooms.layout import Cell, Layout
+from dino_lightning.data.rooms.walls import gap_outline
 
 Box = tuple[float, float, float, float]
 

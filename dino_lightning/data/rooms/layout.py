@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from dino_lightning.data.rooms_geometry import (
+from dino_lightning.data.rooms.geometry import (
     Point,
     Polygon,
     Segment,

@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lightning.data.rooms_drawing import Page, Pen, Room
-from dino_lightning.data.rooms_furnishing import furnish
-from dino_lightning.data.rooms_geometry import offset
-from dino_lightning.data.rooms_labels import write_name
-from dino_lightning.data.rooms_layout import simple_layout
-from dino_lightning.data.rooms_page import draw_page
-from dino_lightning.data.rooms_scan import page_without_plan, rotate, scan
-from dino_lightning.data.rooms_walls import draw_walls
+from dino_lightning.data.rooms.drawing import Page, Pen, Room
+from dino_lightning.data.rooms.furnishing import furnish
+from dino_lightning.data.rooms.geometry import offset
+from dino_lightning.data.rooms.labels import write_name
+from dino_lightning.data.rooms.layout import simple_layout
+from dino_lightning.data.rooms.page import draw_page
+from dino_lightning.data.rooms.scan import page_without_plan, rotate, scan
+from dino_lightning.data.rooms.walls import draw_walls
 
 Style = Literal["clean", "realistic"]
 

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from dino_lightning.data.rooms_drawing import WHITE, Ink, Pen
-from dino_lightning.data.rooms_furnishing import Box
-from dino_lightning.data.rooms_geometry import Point, Polygon, bounds, inside, offset
-from dino_lightning.data.rooms_layout import Layout
+from dino_lightning.data.rooms.drawing import WHITE, Ink, Pen
+from dino_lightning.data.rooms.furnishing import Box
+from dino_lightning.data.rooms.geometry import Point, Polygon, bounds, inside, offset
+from dino_lightning.data.rooms.layout import Layout
 
 
 def write_name(
