@@ -34,7 +34,11 @@ def run(args: list[str]) -> int:
 
         from dino_lightning.data.rooms import write_rooms_dataset
 
-        print(auto_cli(write_rooms_dataset, args=rest))
+        try:
+            print(auto_cli(write_rooms_dataset, args=rest, as_positional=False))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return 0
     print(f"error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
     return 2

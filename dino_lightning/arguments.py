@@ -23,9 +23,7 @@ from dino_lightning.module import DINOModule
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
 RUNS = Path("runs")
 
-# Model arguments that the command line takes from the data, and how: read off the files, or given by the user.
-FROM_DATA_FILES = ("num_classes", "class_names", "category_ids")
-FROM_DATA_OPTIONS = ("image_size", "max_size")
+FROM_DATA = ("num_classes", "class_names", "category_ids", "image_size", "max_size")  # arguments the model takes over
 
 
 class UsageError(ValueError):
@@ -168,7 +166,7 @@ def _stored_arguments(origin: Path, content: Any) -> list[str]:
     return [
         f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in stored.items()
-        if name not in (*FROM_DATA_FILES, *FROM_DATA_OPTIONS)
+        if name not in FROM_DATA
     ]
 
 

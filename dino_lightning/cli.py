@@ -16,8 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dino_lightning.arguments import (
-    FROM_DATA_FILES,
-    FROM_DATA_OPTIONS,
+    FROM_DATA,
     UsageError,
     explain_argument_error,
     prepare,
@@ -59,10 +58,8 @@ class DINOCLI(LightningCLI):
             default=None,
             help="Folder for this run's files; a new one in runs/ by default.",
         )
-        for name in FROM_DATA_FILES:
+        for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-        for name in FROM_DATA_OPTIONS:
-            parser.link_arguments(f"data.{name}", f"model.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args` without the warning about `sys.argv`, which must stay as it is for DDP's other processes."""

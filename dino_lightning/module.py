@@ -240,7 +240,8 @@ class DINOModule(lightning.LightningModule):
         self.metric.reset()
         shown = {f"{stage}/AP", f"{stage}/F1"}
         for name, value in results.items():
-            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" in shown)
+            # the processes agree already; without sync_dist Lightning would warn about each name
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" in shown, sync_dist=True)
         return results
 
     def _detections(self, output: Any, batch: Batch) -> list[Detections]:

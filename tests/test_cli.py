@@ -287,6 +287,17 @@ def test_an_exit_code_reaches_the_shell_and_no_traceback_is_shown(tmp_path):
     assert "error: nowhere" in done.stderr
 
 
+def test_rooms_are_drawn_on_request(capsys):
+    args = ["--root=plans", "--num_train=2", "--num_val=1", "--style=realistic", "--size=200"]
+    assert run(["rooms", *args]) == 0
+    assert len(json.loads(Path("plans/train/annotations.json").read_text())["images"]) == 2
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("important")
+    assert run(["rooms", "--root=mine"]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert Path("mine/thesis.txt").read_text() == "important"
+
+
 def test_help_of_the_program_and_unknown_commands(capsys):
     assert run([]) == 2
     assert run(["--help"]) == 0

@@ -63,6 +63,8 @@ class CocoDataModule(lightning.LightningDataModule):
         train_set: the training images.
         val_set: the validation images.
         test_set: the test images, or None.
+        image_size: short side in evaluation, in pixels, within `fixed_size`.
+        max_size: limit of the long side in pixels, within `fixed_size`.
 
     Raises:
         DataError: something is wrong with the files; the message says what and where.
@@ -146,6 +148,7 @@ class CocoDataModule(lightning.LightningDataModule):
 
         if fixed_size is not None:
             image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
+        self.image_size, self.max_size = image_size, max_size
         training = train_transform(augmentation, image_size, max_size)
         evaluation = eval_transform(image_size, max_size)
         if fixed_size is not None:
