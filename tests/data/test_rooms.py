@@ -295,7 +295,7 @@ def test_an_older_generator_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
     root = tmp_path / "rooms"
     write_rooms_dataset(root, num_train=1, num_val=1, size=96)
     before = (root / "train" / "annotations.json").stat().st_mtime_ns
-    monkeypatch.setattr("dino_lightning.data.rooms.GENERATOR_VERSION", 10_000)
+    monkeypatch.setattr("dino_lightning.data.rooms.dataset.GENERATOR_VERSION", 10_000)
     write_rooms_dataset(root, num_train=1, num_val=1, size=96)
     assert (root / "train" / "annotations.json").stat().st_mtime_ns != before
 
@@ -334,7 +334,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dino_lightning.data.rooms.draw_plan", interrupted)
+    monkeypatch.setattr("dino_lightning.data.rooms.dataset.draw_plan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_rooms_dataset(root, num_train=2, num_val=1, size=96)
     assert tree(root) == before
