@@ -44,7 +44,8 @@ def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
     """A contact sheet: detections in colour with their captions, true boxes as thin dashed green lines."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 4.6 * rows + 0.5), layout="constrained")
+    tallest = max(panel.pixels.shape[0] / panel.pixels.shape[1] for panel in panels)
+    figure = Figure(figsize=(4.6 * columns, (4.6 * min(tallest, 2.0) + 0.3) * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(heading, fontsize=11)
     for index in range(rows * columns):
