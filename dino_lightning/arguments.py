@@ -41,7 +41,7 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
     """
     run_dir, args = _take_option(args, "--run_dir")
     checkpoint, args = _take_option(args, "--ckpt_path")
-    folder = _shared_run_dir() or (Path(run_dir) if run_dir else None)
+    folder = Path(run_dir) if run_dir else _shared_run_dir()
     if checkpoint == "last":
         folder = folder or _newest_run()
         checkpoint = str(folder / "checkpoints" / "last.ckpt")

@@ -94,7 +94,7 @@ class DINOCLI(LightningCLI):
             ]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if not sys.stderr.isatty() and config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
+            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
         callbacks = [*callbacks, self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
