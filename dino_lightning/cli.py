@@ -41,7 +41,6 @@ class DINOCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # a resumed run writes its configuration again
             seed_everything_default=42,
             parser_kwargs={"exit_on_error": False},
-            load_from_checkpoint_support=False,
         )
 
     @staticmethod
@@ -65,6 +64,9 @@ class DINOCLI(LightningCLI):
         """Parse `args` without the warning about `sys.argv`, which must stay as it is for DDP's other processes."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+
+    def _add_instantiators(self) -> None:
+        """Keep the stored hyperparameters plain (Lightning would add the names of its own helpers to them)."""
 
     def _parse_ckpt_path(self) -> None:
         """Keep the user's values: Lightning would overwrite them with those stored in the checkpoint."""
