@@ -194,7 +194,7 @@ class CocoMetric(Metric):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: torchmetrics would evaluate each batch by itself and drop the images before it."""
-        raise NotImplementedError("Call update() for each batch and compute() once at the end.")
+        raise TypeError("Call update() for each batch and compute() once at the end.")
 
     def _check_labels(self, *labels: npt.NDArray[np.int64]) -> None:
         """Fail early, and with the label, where COCO's evaluation would leave a class out without a word."""

@@ -366,7 +366,7 @@ def test_wrong_updates():
         metric.update([detections_of([BOX], labels=[2])], [truth_of([BOX])], [1])
     with pytest.raises(ValueError, match="Label -1 is out of range"):
         metric.update([detections_of([BOX])], [truth_of([BOX], labels=[-1])], [1])
-    with pytest.raises(NotImplementedError, match="update"):
+    with pytest.raises(TypeError, match="update"):
         metric([detections_of([BOX])], [truth_of([BOX])], [1])
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from dino_lightning.data.rooms.drawing import Page, Pen, Room
 from dino_lightning.data.rooms.furnishing import furnish
