@@ -72,13 +72,10 @@ def to_published_key(key: str) -> str:
     Raises:
         KeyError: an entry the published layout has no place for.
     """
-    for ours, published in _PREFIXES:
-        if key.startswith(ours):
-            renamed = published + key[len(ours) :]
-            for our_part, published_part in _ATTENTION:
-                renamed = renamed.replace(our_part, published_part)
-            return renamed
-    raise KeyError(f"The published DINO layout has no place for {key!r}.")
+    renamed = _renamed(key, _PREFIXES, _ATTENTION)
+    if renamed is None:
+        raise KeyError(f"The published DINO layout has no place for {key!r}.")
+    return renamed
 
 
 def from_published_key(key: str) -> str:
@@ -88,13 +85,22 @@ def from_published_key(key: str) -> str:
         KeyError: an entry we have no place for.
     """
     key = _SHARED_HEAD.sub(r"transformer.decoder.\1.{layer}.", key.removeprefix("module."))
-    for ours, published in _PREFIXES:
-        if key.startswith(published):
-            renamed = ours + key[len(published) :]
-            for our_part, published_part in _ATTENTION:
-                renamed = renamed.replace(published_part, our_part)
+    back = [[(published, ours) for ours, published in table] for table in (_PREFIXES, _ATTENTION)]
+    renamed = _renamed(key, *back)
+    if renamed is None:
+        raise KeyError(f"{key!r} is no entry of a published DINO checkpoint.")
+    return renamed
+
+
+def _renamed(key: str, prefixes: Sequence[tuple[str, str]], parts: Sequence[tuple[str, str]]) -> str | None:
+    """The key with the first prefix that fits exchanged, and all parts; None if no prefix fits."""
+    for old, new in prefixes:
+        if key.startswith(old):
+            renamed = new + key[len(old) :]
+            for old_part, new_part in parts:
+                renamed = renamed.replace(old_part, new_part)
             return renamed
-    raise KeyError(f"{key!r} is no entry of a published DINO checkpoint.")
+    return None
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -66,13 +66,8 @@ def child_environment():
     return {**environment, "OMP_NUM_THREADS": "1"}
 
 
-def train(tmp_path, devices, *, denoising=0, empty="none"):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    out = tmp_path / f"{devices}.pt"
-    options = {"devices": devices, "out": str(out), "empty": empty}
-    options["model"] = {**TINY_SIZES, "num_denoising": denoising}
-    command = [sys.executable, str(script), json.dumps(options)]
+def run_in(tmp_path, command):
+    """Run a program that must succeed; gives what it printed."""
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -83,6 +78,17 @@ def train(tmp_path, devices, *, denoising=0, empty="none"):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train(tmp_path, devices, *, denoising=0, empty="none"):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / f"{devices}.pt"
+    options = {"devices": devices, "out": str(out), "empty": empty}
+    options["model"] = {**TINY_SIZES, "num_denoising": denoising}
+    command = [sys.executable, str(script), json.dumps(options)]
+    run_in(tmp_path, command)
     return torch.load(out, weights_only=True)
 
 
@@ -112,16 +118,7 @@ def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path):
         "--trainer.strategy=ddp",
         "--data.batch_size=2",
     ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_in(tmp_path, command)
     (run,) = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert len(list((run / "tensorboard").glob("events.*"))) == 1

@@ -203,7 +203,7 @@ def test_size_changes_the_scale_only() -> None:
 @pytest.mark.parametrize("arguments", [{"seed": -1}, {"seed": 0, "size": 50}, {"seed": 0, "style": "baroque"}], ids=str)
 def test_wrong_arguments_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must be"):
-        draw_plan(**arguments)  # type: ignore[arg-type]
+        draw_plan(**arguments)  # type: ignore[arg-type]  # wrong types are the point
 
 
 def test_every_word_can_be_drawn() -> None:
