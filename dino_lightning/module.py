@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dino_lightning.checkpoint import CheckpointError, load_weights
 from dino_lightning.data.images import read_image
+from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import LabelledImage, eval_transform
 from dino_lightning.losses import Criterion
 from dino_lightning.metrics import ClassResult, CocoMetric
@@ -93,6 +94,7 @@ class DINOModule(lightning.LightningModule):
         self.class_results: list[ClassResult] = []
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
         self._has_weights = False
+        self._noise_seed: int | None = None
 
     # ------------------------------------------------------------------ set-up
 
@@ -144,13 +146,18 @@ class DINOModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
     def on_train_start(self) -> None:
-        """Draw other noise on each process; when resuming, let the rates of now stand, not the stored ones."""
-        if self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)  # as published: seed plus rank
+        """When resuming, let the rates of now stand, not the stored ones."""
+        if self._noise_seed is None:
+            self._noise_seed = torch.initial_seed()
         if self.trainer.ckpt_path is not None:
             scheduler = self.lr_schedulers()
             assert isinstance(scheduler, torch.optim.lr_scheduler.MultiStepLR)
             update_rates(scheduler, self._parameter_groups(), self._milestones(), self.hparams["lr_drop_factor"])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let the noise of a step follow from seed, epoch, batch and process: nothing has to be stored to go on."""
+        assert self._noise_seed is not None
+        torch.manual_seed(derive_seed(self._noise_seed, self.current_epoch, batch_idx, self.global_rank))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(
@@ -256,12 +263,14 @@ class DINOModule(lightning.LightningModule):
     # ------------------------------------------------------------------ checkpoints and use
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score threshold of the best F1 with the weights."""
+        """Keep the score threshold of the best F1 with the weights, and the seed of the noise."""
         checkpoint["score_threshold"] = float(self.score_threshold)
+        checkpoint["noise_seed"] = self._noise_seed
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Take the threshold back, and leave the loaded weights alone in `setup`."""
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
+        self._noise_seed = checkpoint.get("noise_seed")
         self._has_weights = True
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -16,6 +16,7 @@ from dino_lightning.data.classes import classes_of
 from dino_lightning.data.coco import CocoAnnotations, DataError, load_coco
 from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import CocoDetection, Sample
+from dino_lightning.data.sampling import TrainLoader, TrainSampler
 from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import FitInto, eval_transform, train_transform
 
@@ -229,18 +230,20 @@ class CocoDataModule(lightning.LightningDataModule):
         if workers is None:
             workers = default_workers(len(dataset), processes_here)
         images_per_process = -(-len(dataset) // processes)
-        # No worker_init_fn: torch already gives each worker a single thread, and Lightning seeds the workers
-        # of each rank differently only where none is set.
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=training,
-            drop_last=training and images_per_process >= batch_size,
-            collate_fn=partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        arguments: dict[str, Any] = {
+            "batch_size": batch_size,
+            "collate_fn": partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if not training:
+            return DataLoader(dataset, **arguments)
+        seed, rank = torch.initial_seed(), 0
+        if self.trainer is not None:
+            seed, rank = self.trainer.strategy.broadcast(seed), self.trainer.global_rank
+        sampler = TrainSampler(dataset, processes=processes, rank=rank, seed=seed)
+        return TrainLoader(dataset, sampler=sampler, drop_last=images_per_process >= batch_size, **arguments)
 
     def _leave_out_unreadable(self, dataset: CocoDetection) -> None:
         # Before the first batch, not while training: Lightning and the other ranks rely on a loader giving as

@@ -71,12 +71,17 @@ class CocoDetection(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.annotations.images)
 
-    def __getitem__(self, index: int) -> Sample:
-        """The sample of image `index`.
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+        """The sample of image `index`; with a seed beside it, all random draws for this image follow from that seed.
 
         Raises:
             DataError: the image cannot be read, or its size is not the one the annotation file says.
         """
+        if isinstance(index, tuple):
+            index, seed = index
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                return self[index]
         entry, path = self.annotations.images[index], self.annotations.image_path(index)
         try:
             image = read_image(path)

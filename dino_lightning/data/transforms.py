@@ -1,7 +1,7 @@
 """Resizing and augmentation of an image together with its boxes.
 
-All random draws come from torch's global generator, so that the seeds which Lightning and `DataLoader` give
-to workers make a run repeatable.
+All random draws come from torch's global generator, which `CocoDetection` seeds for each image, so a run can be
+repeated.
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ def test_a_training_set_smaller_than_a_batch_still_trains(root):
 @pytest.mark.parametrize(("processes", "drops"), [(1, True), (2, False)])
 def test_a_last_batch_is_dropped_only_if_a_process_has_another(root, processes, drops):
     data = small(root, batch_size=4)
-    data.trainer = SimpleNamespace(world_size=processes, num_devices=processes)
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    data.trainer = SimpleNamespace(world_size=processes, num_devices=processes, global_rank=0, strategy=strategy)
     assert data.train_dataloader().drop_last is drops
     assert data.val_dataloader().drop_last is False
 
