@@ -5,6 +5,7 @@ from dino_lightning.losses import Criterion
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model import DINO
 from dino_lightning.module import DINOModule
+from dino_lightning.predict import load_detector
 from dino_lightning.structures import Batch, Detections
 
-__all__ = ["DINO", "Batch", "CocoDataModule", "CocoMetric", "Criterion", "DINOModule", "Detections"]
+__all__ = ["DINO", "Batch", "CocoDataModule", "CocoMetric", "Criterion", "DINOModule", "Detections", "load_detector"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,18 +21,21 @@ from dino_lightning.arguments import (
     explain_argument_error,
     prepare,
 )
-from dino_lightning.callbacks import PredictionImages, RunReport
+from dino_lightning.callbacks import KeptMetrics, PredictionImages, RunReport
 from dino_lightning.checkpoint import CheckpointError
 from dino_lightning.data import CocoDataModule, DataError
 from dino_lightning.losses import NonFiniteError
 from dino_lightning.module import DINOModule
 
+EXPECTED_ERRORS = (ArgumentError, UsageError, DataError, CheckpointError, NonFiniteError, MisconfigurationException)
+
 
 class DINOCLI(LightningCLI):
     """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`."""
 
-    def __init__(self, args: Sequence[str], run_dir: Path) -> None:
+    def __init__(self, args: Sequence[str], run_dir: Path, callbacks: Sequence[Callback] = ()) -> None:
         self.run_dir = run_dir
+        self.extra_callbacks = list(callbacks)
         self.report = RunReport(directory=str(run_dir))
         super().__init__(
             DINOModule,
@@ -81,10 +84,14 @@ class DINOCLI(LightningCLI):
             raise UsageError(str(error)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what depends on the device: precision."""
+        """Settle what depends on the device: precision."""
         trainer = self.config[self.config.subcommand].trainer
+        best = default_precision(trainer.accelerator)
         if trainer.precision is None:
-            trainer.precision = default_precision(trainer.accelerator)
+            trainer.precision = best
+        elif trainer.precision == "bf16-mixed" and best == "16-mixed":
+            say("This GPU does not compute in bfloat16: using precision 16-mixed instead of bf16-mixed.")
+            trainer.precision = best
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         """The Trainer with this run's loggers, checkpoints and pictures, unless the user has others."""
@@ -97,9 +104,12 @@ class DINOCLI(LightningCLI):
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if not sys.stderr.isatty() and config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
-        callbacks = [*callbacks, self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
+        callbacks = [*callbacks, *self.extra_callbacks]
+        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if config.get("logger") and self.subcommand == "fit" and self.config.fit.ckpt_path:
+            callbacks.append(KeptMetrics(path=self.run_dir / "metrics.csv"))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             common: dict[str, Any] = {
                 "dirpath": str(checkpoints),
@@ -163,15 +173,26 @@ class DINOCLI(LightningCLI):
 def main(subcommand: str, args: Sequence[str]) -> int:
     """Run one subcommand; bad input ends in one sentence on stderr and a non-zero exit code."""
     try:
-        args, run_dir = prepare(subcommand, list(args))
-        DINOCLI([subcommand, *args], run_dir)
-    except ArgumentError as error:
-        print(f"error: {explain_argument_error(str(error))}", file=sys.stderr)
-        return 2
-    except (UsageError, DataError, CheckpointError, NonFiniteError, MisconfigurationException) as error:
-        print(f"error: {original_message(error)}", file=sys.stderr)
-        return 1
+        execute(subcommand, args)
+    except EXPECTED_ERRORS as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
     return 0
+
+
+def execute(subcommand: str, args: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Run one subcommand, with more callbacks than its own.
+
+    Raises:
+        EXPECTED_ERRORS: bad input; `explain` makes a sentence of it.
+    """
+    prepared, run_dir = prepare(subcommand, list(args))
+    DINOCLI([subcommand, *prepared], run_dir, callbacks)
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, in one sentence for the user."""
+    return explain_argument_error(str(error)) if isinstance(error, ArgumentError) else original_message(error)
 
 
 @rank_zero_only

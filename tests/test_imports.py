@@ -26,7 +26,8 @@ ALLOWED = {
     "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "module"},
     "fit": {"arguments", "cli", "data"},
     "__main__": {"cli", "fit", "data"},
-    "__init__": {"data", "losses", "metrics", "model", "module", "structures"},
+    "predict": {"checkpoint", "module"},
+    "__init__": {"data", "losses", "metrics", "model", "module", "predict", "structures"},
 }
 MAY_USE_LIGHTNING = {"module.py", "data/datamodule.py", "arguments.py", "cli.py", "fit.py", "__main__.py"}
 

@@ -7,6 +7,7 @@ With Pillow alone: torchvision's decoders give the same pixels somewhat faster (
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,14 +34,23 @@ def read_image(path: Path) -> Tensor:
         DataError: the file is missing or cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(_decode(image)).permute(2, 0, 1)
+        with path.open("rb") as file:
+            return decode_image(file, str(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}).") from error
+
+
+def decode_image(file: BinaryIO, name: str) -> Tensor:
+    """As `read_image`, from an open file; `name` stands for it in messages."""
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(_decode(image)).permute(2, 0, 1)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on damaged files
-        raise DataError(f"{path} cannot be decoded ({error}).") from error
+        raise DataError(f"{name} cannot be decoded ({error}).") from error
 
 
 def _decode(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -45,7 +45,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
 
 
 class TrainLoader(DataLoader[Sample]):
-    """A loader whose place in the epoch is saved with the checkpoint and found again (Lightning's stateful protocol)."""
+    """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders)."""
 
     sampler: TrainSampler
 

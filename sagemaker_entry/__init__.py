@@ -1,0 +1,1 @@
+"""Training on Amazon SageMaker: `launch` runs on the laptop, `train` in the container."""

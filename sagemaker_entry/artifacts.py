@@ -1,0 +1,91 @@
+"""The model directory at the end of a job: all it takes to use the model, and nothing huge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_lightning.checkpoint import read_checkpoint
+from sagemaker_entry.install import REQUIREMENTS
+from sagemaker_entry.source import package_files, requirements
+from sagemaker_entry.worker import BEST
+
+MODEL_FILE = "model.ckpt"
+DESCRIPTION_FILE = "model.json"
+KEPT_ENTRIES = (
+    "state_dict",
+    "hyper_parameters",
+    "score_threshold",
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+)
+PICTURES_AND_TABLES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections.png")
+
+
+def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
+    """Write the best checkpoint's weights, a description, the run's results and the code to use them.
+
+    Args:
+        run_dir: the folder of the run.
+        model_dir: what is in it becomes model.tar.gz.
+        complete: False if the run was stopped before its end.
+
+    Returns:
+        False if there is no best checkpoint yet; then nothing is written.
+    """
+    best = run_dir / BEST
+    if not best.is_file():
+        return False
+    checkpoint = read_checkpoint(best)
+    partial = model_dir / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "code").mkdir(parents=True)
+    torch.save({name: checkpoint[name] for name in KEPT_ENTRIES}, partial / MODEL_FILE)
+    (partial / DESCRIPTION_FILE).write_text(json.dumps(describe(checkpoint, complete=complete), indent=2) + "\n")
+    for name in PICTURES_AND_TABLES:
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, partial / name)
+    for name, path in package_files().items():
+        (partial / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, partial / "code" / name)
+    shutil.copyfile(Path(__file__).parent / "inference.py", partial / "code" / "inference.py")
+    (partial / "code" / REQUIREMENTS).write_text("\n".join(requirements()) + "\n")
+    for path in partial.iterdir():
+        target = model_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    partial.rmdir()
+    return True
+
+
+def describe(checkpoint: dict[str, Any], *, complete: bool) -> dict[str, Any]:
+    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs."""
+    settings = checkpoint["hyper_parameters"]
+    names = settings["class_names"] or []
+    ids = settings["category_ids"] or list(range(len(names)))
+    history = checkpoint.get("callbacks", {}).get("RunReport", {}).get("history", [])
+    figures = [row for row in history if row["epoch"] == checkpoint["epoch"] + 1] or history[-1:]
+    return {
+        "format": "dino_lightning model 1",
+        "weights": MODEL_FILE,
+        "complete": complete,
+        "epoch": checkpoint["epoch"] + 1,
+        "score_threshold": checkpoint["score_threshold"],
+        "classes": [
+            {"label": label, "category_id": category_id, "name": name}
+            for label, (category_id, name) in enumerate(zip(ids, names, strict=True))
+        ],
+        "preprocessing": {
+            "colour": "RGB, 0-255",
+            "short_side": settings["image_size"],
+            "long_side_at_most": settings["max_size"],
+            "normalisation": "inside the model",
+        },
+        "metrics": {name: value for row in figures for name, value in row.items() if name.startswith("val/")},
+    }

@@ -1,0 +1,134 @@
+"""What a SageMaker container tells about its job: variables and files, as one typed object.
+
+Both generations of Amazon's start scripts set SM_* variables from the JSON files in /opt/ml/input/config; a container
+started by its own entry point has the files alone. The variables are read first, the files fill in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sagemaker_entry.problem import Problem
+
+CODE_CHANNELS = ("code", "sm_drivers")  # put there by the SDK, not by the user
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A training job as seen from one of its hosts.
+
+    Attributes:
+        job_name: the training job.
+        hosts: the names of all hosts, sorted; the first one leads.
+        current_host: the name of this one.
+        instance_type: such as "ml.g5.2xlarge", or "" where it is not told.
+        network_interface: the interface that reaches the other hosts, or "".
+        channels: the user's input channels, name to folder.
+        hyperparameters: of the job, decoded.
+        model_dir: what is in it at the end becomes model.tar.gz.
+        checkpoint_dir: kept in step with S3; what an earlier job of the same place left is in it.
+        failure_file: what is in it at the end becomes the job's failure reason.
+    """
+
+    job_name: str
+    hosts: tuple[str, ...]
+    current_host: str
+    instance_type: str
+    network_interface: str
+    channels: Mapping[str, Path]
+    hyperparameters: Mapping[str, Any]
+    model_dir: Path
+    checkpoint_dir: Path
+    failure_file: Path
+
+    @property
+    def rank(self) -> int:
+        """The position of this host among all."""
+        return self.hosts.index(self.current_host)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this host writes what is written once."""
+        return self.rank == 0
+
+
+def failure_file(environ: Mapping[str, str]) -> Path:
+    """Where to put the sentence that becomes the job's failure reason."""
+    return Path(environ.get("SM_OUTPUT_FAILURE") or _root(environ) / "output" / "failure")
+
+
+def read_environment(environ: Mapping[str, str]) -> Environment:
+    """Read the variables and files of the container.
+
+    Args:
+        environ: the process's variables.
+
+    Raises:
+        Problem: a file or variable that is not what SageMaker writes.
+    """
+    root = _root(environ)
+    config = Path(environ.get("SM_INPUT_CONFIG_DIR") or root / "input" / "config")
+    resources = _read_object(config / "resourceconfig.json")
+    hosts = _variable(environ, "SM_HOSTS", list) or resources.get("hosts") or ["algo-1"]
+    current = environ.get("SM_CURRENT_HOST") or resources.get("current_host") or hosts[0]
+    if current not in hosts:
+        raise Problem(f"This host is called {current!r}, but the hosts of the job are {', '.join(hosts)}.")
+    names = _variable(environ, "SM_CHANNELS", list) or list(_read_object(config / "inputdataconfig.json"))
+    data = Path(environ.get("SM_INPUT_DATA_DIR") or root / "input" / "data")
+    checkpoints = _read_object(config / "checkpointconfig.json").get("LocalPath") or root / "checkpoints"
+    hyperparameters = _variable(environ, "SM_HPS", dict)
+    if hyperparameters is None:
+        hyperparameters = {k: _decoded(v) for k, v in _read_object(config / "hyperparameters.json").items()}
+    return Environment(
+        job_name=environ.get("TRAINING_JOB_NAME") or environ.get("SM_JOB_NAME") or "local",
+        hosts=tuple(sorted(hosts)),
+        current_host=current,
+        instance_type=environ.get("SM_CURRENT_INSTANCE_TYPE") or resources.get("current_instance_type") or "",
+        network_interface=environ.get("SM_NETWORK_INTERFACE_NAME") or resources.get("network_interface_name") or "",
+        channels={
+            name: Path(environ.get(f"SM_CHANNEL_{name.upper()}") or data / name)
+            for name in names
+            if name not in CODE_CHANNELS
+        },
+        hyperparameters={k: v for k, v in hyperparameters.items() if not k.startswith("sagemaker_")},
+        model_dir=Path(environ.get("SM_MODEL_DIR") or root / "model"),
+        checkpoint_dir=Path(checkpoints),
+        failure_file=failure_file(environ),
+    )
+
+
+def _root(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("SM_INPUT_DIR") or "/opt/ml/input").parent
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    return _object_of(path.read_text(), str(path), dict)  # type: ignore[no-any-return]  # checked in there
+
+
+def _variable(environ: Mapping[str, str], name: str, kind: type) -> Any:
+    return _object_of(environ[name], name, kind) if environ.get(name) else None
+
+
+def _object_of(text: str, where: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Problem(f"{where} is not valid JSON ({error}).") from error
+    if not isinstance(value, kind):
+        raise Problem(f"{where} should hold a JSON {'object' if kind is dict else 'list'}.")
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    """Hyperparameters are strings; those that are JSON are meant as JSON."""
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value

@@ -1,0 +1,60 @@
+"""GPUs, memory, network and price of the instance types worth training DINO on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRICES_DATE = "2026-09"
+PRICES_SOURCE = "AWS list prices for SageMaker training, read between 2026-07 and 2026-09; us-east-1 unless marked"
+SPOT_DISCOUNT = (0.4, 0.7)  # what AWS calls usual for managed spot training; it varies by hour and place
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance type.
+
+    Attributes:
+        gpus: how many GPUs one instance has.
+        gpu: their kind.
+        gpu_memory: GB of each.
+        memory: GiB of main memory.
+        network: baseline bandwidth in Gb/s, or the full one where it does not burst.
+        price: dollars an hour for on-demand training.
+        region: where the price was read.
+    """
+
+    gpus: int
+    gpu: str
+    gpu_memory: int
+    memory: int
+    network: float
+    price: float
+    region: str = "us-east-1"
+
+
+def _g5(gpus: int, memory: int, network: float, price: float, region: str = "us-east-1") -> Instance:
+    return Instance(gpus, "A10G", 24, memory, network, price, region)
+
+
+def _g6(gpus: int, memory: int, network: float, price: float) -> Instance:
+    return Instance(gpus, "L4", 24, memory, network, price, "us-west-2")
+
+
+INSTANCES = {
+    "ml.g5.xlarge": _g5(1, 16, 2.5, 1.408),
+    "ml.g5.2xlarge": _g5(1, 32, 5, 1.515),
+    "ml.g5.4xlarge": _g5(1, 64, 10, 2.03),
+    "ml.g5.8xlarge": _g5(1, 128, 25, 3.06),
+    "ml.g5.16xlarge": _g5(1, 256, 25, 5.12, "us-west-2"),
+    "ml.g5.12xlarge": _g5(4, 192, 40, 7.09),
+    "ml.g5.24xlarge": _g5(4, 384, 50, 10.18, "us-west-2"),
+    "ml.g5.48xlarge": _g5(8, 768, 100, 20.36, "us-west-2"),
+    "ml.g6.xlarge": _g6(1, 16, 2.5, 1.127),
+    "ml.g6.2xlarge": _g6(1, 32, 5, 1.222),
+    "ml.g6.4xlarge": _g6(1, 64, 10, 1.654),
+    "ml.g6.8xlarge": _g6(1, 128, 25, 2.518),
+    "ml.g6.12xlarge": _g6(4, 192, 40, 5.752),
+    "ml.g6.24xlarge": _g6(4, 384, 50, 8.344),
+    "ml.g6.48xlarge": _g6(8, 768, 100, 16.688),
+}
+DEFAULT_TYPE = "ml.g5.2xlarge"

@@ -1,0 +1,70 @@
+"""`launch --local`: the container's own entry on this machine, in a folder laid out like /opt/ml."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sagemaker_entry.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
+
+
+def lay_out(
+    root: Path, data: Path, config: str, job: Job, weights: Mapping[str, Path], hosts: Sequence[str] = ("algo-1",)
+) -> None:
+    """Fill a folder as SageMaker fills /opt/ml before it starts the container.
+
+    Args:
+        root: stands for /opt/ml.
+        data: the dataset, for channel `training`.
+        config: the content of the configuration file.
+        job: the plan.
+        weights: files for channel `weights`, by name.
+        hosts: the hosts of the job.
+    """
+    channels = [CONFIG_CHANNEL, "training"]
+    for folder in ("input/config", f"input/data/{CONFIG_CHANNEL}", "output/data", "model", "checkpoints"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    inputs = root / "input" / "data"
+    (inputs / CONFIG_CHANNEL / CONFIG_FILE).write_text(config)
+    (inputs / CONFIG_CHANNEL / JOB_FILE).write_text(job.to_json())
+    _link(inputs / "training", data)
+    if weights:
+        channels.append(WEIGHTS_CHANNEL)
+        (inputs / WEIGHTS_CHANNEL).mkdir(exist_ok=True)
+        for name, path in weights.items():
+            _link(inputs / WEIGHTS_CHANNEL / name, path)
+    configuration = root / "input" / "config"
+    files = {
+        "resourceconfig": {"current_host": hosts[0], "hosts": list(hosts), "network_interface_name": "eth0"},
+        "inputdataconfig": {name: {"TrainingInputMode": "File"} for name in channels},
+        "hyperparameters": {},
+        "checkpointconfig": {"LocalPath": str(root / "checkpoints")},
+    }
+    for name, content in files.items():
+        (configuration / f"{name}.json").write_text(json.dumps(content))
+
+
+def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
+    """Run `sagemaker_entry.train` on a folder that `lay_out` filled; returns its exit code.
+
+    An interrupt from the keyboard stops it as SageMaker would: it saves a checkpoint first.
+    """
+    kept = {name: value for name, value in environ.items() if not name.startswith("SM_")}
+    variables = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "local"}
+    child = subprocess.Popen([sys.executable, "-m", "sagemaker_entry.train"], env=variables)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the child as well
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _link(link: Path, target: Path) -> None:
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(target.resolve())

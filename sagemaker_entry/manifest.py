@@ -1,0 +1,157 @@
+"""The dataset as it lies in S3: tar shards of the images, the annotation files, and a manifest that names them all.
+
+    manifest.json               written last: without it, nothing is there yet
+    train/annotations.json      as the user has it
+    shards/<sha256>.tar         holds train/images/..., val/images/...
+
+Unpacked, it is the first layout that `CocoDataModule` looks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sagemaker_entry.problem import Problem
+
+MANIFEST = "manifest.json"
+FORMAT = "dino_lightning dataset 1"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One object of the dataset: its key below the prefix, its length in bytes, and its SHA-256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stored dataset consists of.
+
+    Attributes:
+        annotations: the annotation file of each split.
+        shards: the archives of the images.
+        images: how many image files the shards hold together.
+    """
+
+    annotations: tuple[StoredFile, ...]
+    shards: tuple[StoredFile, ...]
+    images: int
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Everything but the manifest itself."""
+        return (*self.annotations, *self.shards)
+
+    def to_json(self) -> str:
+        """The content of manifest.json."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            Problem: it is not one of this format.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise ValueError(content["format"])
+            return cls(
+                annotations=tuple(StoredFile(**entry) for entry in content["annotations"]),
+                shards=tuple(StoredFile(**entry) for entry in content["shards"]),
+                images=content["images"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise Problem(
+                f"{where} is no manifest of {FORMAT!r}; upload the dataset with sagemaker_entry.launch."
+            ) from (error)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Unpack a stored dataset, checking every part, into a folder that `CocoDataModule` reads.
+
+    The folder appears under its name when it is complete; one that is already there is used as it is.
+
+    Args:
+        source: the folder that holds manifest.json.
+        target: where the dataset will be.
+        on_shard: called with (shards done, shards in all).
+
+    Raises:
+        Problem: a part is missing or damaged, or the disk is too small.
+    """
+    if target.is_dir():
+        return
+    manifest = Manifest.from_json((source / MANIFEST).read_text(), str(source / MANIFEST))
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    needed, free = sum(file.size for file in manifest.files), shutil.disk_usage(partial).free
+    if needed > free:
+        raise Problem(
+            f"The dataset needs {needed / 1e9:.1f} GB in {target.parent}, where {free / 1e9:.1f} GB are free; "
+            "choose a larger instance."
+        )
+    for file in manifest.files:
+        path = source / file.name
+        if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.sha256:
+            state = "is damaged" if path.is_file() else "is missing"
+            raise Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to upload it anew.")
+        if file in manifest.annotations:
+            (partial / file.name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / file.name)
+    for done, shard in enumerate(manifest.shards):
+        extract_safely(source / shard.name, partial)
+        on_shard(done + 1, len(manifest.shards))
+    unpacked = sum(path.is_file() for path in partial.glob("*/images/**/*"))
+    if unpacked != manifest.images:
+        raise Problem(f"{source} should hold {manifest.images} images, but {unpacked} were unpacked; upload it anew.")
+    partial.rename(target)
+
+
+def extract_safely(archive: Path, target: Path) -> None:
+    """Extract the plain files and folders of a tar archive, and nothing that would land outside of `target`.
+
+    Raises:
+        Problem: not a tar archive, or a member that is a link or a device, or whose name leaves the folder.
+    """
+    root = target.resolve()
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                destination = (root / member.name).resolve()
+                if not destination.is_relative_to(root) or not (member.isfile() or member.isdir()):
+                    raise Problem(
+                        f"{archive} holds {member.name!r}, which is a link, a device or outside of the folder; "
+                        "it was not made by this program and is not unpacked."
+                    )
+                if member.isdir():
+                    destination.mkdir(parents=True, exist_ok=True)
+                    continue
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                content = tar.extractfile(member)
+                assert content is not None
+                with destination.open("wb") as file:
+                    shutil.copyfileobj(content, file, CHUNK)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise Problem(f"{archive} cannot be unpacked ({error}).") from error

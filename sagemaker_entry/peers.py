@@ -1,0 +1,162 @@
+"""The hosts of a job watch each other, so that none waits for one that is gone.
+
+A collective that waits for a dead host may wait half an hour, and what it says then is not why the host died. So each
+host's launcher shows a sign of life in a small key-value store of the leading host (`torch.distributed.TCPStore`), and
+leaves its own last words there when it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+from sagemaker_entry.failure import Failure
+from sagemaker_entry.problem import Problem
+
+PORT = 7778  # beside 7777, which Amazon's own start scripts use
+BEAT = 1.0  # seconds between signs of life
+PATIENCE = 30.0  # seconds without one after which a host counts as gone
+START_PATIENCE = 900.0  # seconds for all hosts to come up: images and data arrive at different times
+
+
+class Peers:
+    """This host's view of the others; everything that may block happens in a thread of its own.
+
+    Args:
+        hosts: the names of all hosts; the first one keeps the store.
+        rank: the position of this one.
+        port: of the store.
+        patience: seconds without a sign of life after which a host counts as gone.
+        start_patience: seconds to wait for the leading host at the start, and for the others' first sign of life.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        rank: int,
+        *,
+        port: int = PORT,
+        patience: float = PATIENCE,
+        start_patience: float = START_PATIENCE,
+    ) -> None:
+        self._hosts, self._rank, self._port = tuple(hosts), rank, port
+        self._patience, self._start_patience = patience, start_patience
+        self._ending = threading.Event()
+        self._connected = threading.Event()
+        self._own: Failure | None = None
+        self._finished = False
+        self._found: Failure | None = None
+        self._last_contact = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+
+    def start(self) -> None:
+        """Begin to show signs of life and to look for those of the others."""
+        if len(self._hosts) > 1:
+            self._thread.start()
+
+    def trouble(self) -> Failure | None:
+        """What happened to another host, if anything did."""
+        if self._found is None and self._thread.is_alive():
+            silence = time.monotonic() - self._last_contact
+            limit = self._patience if self._connected.is_set() else self._start_patience + self._patience
+            if silence > limit:
+                return self._gone(0, silence)
+        return self._found
+
+    def leave(self, failure: Failure | None, *, grace: float = 10.0) -> None:
+        """Tell the others how it ended here; the leading host stays until they know, for `grace` seconds at most."""
+        self._own, self._finished = failure, failure is None
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join(grace)
+
+    def _gone(self, rank: int, silence: float) -> Failure:
+        return Failure(
+            f"Host {self._hosts[rank]} has not been heard of for {silence:.0f} seconds: it was shut down, ran out of "
+            "memory, or cannot be reached.",
+            host=self._hosts[self._rank],
+            secondary=True,
+        )
+
+    def _watch(self) -> None:
+        try:
+            store = self._connect()
+        except Exception as error:  # of whatever kind the store raises
+            self._found = Failure(
+                f"Host {self._hosts[self._rank]} cannot reach {self._hosts[0]} at port {self._port} ({error}); in a "
+                "VPC, the security group must allow traffic between its own members.",
+                host=self._hosts[self._rank],
+                secondary=True,
+            )
+            return
+        self._last_contact = time.monotonic()
+        self._connected.set()
+        beats = 0
+        seen = {rank: (b"", time.monotonic() + self._start_patience) for rank in range(len(self._hosts))}
+        ended: set[int] = set()
+        deadline: float | None = None
+        while True:
+            try:
+                beats += 1
+                store.set(f"beat/{self._rank}", str(beats))
+                if self._ending.is_set() and deadline is None:
+                    deadline = time.monotonic() + 60
+                    store.set(f"end/{self._rank}", self._own.to_json() if self._own else "null")
+                for rank in range(len(self._hosts)):
+                    if rank != self._rank and rank not in ended:
+                        self._look_at(store, rank, seen, ended)
+                self._last_contact = time.monotonic()
+            except Exception as error:  # the connection is gone, and with it the leading host
+                if not self._ending.is_set() and 0 not in ended and self._found is None:
+                    self._found = Failure(
+                        f"Host {self._hosts[0]} closed the connection ({type(error).__name__}): it died or was shut "
+                        "down.",
+                        host=self._hosts[self._rank],
+                        secondary=True,
+                    )
+                return
+            everybody_knows = self._rank != 0 or len(ended) == len(self._hosts) - 1
+            if deadline is not None and (everybody_knows or time.monotonic() > deadline):
+                return
+            self._ending.wait(BEAT) if deadline is None else time.sleep(BEAT / 4)
+
+    def _look_at(self, store: TCPStore, rank: int, seen: dict[int, tuple[bytes, float]], ended: set[int]) -> None:
+        now = time.monotonic()
+        if store.check([f"end/{rank}"]):
+            ended.add(rank)
+            words = json.loads(store.get(f"end/{rank}"))
+            if words is not None and self._found is None:
+                self._found = Failure(**words)
+            return
+        if store.check([f"beat/{rank}"]):
+            beat, since = seen[rank]
+            newest = store.get(f"beat/{rank}")
+            seen[rank] = (newest, now if newest != beat else min(since, now))
+        since = seen[rank][1]
+        if now - since > self._patience and self._found is None:
+            self._found = self._gone(rank, now - since)
+
+    def _connect(self) -> TCPStore:
+        deadline = time.monotonic() + self._start_patience
+        while self._rank != 0:
+            try:
+                socket.create_connection((self._hosts[0], self._port), timeout=5).close()
+                break
+            except OSError as error:  # not up yet, or its name not known yet
+                if time.monotonic() > deadline:
+                    raise Problem(str(error)) from error
+                time.sleep(BEAT)
+        return TCPStore(
+            self._hosts[0],
+            self._port,
+            world_size=None,
+            is_master=self._rank == 0,
+            timeout=timedelta(seconds=self._patience),
+            wait_for_workers=False,
+        )

@@ -1,0 +1,306 @@
+"""In the container: from SageMaker's folders to a trained model; the first process of each host.
+
+    python -m sagemaker_entry.train [options of fit]
+
+It reads what SageMaker says, unpacks the data, starts torchrun for the GPUs of this host, passes SIGTERM on by way of a
+flag file, watches the other hosts, and leaves either a model or one sentence that says why there is none. Until
+`install` has run, only the standard library and torch may be imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sagemaker_entry.channels import data_options
+from sagemaker_entry.environment import Environment, failure_file, read_environment
+from sagemaker_entry.failure import Failure, first_cause, read_records, write_failure_file
+from sagemaker_entry.install import install
+from sagemaker_entry.instances import INSTANCES
+from sagemaker_entry.job import Job, read_job
+from sagemaker_entry.problem import Problem
+
+STOPPED = 143  # the exit code of a process that SIGTERM ended
+SECONDS_TO_SAVE = 100.0  # SageMaker kills 120 seconds after SIGTERM
+MASTER_PORT = 7777
+STRAY = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DINO_LIGHTNING_RUN_DIR",
+)  # fmt: skip
+STRAY_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_")
+
+
+class StopRequested(Exception):
+    """SIGTERM arrived before training began."""
+
+
+class StopSignal:
+    """Remembers SIGTERM or an interrupt from the keyboard, and when it came."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        signal.signal(signal.SIGTERM, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.at is None:
+            self.at = time.monotonic()
+            say(f"received {signal.Signals(number).name}: saving a checkpoint and stopping")
+
+    def check(self) -> None:
+        """Raise `StopRequested` once the signal came."""
+        if self.at is not None:
+            raise StopRequested
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training processes of this host ended; `failure` is None after success and after a stop."""
+
+    stopped: bool = False
+    failure: Failure | None = None
+
+
+def say(text: str) -> None:
+    """A line for the job's log."""
+    print(f"[dino] {text}", flush=True)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Run the job on this host; returns the exit code."""
+    stop = StopSignal()
+    failure_path = failure_file(environ)
+    failure_path.unlink(missing_ok=True)
+    if os.getpid() != 1 and failure_path.is_relative_to("/opt/ml"):
+        say("not the container's first process: SIGTERM may not arrive here, and a stop may lose the running epoch")
+    host = "this host"
+    try:
+        environment = read_environment(environ)
+        host = environment.current_host
+        with tempfile.TemporaryDirectory(prefix="dino_lightning-") as scratch:
+            return _run(environment, list(arguments), environ, stop, Path(scratch), failure_path)
+    except StopRequested:
+        say("stopped before training began")
+        return STOPPED
+    except Problem as problem:
+        return _fail(Failure(str(problem), host=host), failure_path)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return _fail(Failure.of(f"{type(error).__name__}: {error}", host=host), failure_path)
+
+
+def _fail(failure: Failure, path: Path) -> int:
+    write_failure_file(failure, path)
+    print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _run(
+    environment: Environment,
+    arguments: list[str],
+    environ: Mapping[str, str],
+    stop: StopSignal,
+    scratch: Path,
+    failure_path: Path,
+) -> int:
+    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("LOCAL_RANK"):
+        raise Problem(
+            "sagemaker_entry.train starts torchrun itself; submit the job without a `distribution` of its own."
+        )
+    install(Path.cwd(), run=lambda command: _run_child(command, stop))
+    from sagemaker_entry.peers import Peers
+
+    peers = Peers(environment.hosts, environment.rank)
+    peers.start()
+    outcome = Outcome()
+    try:
+        say(
+            f"host {environment.current_host} ({environment.rank + 1} of {len(environment.hosts)}), "
+            f"{environment.instance_type or 'unknown instance type'}, job {environment.job_name}"
+        )
+        job = read_job(environment, arguments)
+        processes = _processes(environment, job)
+        stop.check()
+        data = data_options(environment, scratch)
+        stop.check()
+        outcome = _train(environment, job, data, processes, environ, stop, scratch, peers)
+        if outcome.failure is None and environment.leads:
+            _write_model(environment, complete=not outcome.stopped)
+    except Problem as problem:
+        outcome = Outcome(failure=Failure(str(problem), host=environment.current_host))
+    finally:
+        peers.leave(outcome.failure)
+    if outcome.failure is not None:
+        return _fail(outcome.failure, failure_path)
+    return STOPPED if outcome.stopped else 0
+
+
+def _processes(environment: Environment, job: Job) -> int:
+    """Training processes on this host: one for each GPU, and no fewer GPUs than were planned and are paid for."""
+    import torch
+
+    found = torch.cuda.device_count()
+    known = INSTANCES.get(environment.instance_type)
+    planned = job.gpus_per_host if job.gpus_per_host is not None else known.gpus if known else found
+    if job.hosts is not None and len(environment.hosts) != job.hosts:
+        raise Problem(f"The plan was for {job.hosts} hosts, but the job runs on {len(environment.hosts)}.")
+    if found < planned:
+        raise Problem(
+            f"{planned} GPUs were planned on {environment.instance_type or 'this host'}, but PyTorch sees {found}: the "
+            "driver may be too old for the image's CUDA; choose another --image or instance type."
+        )
+    say(f"{found} GPUs on each of {len(environment.hosts)} hosts" if found else "no GPU: training on the CPU")
+    return max(1, planned if job.gpus_per_host else found)
+
+
+def _train(
+    environment: Environment,
+    job: Job,
+    data: list[str],
+    processes: int,
+    environ: Mapping[str, str],
+    stop: StopSignal,
+    scratch: Path,
+    peers: Any,
+) -> Outcome:
+    from sagemaker_entry.worker import LAST, WorkerSettings
+
+    resume = (environment.checkpoint_dir / LAST).is_file()
+    if resume:
+        say(f"going on from the checkpoint in {environment.checkpoint_dir}")
+    settings = WorkerSettings(
+        arguments=(*job.arguments, *data),
+        config=job.config,
+        run_dir=str(environment.checkpoint_dir),
+        scratch=str(scratch),
+        host=environment.current_host,
+        processes=processes,
+        hosts=len(environment.hosts),
+        resume=resume,
+    )
+    settings_file = scratch / "settings.json"
+    settings_file.write_text(settings.to_json())
+    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(environment, processes)]
+    command += ["--max_restarts=0", "-m", "sagemaker_entry.worker", str(settings_file)]
+    launcher_error = scratch / "torchrun.json"
+    variables = {**child_environment(environ, environment), "TORCHELASTIC_ERROR_FILE": str(launcher_error)}
+    child = subprocess.Popen(command, env=variables, start_new_session=True)  # its own session: no stray SIGTERM
+    killed: Failure | None = None
+    while child.poll() is None:
+        time.sleep(0.2)
+        if stop.at is not None:
+            settings.flag.touch()
+            if time.monotonic() - stop.at > SECONDS_TO_SAVE:
+                _kill(child)
+                say(f"no checkpoint could be saved within {SECONDS_TO_SAVE:.0f} seconds; the last one stands")
+                return Outcome(stopped=True)
+        killed = peers.trouble()
+        if killed is not None:
+            say("another host is in trouble; stopping here")
+            _kill(child)
+    if settings.saved.exists():
+        say(f"checkpoint of step {settings.saved.read_text()} saved; stopped on request")
+        return Outcome(stopped=True)
+    if child.returncode == 0:
+        return Outcome()
+    failures = read_records(scratch)
+    if not failures and killed is None:
+        failures.append(_torchrun_failure(launcher_error, child.returncode, environment.current_host))
+    if killed is None and all(failure.secondary for failure in failures):
+        killed = _wait_for_trouble(peers)  # it was another host's fault, and that host may still say so
+    cause = first_cause([*failures, *([killed] if killed else [])])
+    return Outcome(failure=cause)
+
+
+def _wait_for_trouble(peers: Any, seconds: float = 8.0) -> Failure | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        trouble: Failure | None = peers.trouble()
+        if trouble is not None:
+            return trouble
+        time.sleep(0.2)
+    return None
+
+
+def _torchrun_failure(record: Path, code: int | None, host: str) -> Failure:
+    """What torchrun says of a process that could not say anything itself: killed, mostly."""
+    message = f"The training processes ended with code {code}."
+    if record.is_file():
+        content = json.loads(record.read_text()).get("message", "")
+        text = content if isinstance(content, str) else str(content.get("message", ""))
+        if "SIGKILL" in text:
+            text = (
+                "A training process was killed (SIGKILL): the host probably ran out of memory; lower data.num_workers."
+            )
+        message = " ".join(text.split()) or message
+    return Failure.of(message, host=host)
+
+
+def _rendezvous(environment: Environment, processes: int) -> list[str]:
+    if len(environment.hosts) == 1:
+        return ["--standalone", f"--nproc_per_node={processes}"]
+    return [
+        f"--nnodes={len(environment.hosts)}",
+        f"--node_rank={environment.rank}",
+        f"--nproc_per_node={processes}",
+        f"--master_addr={environment.hosts[0]}",
+        f"--master_port={MASTER_PORT}",
+    ]
+
+
+def child_environment(environ: Mapping[str, str], environment: Environment) -> dict[str, str]:
+    """The variables of the training processes, without any that would tell them a wrong rank."""
+    kept = {k: v for k, v in environ.items() if k not in STRAY and not k.startswith(STRAY_PREFIXES)}
+    interface = environment.network_interface
+    if len(environment.hosts) > 1 and interface in (name for _, name in socket.if_nameindex()):
+        kept |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    kept["PYTHONUNBUFFERED"] = "1"
+    kept["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), kept.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
+    return kept
+
+
+def _run_child(command: Sequence[str], stop: StopSignal) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, unless a stop is requested meanwhile."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        while child.poll() is None:
+            time.sleep(0.1)
+            if stop.at is not None:
+                _kill(child)
+                raise StopRequested
+        output.seek(0)
+        return subprocess.CompletedProcess(list(command), child.returncode, output.read())
+
+
+def _kill(child: subprocess.Popen[Any]) -> None:
+    """Kill a process and all it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _write_model(environment: Environment, *, complete: bool) -> None:
+    from sagemaker_entry.artifacts import write_model
+
+    written = write_model(environment.checkpoint_dir, environment.model_dir, complete=complete)
+    say(f"model written to {environment.model_dir}" if written else "there is no best checkpoint yet: no model written")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

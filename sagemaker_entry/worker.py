@@ -1,0 +1,119 @@
+"""One training process: `fit` with what the container knows, started by torchrun for each GPU of each host."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dino_lightning.cli import EXPECTED_ERRORS, execute, explain
+from sagemaker_entry.failure import Failure, write_record
+from sagemaker_entry.progress import ProgressLines
+from sagemaker_entry.stopping import StopOnFlag, StoppedOnRequest
+
+LAST = "checkpoints/last.ckpt"  # below the run folder, as `fit` lays it out
+BEST = "checkpoints/best.ckpt"
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the launcher tells its training processes.
+
+    Attributes:
+        arguments: options of `fit`: the user's, then where the data is.
+        config: the user's configuration file, or None.
+        run_dir: the folder of the run, kept in S3.
+        scratch: a local folder of this host for flags and failures.
+        host: its name.
+        processes: training processes on each host.
+        hosts: how many there are.
+        resume: whether to go on from the last checkpoint in `run_dir`.
+    """
+
+    arguments: tuple[str, ...]
+    config: str | None
+    run_dir: str
+    scratch: str
+    host: str
+    processes: int
+    hosts: int
+    resume: bool
+
+    @property
+    def flag(self) -> Path:
+        """The file that asks the processes to save and stop."""
+        return Path(self.scratch) / "stop"
+
+    @property
+    def saved(self) -> Path:
+        """The file that says that they have."""
+        return Path(self.scratch) / "saved"
+
+    def to_json(self) -> str:
+        """For the file that the processes read."""
+        return json.dumps(asdict(self))
+
+
+def fit_arguments(settings: WorkerSettings) -> list[str]:
+    """The options of `fit` for this container: later ones win, so what the container decides comes last."""
+    arguments = ["--config", settings.config] if settings.config else []
+    arguments += settings.arguments
+    on_gpu = torch.cuda.is_available()
+    distributed = settings.processes * settings.hosts > 1
+    arguments += [
+        f"--run_dir={settings.run_dir}",
+        f"--trainer.accelerator={'gpu' if on_gpu else 'cpu'}",
+        f"--trainer.devices={settings.processes}",
+        f"--trainer.num_nodes={settings.hosts}",
+        f"--trainer.strategy={'ddp' if distributed else 'auto'}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    if not on_gpu:
+        arguments.append("--trainer.precision=32-true")  # half precision only slows a CPU down
+    if settings.resume:
+        arguments += ["--ckpt_path", str(Path(settings.run_dir) / LAST)]
+    return arguments
+
+
+def main(settings_file: str) -> int:
+    """Train; returns the exit code. An error is left in a file for the launcher."""
+    settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
+    callbacks = [
+        ProgressLines(),
+        StopOnFlag(flag=settings.flag, saved=settings.saved, checkpoint=Path(settings.run_dir) / LAST),
+    ]
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        execute("fit", fit_arguments(settings), callbacks)
+    except StoppedOnRequest as stopped:
+        print(f"[dino] {stopped}", flush=True)
+        return 0  # the launcher knows from the file `saved` that this is no success
+    except BaseException as error:
+        if isinstance(error, EXPECTED_ERRORS):
+            message = explain(error)
+        else:
+            traceback.print_exc()
+            message = _one_sentence(error)
+        write_record(Failure.of(message, host=settings.host, rank=rank), Path(settings.scratch))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        # At once: an orderly end would wait for the other processes, which wait for this one.
+        os._exit(1)
+    return 0
+
+
+def _one_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            f"The GPU ran out of memory; lower data.batch_size or data.image_size, or take a larger GPU ({text[:200]})."
+        )
+    return f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
