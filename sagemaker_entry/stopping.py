@@ -15,7 +15,7 @@ import lightning
 import torch
 
 SECONDS_BETWEEN_POLLS = 5.0
-MOST_BATCHES_BETWEEN_POLLS = 50
+MOST_BATCHES_BETWEEN_POLLS = 10
 
 
 class StoppedOnRequest(Exception):
@@ -89,6 +89,13 @@ class StopOnFlag(lightning.Callback):
         self._last_poll = now
 
     def _stop(self, trainer: lightning.Trainer) -> None:
+        if trainer.validating:
+            # Lightning would take up the evaluation in its middle and judge the rest of the images alone, or pass over
+            # it. In this state it begins anew: started with its first batch, nothing done.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
         trainer.save_checkpoint(self.checkpoint)  # on all processes: it ends with a barrier
         if trainer.local_rank == 0:
             self.saved.write_text(str(trainer.global_step))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger
@@ -27,14 +28,17 @@ class KeptMetrics(lightning.Callback):
                 self._rows = list(csv.DictReader(file))
             warnings.filterwarnings("ignore", message="Experiment logs directory")  # it says that they will be lost
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log the rows again."""
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave out what will be done again."""
+        self._rows = [row for row in self._rows if int(row["step"]) < checkpoint["global_step"]]
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log the rows again; also if the run turns out to be finished already."""
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, CSVLogger):
                 for row in self._rows:
-                    figures: dict[str, Tensor | float] = {name: float(value) for name, value in row.items() if value}
-                    step = int(row["step"])
-                    del figures["step"]
-                    if step < trainer.global_step:
-                        logger.log_metrics(figures, step)
+                    figures: dict[str, Tensor | float] = {k: float(v) for k, v in row.items() if v and k != "step"}
+                    logger.log_metrics(figures, int(row["step"]))
                 logger.save()
