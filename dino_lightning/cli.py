@@ -190,6 +190,32 @@ def execute(subcommand: str, args: Sequence[str], callbacks: Sequence[Callback] 
     DINOCLI([subcommand, *prepared], run_dir, callbacks)
 
 
+class _ParseOnly(DINOCLI):
+    """Parses and checks a command line, and starts nothing."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse_fit(args: Sequence[str]) -> dict[str, Any]:
+    """The options of `fit` as `fit` itself would understand them, in groups `data`, `model` and `trainer`.
+
+    Raises:
+        ArgumentError: an option or a configuration file that does not parse; `explain` makes a sentence of it.
+    """
+    parsed: dict[str, Any] = _ParseOnly(["fit", *args], Path()).config.fit.as_dict()
+    return parsed
+
+
 def explain(error: BaseException) -> str:
     """What went wrong, in one sentence for the user."""
     return explain_argument_error(str(error)) if isinstance(error, ArgumentError) else original_message(error)

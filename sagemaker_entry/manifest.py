@@ -87,6 +87,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_bytes(content: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Unpack a stored dataset, checking every part, into a folder that `CocoDataModule` reads.
 

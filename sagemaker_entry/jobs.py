@@ -1,0 +1,126 @@
+"""What one does with a job that exists: stop it, fetch its model, go on with it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+from tqdm import tqdm
+
+from sagemaker_entry.account import Account, error_code, explained
+from sagemaker_entry.follow import ENDED, describe
+from sagemaker_entry.manifest import extract_safely
+from sagemaker_entry.problem import Problem
+
+# What CreateTrainingJob takes of what DescribeTrainingJob gives.
+CARRIED_OVER = (
+    "AlgorithmSpecification", "RoleArn", "InputDataConfig", "OutputDataConfig", "ResourceConfig", "VpcConfig",
+    "StoppingCondition", "EnableNetworkIsolation", "EnableInterContainerTrafficEncryption", "EnableManagedSpotTraining",
+    "CheckpointConfig", "Environment", "RetryStrategy", "HyperParameters",
+)  # fmt: skip
+
+
+def stop(sagemaker: Any, job: str) -> str:
+    """Ask SageMaker to stop a job; returns what will happen.
+
+    Raises:
+        Problem: there is no such job, or AWS refused.
+    """
+    status = describe(sagemaker, job)["TrainingJobStatus"]
+    if status in ENDED:
+        return f"{job} is {status} already."
+    with explained(f"stop the job {job} (sagemaker:StopTrainingJob)"):
+        sagemaker.stop_training_job(TrainingJobName=job)
+    return (
+        f"{job} saves a checkpoint and stops, within two minutes. "
+        f"Go on later: python -m sagemaker_entry.launch resume {job}"
+    )
+
+
+def fetch(account: Account, job: str, target: Path) -> Path:
+    """Download a job's model and unpack it into a new folder.
+
+    Args:
+        account: in which.
+        job: its name.
+        target: the folder; it must not exist yet.
+
+    Returns:
+        The folder.
+
+    Raises:
+        Problem: the job has no model, the folder exists, or the archive is not what a job makes.
+    """
+    if target.exists():
+        raise Problem(f"{target} exists already; give another folder with --to.")
+    description = describe(account.client("sagemaker"), job)
+    status = description["TrainingJobStatus"]
+    uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts")
+    if status not in ENDED or not uri:
+        raise Problem(f"{job} is {status}; it has no model yet.")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    s3 = account.client("s3")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        archive = workplace / "model.tar.gz"
+        try:
+            with explained(f"read {uri} (s3:GetObject)"):
+                size = s3.head_object(Bucket=bucket, Key=key)["ContentLength"]
+                with tqdm(total=size, desc="downloading", unit="B", unit_scale=True, disable=None, delay=1) as progress:
+                    s3.download_file(bucket, key, str(archive), Callback=progress.update)
+        except Problem as problem:
+            cause = problem.__cause__
+            if isinstance(cause, ClientError) and error_code(cause) in ("404", "NoSuchKey"):
+                raise Problem(
+                    f"{job} left no model at {uri}: it ended before its first evaluation, or was deleted."
+                ) from (problem)
+            raise
+        unpacked = workplace / "model"
+        unpacked.mkdir()
+        extract_safely(archive, unpacked)
+        unpacked.rename(target)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    return target
+
+
+def resume_request(description: dict[str, Any], now: datetime) -> dict[str, Any]:
+    """A new job that goes on where another one stopped: the same in everything, checkpoints above all, but its name.
+
+    Raises:
+        Problem: the job still runs, has completed, or kept no checkpoints.
+    """
+    job, status = description["TrainingJobName"], description["TrainingJobStatus"]
+    if status not in ("Failed", "Stopped"):
+        advice = "it is finished" if status == "Completed" else "stop it first"
+        raise Problem(f"{job} is {status}; {advice}.")
+    if not description.get("CheckpointConfig"):
+        raise Problem(f"{job} kept no checkpoints in S3, so there is nothing to go on from; launch it anew.")
+    request = {name: description[name] for name in CARRIED_OVER if description.get(name) not in (None, {}, [])}
+    base, _, stamp = job.rpartition("-")
+    if not stamp.isdigit():
+        base = job
+    request["TrainingJobName"] = f"{base[:48]}-{now:%Y%m%d%H%M%S}"
+    return request
+
+
+def resume(account: Account, job: str) -> str:
+    """Start a job that goes on where another one stopped; returns its name.
+
+    Raises:
+        Problem: see `resume_request`; or AWS refused.
+    """
+    sagemaker = account.client("sagemaker")
+    description = describe(sagemaker, job)
+    request = resume_request(description, datetime.now(timezone.utc))
+    with explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
+        tags = sagemaker.list_tags(ResourceArn=description["TrainingJobArn"])["Tags"]
+        kept = [tag for tag in tags if not tag["Key"].startswith("aws:")]
+        sagemaker.create_training_job(**request, Tags=[*kept, {"Key": "resumes", "Value": job}])
+    name: str = request["TrainingJobName"]
+    return name

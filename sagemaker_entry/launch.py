@@ -1,0 +1,247 @@
+"""On the laptop: plan, check, upload once, start, follow, fetch.
+
+python -m sagemaker_entry.launch --config configs/room_detection.yaml --data DIR --role ROLE
+python -m sagemaker_entry.launch {status,attach,stop,fetch,resume} JOB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sagemaker_entry.problem import Problem
+
+if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
+    from sagemaker_entry.account import Account
+    from sagemaker_entry.start import Wishes
+    from sagemaker_entry.training import Training
+
+COMMANDS = {
+    "status": "say how a job is doing and what it has cost",
+    "attach": "show a job's log and progress until it ends",
+    "stop": "stop a job; it saves a checkpoint first",
+    "fetch": "download a job's model and unpack it",
+    "resume": "go on with a stopped or failed job from its last checkpoint",
+}
+PASSED_ON = ("--data.", "--model.", "--trainer.", "--seed_everything")
+COMMAND = "python -m sagemaker_entry.launch"
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a command; returns the exit code. Bad input and refusals of AWS end in one sentence."""
+    try:
+        if args and args[0] in COMMANDS:
+            return _about_a_job(args[0], _job_parser(args[0]).parse_args(args[1:]))
+        return _launch(args)
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _launch(args: Sequence[str]) -> int:
+    parser = _launch_parser()
+    options, extra = parser.parse_known_args(args)
+    for argument in extra:
+        if not argument.startswith(PASSED_ON):
+            parser.error(f"there is no option {argument}; options of fit begin with {', '.join(PASSED_ON)}")
+        if "=" not in argument:
+            parser.error(f"write {argument}=VALUE, in one word")
+    from sagemaker_entry.training import check_training
+
+    training = check_training(options.config, options.data, extra)
+    print(f"{training.data.summary()}\n\n{training.data.class_table()}\n", flush=True)
+    if options.local:
+        return _run_locally(options, training)
+    return _run_on_sagemaker(options, training)
+
+
+def _run_locally(options: argparse.Namespace, training: Training) -> int:
+    from sagemaker_entry.dataset_upload import read_dataset, write_dataset
+    from sagemaker_entry.job import Job
+    from sagemaker_entry.local import lay_out, run_locally
+
+    root = Path(options.local_dir or tempfile.mkdtemp(prefix="opt-ml-")).resolve()
+    print(f"The container's entry on this machine, without AWS, with {root} for /opt/ml\n", flush=True)
+    stored = root / "dataset-as-in-s3"
+    write_dataset(read_dataset(training.data), stored)
+    names = {option: path.name for option, path in training.weights.items()}
+    weights = {path.name: path for path in training.weights.values()}
+    lay_out(root, stored, training.config, Job(arguments=training.arguments, hosts=1, weights=names), weights)
+    code = run_locally(root)
+    if code == 0:
+        print(f"\nThe model as a job would leave it: {root / 'model'}")
+    elif code == 143:
+        print(f"\nStopped. Go on: {COMMAND} ... --local --local-dir {root}")
+    return code
+
+
+def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
+    from sagemaker_entry.start import PREFIX, Wishes, bucket_name, look_at_account, make_plan, planned_job, start
+    from sagemaker_entry.submit import as_request
+
+    wishes = Wishes(**{field.name: getattr(options, field.name) for field in fields(Wishes)})
+    account = _account(wishes, needed=not options.dry_run)
+    plan = make_plan(wishes, training, account)
+    print(plan.table(), flush=True)
+    if account is None or options.dry_run:
+        bucket = bucket_name(wishes, account.id if account else "<account>", account.region if account else "<region>")
+        place = f"s3://{bucket}/{PREFIX}"
+        spec = planned_job(
+            wishes,
+            training,
+            plan,
+            role=wishes.role or "<role>",
+            run="<run>",
+            dataset=f"{place}/datasets/<content>/",
+            code=f"{place}/code/<content>/source.tar.gz",
+            weights=f"{place}/weights/<content>/",
+            bucket=bucket,
+        )
+        print(
+            f"Dry run: nothing was uploaded or started. The request would be:\n{json.dumps(as_request(spec), indent=2)}"
+        )
+        return 0
+    role = look_at_account(wishes, plan, account, _warn)
+    print(
+        f"Account {account.id}, {account.region}: credentials, role, bucket, quota and image are in order.", flush=True
+    )
+    if not options.yes and not _agreed(f"Upload and start, for ${plan.limits.max_cost:,.2f} at most?"):
+        print("Nothing was uploaded or started.")
+        return 1
+    job = start(wishes, training, plan, account, role, lambda text: print(text, flush=True))
+    page = f"https://{account.region}.console.aws.amazon.com/sagemaker/home?region={account.region}#/jobs/{job}"
+    print(f"\nStarted {job}\n{page}", flush=True)
+    if options.detach:
+        print(f"Watch it: {COMMAND} attach {job}")
+        return 0
+    return _attach(account, job)
+
+
+def _account(wishes: Wishes, *, needed: bool) -> Account | None:
+    """The account; None for a dry run of somebody who has no credentials yet."""
+    from sagemaker_entry.account import Account, NoCredentials
+
+    try:
+        account = Account(wishes.region, wishes.profile)
+        _ = account.id
+    except NoCredentials as problem:
+        if needed:
+            raise
+        print(f"Planned without an account, with prices from the table. ({problem})\n", flush=True)
+        return None
+    return account
+
+
+def _about_a_job(command: str, options: argparse.Namespace) -> int:
+    from sagemaker_entry.account import Account
+    from sagemaker_entry.follow import describe, summary
+    from sagemaker_entry.jobs import fetch, resume, stop
+
+    account = Account(options.region, options.profile)
+    _ = account.id
+    if command == "status":
+        print(summary(describe(account.client("sagemaker"), options.job)))
+    elif command == "stop":
+        print(stop(account.client("sagemaker"), options.job))
+    elif command == "fetch":
+        folder = fetch(account, options.job, Path(options.to or options.job))
+        print(f"{folder}: model.ckpt (weights, classes, sizes), model.json (what it is), code/ (to serve it)")
+        print(f"Use it: load_detector('{folder}/model.ckpt').detect(['plan.png']), from dino_lightning")
+    elif command == "resume":
+        name = resume(account, options.job)
+        print(f"Started {name}, which goes on where {options.job} stopped.", flush=True)
+        return 0 if options.detach else _attach(account, name)
+    else:
+        return _attach(account, options.job)
+    return 0
+
+
+def _attach(account: Account, job: str) -> int:
+    from sagemaker_entry.follow import follow, summary
+
+    ended = follow(account, job, say=lambda line: print(line, flush=True))
+    print(f"\n{summary(ended)}")
+    return 0 if ended["TrainingJobStatus"] == "Completed" else 1
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise Problem(
+            "There is nobody to ask; say --yes to start without a question, or --dry-run to see the plan alone."
+        )
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _launch_parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {COMMAND} {name} JOB{'':<{8 - len(name)}} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train on Amazon SageMaker: plans and says what it costs, checks, asks, uploads, starts, follows.",
+        epilog=f"Options of fit go along, as --model.lr=0.0001 or --trainer.max_epochs=12.\n\nOf a job:\n{commands}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a configuration, such as configs/room_detection.yaml")
+    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--role", help="name or ARN of the role that the job takes on")
+    parser.add_argument("--local", action="store_true", help="run the container's entry here, without AWS and Docker")
+    parser.add_argument("--local-dir", help="with --local: the folder for /opt/ml; give it again to go on")
+    where = parser.add_argument_group("machines")
+    where.add_argument("--gpus", type=int, help="all GPUs together; by default what the configuration is made for")
+    where.add_argument("--instance-type", help="default ml.g5.2xlarge, which has ONE A10G")
+    where.add_argument("--instance-count", type=int, help="default: as many as --gpus takes")
+    where.add_argument(
+        "--spot", action="store_true", help="spot instances: 30 to 60 %% of the price, with interruptions"
+    )
+    where.add_argument("--image", help="container image; by default AWS's PyTorch training image")
+    money = parser.add_argument_group("limits")
+    money.add_argument("--max-cost", type=float, metavar="DOLLARS", help="stop the job before it costs more, on demand")
+    money.add_argument(
+        "--max-run-hours", type=float, help="stop the job after so long; default: the worst estimate + 25 %%"
+    )
+    money.add_argument("--max-wait-hours", type=float, help="with --spot: give up after so long, waiting included")
+    account = parser.add_argument_group("account")
+    _add_account_options(account)
+    account.add_argument("--bucket", help="default sagemaker-REGION-ACCOUNT; made if it does not exist")
+    account.add_argument("--subnets", type=_names, default=(), help="of a VPC, with commas between")
+    account.add_argument("--security-groups", type=_names, default=(), help="of a VPC, with commas between")
+    parser.add_argument("--dry-run", action="store_true", help="show plan and request; upload and start nothing")
+    parser.add_argument("--yes", action="store_true", help="do not ask before starting")
+    parser.add_argument("--detach", action="store_true", help="do not follow the job")
+    return parser
+
+
+def _job_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command].capitalize() + ".")
+    parser.add_argument("job", help="the name of the training job")
+    _add_account_options(parser)
+    if command == "fetch":
+        parser.add_argument("--to", help="the folder to make; by default the name of the job")
+    if command == "resume":
+        parser.add_argument("--detach", action="store_true", help="do not follow the job")
+    return parser
+
+
+def _add_account_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--region", help="default: as configured for AWS")
+    parser.add_argument("--profile", help="a profile of the AWS configuration files")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""What is to be trained: configuration and dataset, checked on the laptop exactly as training checks them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_lightning import Batch, CocoDataModule, DINOModule
+from dino_lightning.arguments import config_path
+from dino_lightning.cli import EXPECTED_ERRORS, explain, parse_fit
+from dino_lightning.data.transforms import resized_size
+from sagemaker_entry.problem import Problem
+
+DATA_PATHS = (
+    "root", "train_annotations", "train_images", "val_annotations", "val_images", "test_annotations", "test_images",
+)  # fmt: skip
+WEIGHT_OPTIONS = ("weights", "backbone_weights")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run before anyone has decided where it runs.
+
+    Attributes:
+        name: of the configuration.
+        config: the configuration for the container, without the laptop's paths.
+        arguments: further options of `fit`.
+        weights: local files to send along, by the option of `fit` that names them.
+        data: the dataset.
+        epochs: how many.
+        evaluations: in how many of them the validation split is evaluated.
+        batch_size: images per step and process.
+        gpus_wanted: processes that the configuration is made for.
+        teraflops: floating-point operations of one forward pass of one image, in 10^12.
+        parameters: trainable ones.
+    """
+
+    name: str
+    config: str
+    arguments: tuple[str, ...]
+    weights: dict[str, Path]
+    data: CocoDataModule
+    epochs: int
+    evaluations: int
+    batch_size: int
+    gpus_wanted: int
+    teraflops: float
+    parameters: int
+
+    @property
+    def train_images(self) -> int:
+        """Images in the training split."""
+        return len(self.data.train_set)
+
+    @property
+    def val_images(self) -> int:
+        """Images in the validation split."""
+        return len(self.data.val_set)
+
+
+def check_training(config: str, data: str | None, extra: Sequence[str]) -> Training:
+    """Read the configuration and the dataset, and refuse what training would refuse.
+
+    Args:
+        config: a configuration file, or the name of one that comes with the package.
+        data: the dataset's folder; None for the one in the configuration.
+        extra: further options of `fit`, each as --name=value.
+
+    Raises:
+        Problem: something that training would stumble over.
+    """
+    file = _existing_config(config)
+    if data is None and not any(argument.startswith("--data.root=") for argument in extra):
+        content = yaml.safe_load(file.read_text()) or {}
+        if not (isinstance(content, dict) and (content.get("data") or {}).get("root")):
+            raise Problem("--data is needed: the folder of the dataset.")
+    given = [f"--data.root={data}"] if data is not None else []
+    try:
+        parsed = parse_fit(["--config", str(file), *extra, *given])
+        module_options, data_options = parsed["model"], parsed["data"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # repairs are counted in the summary, which is shown
+            dataset = CocoDataModule(**data_options)
+        teraflops, parameters = forward_cost(module_options, dataset)
+    except EXPECTED_ERRORS as error:
+        raise Problem(explain(error)) from error
+    except (ValueError, TypeError) as error:
+        raise Problem(str(error)) from error
+    trainer = parsed["trainer"]
+    epochs = trainer["max_epochs"]
+    if epochs is None or epochs < 1:
+        raise Problem(f"{file} sets no trainer.max_epochs; without it nobody can say what the run costs.")
+    every = trainer["check_val_every_n_epoch"] or 1
+    weights = _local_weights(module_options)
+    return Training(
+        name=file.stem,
+        config=_without_paths(file),
+        arguments=tuple(argument for argument in extra if not _names_a_path(argument, weights)),
+        weights=weights,
+        data=dataset,
+        epochs=epochs,
+        evaluations=epochs // every,
+        batch_size=data_options["batch_size"],
+        gpus_wanted=_processes(trainer),
+        teraflops=teraflops,
+        parameters=parameters,
+    )
+
+
+def forward_cost(model: dict[str, Any], data: CocoDataModule) -> tuple[float, int]:
+    """(10^12 floating-point operations of a forward pass of one image of average size, trainable parameters).
+
+    Counted on tensors without content, so neither memory nor time is needed for the real model. Multiply and add count
+    as two.
+    """
+    sizes = np.array(
+        [resized_size(image.size, data.image_size, data.max_size) for image in data.train_set.annotations.images]
+    )
+    height, width = (max(32, round(float(side))) for side in sizes.mean(axis=0))
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        module = DINOModule(num_classes=data.num_classes, **{k: v for k, v in model.items() if k != "num_classes"})
+        parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        module.requires_grad_(False).eval()
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        module.model(Batch.from_images([image]))
+    return counter.get_total_flops() / 1e12, parameters
+
+
+def _existing_config(config: str) -> Path:
+    if Path(config).is_file():
+        return Path(config)
+    try:
+        return config_path(Path(config).name)
+    except FileNotFoundError as error:
+        raise Problem(f"--config: {config} does not exist.") from error
+
+
+def _without_paths(file: Path) -> str:
+    """The configuration without places on this machine: in the container, channels tell where things are."""
+    content = yaml.safe_load(file.read_text()) or {}
+    for name in DATA_PATHS:
+        (content.get("data") or {}).pop(name, None)
+    model = content.get("model") or {}
+    for name in WEIGHT_OPTIONS:
+        if _is_file(model.get(name)):
+            del model[name]
+    return str(yaml.safe_dump(content, sort_keys=False))
+
+
+def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
+    found = {f"model.{name}": Path(model[name]) for name in WEIGHT_OPTIONS if _is_file(model.get(name))}
+    weights = model.get("weights")
+    if weights is not None and "model.weights" not in found:
+        raise Problem(f"--model.weights: {weights} does not exist.")
+    return found
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and Path(value).is_file()
+
+
+def _names_a_path(argument: str, weights: dict[str, Path]) -> bool:
+    name = argument.partition("=")[0].removeprefix("--")
+    return name in weights or name in {f"data.{path}" for path in DATA_PATHS}
+
+
+def _processes(trainer: dict[str, Any]) -> int:
+    """The processes a configuration asks for; 1 where it leaves them open."""
+    devices = trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+    return int(count * trainer["num_nodes"])
