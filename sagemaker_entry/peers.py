@@ -21,7 +21,8 @@ from sagemaker_entry.problem import Problem
 
 PORT = 7778  # beside 7777, which Amazon's own start scripts use
 BEAT = 1.0  # seconds between signs of life
-PATIENCE = 30.0  # seconds without one after which a host counts as gone
+PATIENCE = 20.0  # seconds without one after which a host counts as gone
+GRACE = 10.0  # seconds for the others to read how it ended here
 START_PATIENCE = 900.0  # seconds for all hosts to come up: images and data arrive at different times
 
 
@@ -50,7 +51,6 @@ class Peers:
         self._ending = threading.Event()
         self._connected = threading.Event()
         self._own: Failure | None = None
-        self._finished = False
         self._found: Failure | None = None
         self._last_contact = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -69,19 +69,27 @@ class Peers:
                 return self._gone(0, silence)
         return self._found
 
-    def leave(self, failure: Failure | None, *, grace: float = 10.0) -> None:
-        """Tell the others how it ended here; the leading host stays until they know, for `grace` seconds at most."""
-        self._own, self._finished = failure, failure is None
+    def wait_for_trouble(self) -> Failure | None:
+        """What happened to another host, waiting as long as it may take to notice."""
+        deadline = time.monotonic() + self._patience + 5 * BEAT
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if (trouble := self.trouble()) is not None:
+                return trouble
+            time.sleep(0.2)
+        return self.trouble()
+
+    def leave(self, failure: Failure | None) -> None:
+        """Tell the others how it ended here; the leading host stays a little until they know."""
+        self._own = failure
         self._ending.set()
         if self._thread.is_alive():
-            self._thread.join(grace)
+            self._thread.join(GRACE + 5 * BEAT)
 
     def _gone(self, rank: int, silence: float) -> Failure:
         return Failure(
             f"Host {self._hosts[rank]} has not been heard of for {silence:.0f} seconds: it was shut down, ran out of "
             "memory, or cannot be reached.",
             host=self._hosts[self._rank],
-            secondary=True,
         )
 
     def _watch(self) -> None:
@@ -106,7 +114,7 @@ class Peers:
                 beats += 1
                 store.set(f"beat/{self._rank}", str(beats))
                 if self._ending.is_set() and deadline is None:
-                    deadline = time.monotonic() + 60
+                    deadline = time.monotonic() + GRACE
                     store.set(f"end/{self._rank}", self._own.to_json() if self._own else "null")
                 for rank in range(len(self._hosts)):
                     if rank != self._rank and rank not in ended:
@@ -118,7 +126,6 @@ class Peers:
                         f"Host {self._hosts[0]} closed the connection ({type(error).__name__}): it died or was shut "
                         "down.",
                         host=self._hosts[self._rank],
-                        secondary=True,
                     )
                 return
             everybody_knows = self._rank != 0 or len(ended) == len(self._hosts) - 1

@@ -221,19 +221,9 @@ def _train(
     if not failures and killed is None:
         failures.append(_torchrun_failure(launcher_error, child.returncode, environment.current_host))
     if killed is None and all(failure.secondary for failure in failures):
-        killed = _wait_for_trouble(peers)  # it was another host's fault, and that host may still say so
+        killed = peers.wait_for_trouble()  # it was another host's fault, which may still say so or be missed
     cause = first_cause([*failures, *([killed] if killed else [])])
     return Outcome(failure=cause)
-
-
-def _wait_for_trouble(peers: Any, seconds: float = 8.0) -> Failure | None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        trouble: Failure | None = peers.trouble()
-        if trouble is not None:
-            return trouble
-        time.sleep(0.2)
-    return None
 
 
 def _torchrun_failure(record: Path, code: int | None, host: str) -> Failure:

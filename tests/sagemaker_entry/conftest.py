@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import boto3
@@ -53,6 +54,7 @@ def no_account(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def moto_address():
     """The address of a local server that answers as AWS does."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request drowns what a failed test says
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
