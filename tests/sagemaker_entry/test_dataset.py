@@ -1,0 +1,230 @@
+"""A dataset into S3 and out again: sent once, gone on with after an interruption, checked, and nothing but what is named."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+from PIL import Image
+
+from dino_lightning import CocoDataModule
+from sagemaker_entry import dataset_upload
+from sagemaker_entry.dataset_upload import read_dataset, upload_bytes, upload_dataset, upload_file, write_dataset
+from sagemaker_entry.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
+from sagemaker_entry.problem import Problem
+
+OWNER = "123456789012"
+
+
+@pytest.fixture
+def plans(rooms, tmp_path):
+    folder = tmp_path / "plans"
+    shutil.copytree(rooms, folder)
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """So that a few small images make several shards."""
+    monkeypatch.setattr(dataset_upload, "SHARD_BYTES", 20_000)
+
+
+def dataset_of(folder, **options):
+    return read_dataset(CocoDataModule(root=str(folder), **options))
+
+
+def objects(s3, prefix=""):
+    return {entry["Key"]: entry for entry in s3.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])}
+
+
+@pytest.fixture
+def s3(aws):
+    client = aws("s3")
+    client.create_bucket(Bucket="bucket")
+    return client
+
+
+def test_a_dataset_is_sent_once_and_arrives_whole(s3, plans, tmp_path, small_shards, calls):
+    dataset = dataset_of(plans)
+    assert len(dataset.manifest.shards) > 2
+    sent = upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
+    assert sent.bytes_sent == dataset.size
+    assert sent.uri == f"s3://bucket/datasets/{dataset.key}/"
+    puts = [parameters for operation, parameters in calls if operation == "PutObject"]
+    assert len(puts) == len(dataset.manifest.files) + 1
+    assert puts[-1]["Key"].endswith(MANIFEST)
+    for parameters in puts:
+        assert parameters["ServerSideEncryption"] == "AES256"
+        assert parameters["ExpectedBucketOwner"] == OWNER
+        assert "ACL" not in parameters
+
+    calls.clear()
+    again = upload_dataset(s3, dataset_of(plans), "bucket", "datasets", OWNER)
+    assert again == type(again)(sent.uri, 0)
+    assert not [operation for operation, _ in calls if operation == "PutObject"]
+
+    for key in objects(s3):
+        target = tmp_path / "channel" / key.removeprefix(f"datasets/{dataset.key}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file("bucket", key, str(target))
+    unpack_dataset(tmp_path / "channel", tmp_path / "unpacked")
+    for split in ("train", "val"):
+        for path in (plans / split).rglob("*.*"):
+            assert (tmp_path / "unpacked" / path.relative_to(plans)).read_bytes() == path.read_bytes()
+
+
+def test_an_interrupted_upload_goes_on_where_it_stopped(s3, plans, small_shards, monkeypatch):
+    dataset = dataset_of(plans)
+    monkeypatch.setattr(dataset_upload, "THREADS", 1)
+    original, sent = type(s3).upload_file, []
+
+    def break_down(self, *args, **kwargs):
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        sent.append(args[1])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(s3), "upload_file", break_down)
+    with pytest.raises(KeyboardInterrupt):
+        upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
+    assert len(objects(s3)) == 2
+    assert not any(key.endswith(MANIFEST) for key in objects(s3))
+    monkeypatch.setattr(type(s3), "upload_file", original)
+    rest = upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
+    there = sum(entry["Size"] for key, entry in objects(s3).items() if not key.endswith(MANIFEST))
+    assert there == dataset.size
+    assert 0 < rest.bytes_sent < dataset.size
+
+
+def test_a_part_that_was_deleted_or_cut_is_sent_again(s3, plans, small_shards):
+    dataset = dataset_of(plans)
+    upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
+    first, second = dataset.manifest.shards[:2]
+    s3.delete_object(Bucket="bucket", Key=f"datasets/{dataset.key}/{first.name}")
+    s3.put_object(Bucket="bucket", Key=f"datasets/{dataset.key}/{second.name}", Body=b"half")
+    assert upload_dataset(s3, dataset, "bucket", "datasets", OWNER).bytes_sent == first.size + second.size
+
+
+def test_the_place_is_the_content(plans, tmp_path):
+    before = dataset_of(plans)
+    copy = tmp_path / "copy"
+    shutil.copytree(plans, copy)
+    assert dataset_of(copy).key == before.key
+    path = next((copy / "train" / "images").iterdir())
+    Image.new("RGB", Image.open(path).size).save(path)
+    assert dataset_of(copy).key != before.key
+
+
+def test_only_what_the_annotations_name_is_sent(plans):
+    (plans / "train" / "images" / "secret.png").write_bytes(b"private")
+    (plans / "notes.txt").write_text("private")
+    names = [member.name for group in dataset_of(plans).shards.values() for member in group]
+    assert len(names) == 12
+    assert not [name for name in names if "secret" in name]
+
+
+def test_a_held_out_part_goes_with_its_file_and_is_held_out_again(plans, tmp_path):
+    shutil.rmtree(plans / "val")
+    data = CocoDataModule(root=str(plans), val_fraction=0.25)
+    write_dataset(read_dataset(data), tmp_path / "stored")
+    unpack_dataset(tmp_path / "stored", tmp_path / "unpacked")
+    again = CocoDataModule(root=str(tmp_path / "unpacked"), val_fraction=0.25)
+    for one, other in ((data.train_set, again.train_set), (data.val_set, again.val_set)):
+        assert one.annotations.images == other.annotations.images
+
+
+def test_a_missing_image_is_named(plans):
+    path = plans / "train" / "images" / "000003.png"
+    path.unlink()
+    with pytest.raises(Problem, match=r"Image 3 of .*annotations\.json: .*000003\.png does not exist"):
+        dataset_of(plans)
+
+
+def test_small_things_and_weights_are_sent_once(s3, tmp_path, calls):
+    for _ in range(2):
+        assert upload_bytes(s3, b"code", "bucket", "code/1/source.tar.gz", OWNER) == "s3://bucket/code/1/source.tar.gz"
+    weights = tmp_path / "it's.pth"
+    weights.write_bytes(b"w" * 1000)
+    places = {upload_file(s3, weights, "bucket", "weights", OWNER) for _ in range(2)}
+    assert len(places) == 1
+    assert len([1 for operation, _ in calls if operation == "PutObject"]) == 2
+
+
+# ------------------------------------------------------------------ unpacking
+
+
+@pytest.fixture
+def stored(plans, tmp_path, small_shards):
+    write_dataset(dataset_of(plans), tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+def test_a_damaged_shard_is_refused_and_nothing_half_done_is_left(stored, tmp_path):
+    shard = sorted((stored / "shards").iterdir())[-1]
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Problem, match="is damaged"):
+        unpack_dataset(stored, tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked").exists()
+    shard.unlink()
+    with pytest.raises(Problem, match="is missing"):
+        unpack_dataset(stored, tmp_path / "unpacked")
+
+
+def test_a_full_disk_is_said_beforehand(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(Problem, match="choose a larger instance"):
+        unpack_dataset(stored, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "another"}', '{"format": "dino_lightning dataset 1"}'])
+def test_manifests_of_others(text):
+    with pytest.raises(Problem, match="is no manifest"):
+        Manifest.from_json(text, "here")
+
+
+def archive_of(path, name, kind=tarfile.REGTYPE, link=""):
+    with tarfile.open(path, "w:gz") as tar:
+        good = tarfile.TarInfo("good.txt")
+        good.size = 4
+        tar.addfile(good, io.BytesIO(b"good"))
+        bad = tarfile.TarInfo(name)
+        bad.type, bad.linkname = kind, link
+        if kind == tarfile.REGTYPE:
+            bad.size = 3
+        tar.addfile(bad, io.BytesIO(b"bad"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("../evil.txt", tarfile.REGTYPE, ""),
+        ("/tmp/evil-dino.txt", tarfile.REGTYPE, ""),
+        ("a/../../evil.txt", tarfile.REGTYPE, ""),
+        ("link", tarfile.SYMTYPE, "/etc/passwd"),
+        ("hard", tarfile.LNKTYPE, "good.txt"),
+        ("pipe", tarfile.FIFOTYPE, ""),
+    ],
+)
+def test_archives_that_would_leave_the_folder_are_refused(tmp_path, name, kind, link):
+    target = tmp_path / "inside" / "target"
+    target.mkdir(parents=True)
+    with pytest.raises(Problem, match="is not unpacked"):
+        extract_safely(archive_of(tmp_path / "a.tar.gz", name, kind, link), target)
+    assert not list(tmp_path.rglob("evil*"))
+    assert sorted(path.name for path in target.iterdir()) == ["good.txt"]
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"hello")
+    with pytest.raises(Problem, match="cannot be unpacked"):
+        extract_safely(tmp_path / "a.tar.gz", tmp_path)
+
+
+def test_the_manifest_names_every_part(stored):
+    content = json.loads((stored / MANIFEST).read_text())
+    assert content["images"] == 12
+    assert {entry["name"] for entry in content["annotations"]} == {"train/annotations.json", "val/annotations.json"}

@@ -1,0 +1,153 @@
+"""Instances, time and money: against hand-worked cases."""
+
+import dataclasses
+
+import pytest
+
+from sagemaker_entry.instances import INSTANCES, PRICES_DATE, Instance
+from sagemaker_entry.plan import (
+    Compute,
+    Plan,
+    Work,
+    choose_compute,
+    choose_limits,
+    estimate_hours,
+)
+from sagemaker_entry.problem import Problem
+
+WORK = Work(
+    train_images=1000,
+    val_images=100,
+    epochs=50,
+    evaluations=50,
+    batch_size=2,
+    teraflops=0.35,
+    parameters=46_000_000,
+)
+
+
+def compute(**wishes):
+    return choose_compute(**{"gpus": None, "instance_type": None, "count": None, "wanted": 2, **wishes})
+
+
+def test_two_a10g_are_two_g5_2xlarge_and_it_is_said():
+    chosen = compute()
+    assert (chosen.instance_type, chosen.count, chosen.gpus) == ("ml.g5.2xlarge", 2, 2)
+    assert chosen.price == pytest.approx(3.03)
+    assert any("ONE A10G" in note and "2 instances" in note for note in chosen.notes)
+
+
+def test_fewer_gpus_than_the_configuration_is_made_for_are_pointed_out():
+    (fewer, batch) = compute(instance_type="g5.2xlarge", count=1).notes
+    assert "made for 2 GPUs, but 1 x ml.g5.2xlarge has only 1" in fewer
+    assert "2 times as long" in fewer
+    assert "global batch changes" in batch
+
+
+def test_all_gpus_of_a_larger_instance_train_and_it_is_said():
+    chosen = compute(gpus=2, instance_type="ml.g5.12xlarge")
+    assert (chosen.count, chosen.gpus) == (1, 4)
+    assert any("has 4 GPUs, not 2" in note for note in chosen.notes)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"instance_type": "ml.g5.3xlarge"}, ["no instance type ml.g5.3xlarge", "ml.g5.2xlarge"]),
+        ({"gpus": 2, "instance_type": "ml.g5.2xlarge", "count": 1}, ["contradict", "1 x ml.g5.2xlarge has 1 A10G"]),
+        ({"gpus": 0}, ["at least 1"]),
+        ({"count": 0}, ["at least 1"]),
+    ],
+)
+def test_wishes_that_cannot_be_had(wishes, words):
+    with pytest.raises(Problem) as caught:
+        compute(**wishes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_g5_has_two_gpus():
+    assert {instance.gpus for name, instance in INSTANCES.items() if name.startswith("ml.g5")} == {1, 4, 8}
+
+
+def test_steps_are_counted_as_the_loader_counts_them():
+    assert WORK.steps_per_epoch(2) == 250
+    assert dataclasses.replace(WORK, train_images=1001).steps_per_epoch(2) == 250  # 501 each, 250 full batches
+    assert dataclasses.replace(WORK, train_images=3, batch_size=4).steps_per_epoch(2) == 1
+
+
+def test_the_estimate_by_hand():
+    """One g5.2xlarge: no exchange between hosts, so all is computation.
+
+    A forward pass takes 0.35 / (70 x 0.08) = 0.0625 s likely; a step of two images 3 x 0.0625 x 2 = 0.375 s. 500 steps
+    x 50 epochs = 9,375 s. An evaluation: 100 x 0.0625 + 15 = 21.25 s, 50 of them 1,062.5 s. With 300 s to start:
+    10,737.5 s = 2.98264 h. At best (15 %) all but start and the 15 s shrinks by 8/15, at worst (4 %) it doubles.
+    """
+    best, likely, worst = estimate_hours(WORK, compute(count=1))
+    assert likely == pytest.approx(10737.5 / 3600)
+    assert best == pytest.approx((300 + 9375 * 8 / 15 + 50 * (6.25 * 8 / 15 + 15)) / 3600)
+    assert worst == pytest.approx((300 + 2 * 9375 + 50 * (2 * 6.25 + 15)) / 3600)
+
+
+def test_the_exchange_of_gradients_by_hand():
+    """Two g5.2xlarge: 46 M x 4 bytes x 8 bits x 2 x (2 - 1) / 2 at 5 Gb/s = 0.2944 s a step.
+
+    Computation of a step: 0.2 s at best, 0.375 s likely, 0.75 s at worst. At best the exchange hides the computation
+    (0.2944), likely half of it is added (0.5222), at worst all of it (1.0444). 250 steps x 50 epochs.
+    """
+    chosen = compute()
+    best, likely, worst = estimate_hours(WORK, chosen)
+    evaluations = [50 * (50 * 0.35 / (70 * share) + 15) for share in (0.15, 0.08, 0.04)]
+    assert best == pytest.approx((300 + 12500 * 0.2944 + evaluations[0]) / 3600)
+    assert likely == pytest.approx((300 + 12500 * (0.375 + 0.1472) + evaluations[1]) / 3600)
+    assert worst == pytest.approx((300 + 12500 * (0.75 + 0.2944) + evaluations[2]) / 3600)
+
+
+def limits(**wishes):
+    plain = {"max_run_hours": None, "max_cost": None, "spot": False, "max_wait_hours": None}
+    return choose_limits((2.0, 4.0, 8.0), compute(), **{**plain, **wishes})
+
+
+def test_limits():
+    assert limits().max_run == 10 * 3600
+    assert limits().max_cost == pytest.approx(30.30)
+    assert limits().max_wait is None
+    capped = limits(max_cost=6.06)
+    assert capped.max_run == 2 * 3600
+    assert capped.max_cost <= 6.06
+    assert limits(max_run_hours=1000).max_run == 5 * 24 * 3600  # SageMaker's own limit
+    assert limits(spot=True, max_run_hours=3).max_wait == 27 * 3600
+    assert limits(spot=True, max_run_hours=3, max_wait_hours=5).max_wait == 5 * 3600
+    with pytest.raises(Problem, match="over before training begins"):
+        limits(max_cost=0.10)
+    with pytest.raises(Problem, match="must not be below"):
+        limits(spot=True, max_run_hours=3, max_wait_hours=2)
+
+
+def test_the_table_says_all_one_wants_to_know_before_paying():
+    chosen = compute()
+    hours = estimate_hours(WORK, chosen)
+    plan = Plan(chosen, WORK, hours, limits(), False, "image:tag", {"dataset": "s3://bucket/data/"})
+    table = plan.table()
+    for words in (
+        "2 x ml.g5.2xlarge, $3.03 an hour",
+        "2 x A10G with 24 GB",
+        "4 (2 on each GPU)",
+        "250 x 50 epochs = 12,500",
+        "image:tag",
+        "s3://bucket/data/",
+        f"about ${hours[1] * 3.03:,.2f} (${hours[0] * 3.03:,.2f} to ${hours[2] * 3.03:,.2f})",
+        f"${hours[1] * 3.03 * 0.3:,.2f} to ${hours[1] * 3.03 * 0.6:,.2f}",
+        "10.0 hours, then it is stopped: $30.30",
+        "ESTIMATE, not a measurement",
+        PRICES_DATE,
+        "AWS list prices",
+        "ONE A10G",
+    ):
+        assert words in table, words
+
+
+def test_a_gpu_that_the_table_lacks_is_estimated_as_well():
+    other = Compute("ml.p9.large", 1, Instance(1, "B900", 80, 64, 10, 9.0))
+    assert estimate_hours(WORK, other)[1] > 0
+    assert "B900" in Plan(other, WORK, (1.0, 2.0, 3.0), limits(), True, "i", {}).table()
