@@ -26,8 +26,8 @@ DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403
 _BAD_KEYS = ("InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClientException", "InvalidAccessKeyId")
 
 
-class NoCredentials(Problem):
-    """Nobody is logged in to AWS."""
+class NoAccount(Problem):
+    """Nobody is logged in to AWS, or no region is chosen."""
 
 
 class Account:
@@ -49,7 +49,7 @@ class Account:
                 f"There is no AWS profile {profile!r}; `aws configure --profile {profile}` makes one."
             ) from error
         if self.session.region_name is None:
-            raise Problem("No AWS region is set; give --region, or set one with `aws configure`.")
+            raise NoAccount("No AWS region is set; give --region, or set one with `aws configure`.")
         self.region: str = self.session.region_name
         known = self.session.get_available_regions("sagemaker")
         if known and self.region not in known:
@@ -83,12 +83,12 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (NoCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError) as error:
-        raise NoCredentials(
+        raise NoAccount(
             "There are no AWS credentials, or they have run out; run `aws configure` or `aws sso login`, or set "
             "AWS_PROFILE."
         ) from error
     except NoRegionError as error:
-        raise Problem("No AWS region is set; give --region, or set one with `aws configure`.") from error
+        raise NoAccount("No AWS region is set; give --region, or set one with `aws configure`.") from error
     except EndpointConnectionError as error:
         raise Problem(f"AWS cannot be reached ({error}); check the network and --region.") from error
     except ClientError as error:

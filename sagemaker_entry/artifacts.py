@@ -11,8 +11,8 @@ import torch
 
 from dino_lightning.checkpoint import read_checkpoint
 from sagemaker_entry.install import REQUIREMENTS
+from sagemaker_entry.settings import BEST
 from sagemaker_entry.source import package_files, requirements
-from sagemaker_entry.worker import BEST
 
 MODEL_FILE = "model.ckpt"
 DESCRIPTION_FILE = "model.json"

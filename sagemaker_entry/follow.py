@@ -35,7 +35,7 @@ def describe(sagemaker: Any, job: str) -> dict[str, Any]:
         if missing or (error_code(error) == "ValidationException" and "not found" in message):
             raise Problem(
                 f"There is no training job {job!r} in this account and region; check the name and --region."
-            ) from (error)
+            ) from error
         with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
             raise
     return found

@@ -78,7 +78,7 @@ def fetch(account: Account, job: str, target: Path) -> Path:
             if isinstance(cause, ClientError) and error_code(cause) in ("404", "NoSuchKey"):
                 raise Problem(
                     f"{job} left no model at {uri}: it ended before its first evaluation, or was deleted."
-                ) from (problem)
+                ) from problem
             raise
         unpacked = workplace / "model"
         unpacked.mkdir()

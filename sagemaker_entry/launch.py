@@ -127,12 +127,12 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
 
 def _account(wishes: Wishes, *, needed: bool) -> Account | None:
     """The account; None for a dry run of somebody who has no credentials yet."""
-    from sagemaker_entry.account import Account, NoCredentials
+    from sagemaker_entry.account import Account, NoAccount
 
     try:
         account = Account(wishes.region, wishes.profile)
         _ = account.id
-    except NoCredentials as problem:
+    except NoAccount as problem:
         if needed:
             raise
         print(f"Planned without an account, with prices from the table. ({problem})\n", flush=True)

@@ -75,7 +75,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise Problem(
                 f"{where} is no manifest of {FORMAT!r}; upload the dataset with sagemaker_entry.launch."
-            ) from (error)
+            ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -145,8 +145,8 @@ def estimate_hours(work: Work, compute: Compute) -> tuple[float, float, float]:
     """Billed hours: (at best, likely, at worst).
 
     A step computes 3 x forward operations of its batch at a share of the GPU's peak, and exchanges 4 bytes for each
-    parameter between hosts at the network's baseline bandwidth: hidden by the computation at best, half of it likely, not
-    at all at worst. An evaluation is a forward pass of the validation images.
+    parameter between hosts at the network's baseline bandwidth: hidden by the computation at best, half of it likely,
+    none of it at worst. An evaluation is a forward pass of the validation images.
     """
     peak = TERAFLOPS.get(compute.instance.gpu, UNKNOWN_TERAFLOPS)
     between_hosts = 2 * (compute.count - 1) / compute.count  # a ring exchange sends each byte that often

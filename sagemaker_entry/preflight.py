@@ -36,8 +36,8 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
             return role
         if error_code(error) == "NoSuchEntity":
             raise Problem(
-                f"--role: there is no role {name!r} in account {account.id}; the README tells how to make one."
-            ) from (error)
+                f"--role: account {account.id} has no role {name!r}; the README tells how to make one."
+            ) from error
         with explained(f"look at the role {name} (iam:GetRole)"):
             raise
     trust = found.get("AssumeRolePolicyDocument") or {}

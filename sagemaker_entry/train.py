@@ -10,7 +10,6 @@ flag file, watches the other hosts, and leaves either a model or one sentence th
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -31,6 +30,7 @@ from sagemaker_entry.install import install
 from sagemaker_entry.instances import INSTANCES
 from sagemaker_entry.job import Job, read_job
 from sagemaker_entry.problem import Problem
+from sagemaker_entry.settings import LAST, WorkerSettings
 
 STOPPED = 143  # the exit code of a process that SIGTERM ended
 SECONDS_TO_SAVE = 100.0  # SageMaker kills 120 seconds after SIGTERM
@@ -177,8 +177,6 @@ def _train(
     scratch: Path,
     peers: Any,
 ) -> Outcome:
-    from sagemaker_entry.worker import LAST, WorkerSettings
-
     resume = (environment.checkpoint_dir / LAST).is_file()
     if resume:
         say(f"going on from the checkpoint in {environment.checkpoint_dir}")
@@ -194,11 +192,11 @@ def _train(
     )
     settings_file = scratch / "settings.json"
     settings_file.write_text(settings.to_json())
-    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(environment, processes)]
+    command = [sys.executable, "-m", "sagemaker_entry.ranks", environment.current_host, str(scratch)]
+    command += _rendezvous(environment, processes)
     command += ["--max_restarts=0", "-m", "sagemaker_entry.worker", str(settings_file)]
-    launcher_error = scratch / "torchrun.json"
-    variables = {**child_environment(environ, environment), "TORCHELASTIC_ERROR_FILE": str(launcher_error)}
-    child = subprocess.Popen(command, env=variables, start_new_session=True)  # its own session: no stray SIGTERM
+    # In a session of its own: a SIGTERM or an interrupt is for this process alone.
+    child = subprocess.Popen(command, env=child_environment(environ, environment), start_new_session=True)
     killed: Failure | None = None
     while child.poll() is None:
         time.sleep(0.2)
@@ -219,25 +217,11 @@ def _train(
         return Outcome()
     failures = read_records(scratch)
     if not failures and killed is None:
-        failures.append(_torchrun_failure(launcher_error, child.returncode, environment.current_host))
+        failures.append(Failure(f"torchrun ended with code {child.returncode}.", host=environment.current_host))
     if killed is None and all(failure.secondary for failure in failures):
         killed = peers.wait_for_trouble()  # it was another host's fault, which may still say so or be missed
     cause = first_cause([*failures, *([killed] if killed else [])])
     return Outcome(failure=cause)
-
-
-def _torchrun_failure(record: Path, code: int | None, host: str) -> Failure:
-    """What torchrun says of a process that could not say anything itself: killed, mostly."""
-    message = f"The training processes ended with code {code}."
-    if record.is_file():
-        content = json.loads(record.read_text()).get("message", "")
-        text = content if isinstance(content, str) else str(content.get("message", ""))
-        if "SIGKILL" in text:
-            text = (
-                "A training process was killed (SIGKILL): the host probably ran out of memory; lower data.num_workers."
-            )
-        message = " ".join(text.split()) or message
-    return Failure.of(message, host=host)
 
 
 def _rendezvous(environment: Environment, processes: int) -> list[str]:

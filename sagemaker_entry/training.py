@@ -79,10 +79,10 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         Problem: something that training would stumble over.
     """
     file = _existing_config(config)
-    if data is None and not any(argument.startswith("--data.root=") for argument in extra):
-        content = yaml.safe_load(file.read_text()) or {}
-        if not (isinstance(content, dict) and (content.get("data") or {}).get("root")):
-            raise Problem("--data is needed: the folder of the dataset.")
+    content = _read_config(file)
+    told = any(argument.startswith("--data.root=") for argument in extra) or (content.get("data") or {}).get("root")
+    if data is None and not told:
+        raise Problem("--data is needed: the folder of the dataset.")
     given = [f"--data.root={data}"] if data is not None else []
     try:
         parsed = parse_fit(["--config", str(file), *extra, *given])
@@ -103,7 +103,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
     weights = _local_weights(module_options)
     return Training(
         name=file.stem,
-        config=_without_paths(file),
+        config=_without_paths(content),
         arguments=tuple(argument for argument in extra if not _names_a_path(argument, weights)),
         weights=weights,
         data=dataset,
@@ -144,9 +144,22 @@ def _existing_config(config: str) -> Path:
         raise Problem(f"--config: {config} does not exist.") from error
 
 
-def _without_paths(file: Path) -> str:
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Problem(f"--config: {file} is not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict) or not all(group is None or isinstance(group, dict) for group in _groups(content)):
+        raise Problem(f"--config: {file} should hold the groups data, model and trainer, each with its options.")
+    return content
+
+
+def _groups(content: dict[str, Any]) -> list[Any]:
+    return [content.get(name) for name in ("data", "model", "trainer")]
+
+
+def _without_paths(content: dict[str, Any]) -> str:
     """The configuration without places on this machine: in the container, channels tell where things are."""
-    content = yaml.safe_load(file.read_text()) or {}
     for name in DATA_PATHS:
         (content.get("data") or {}).pop(name, None)
     model = content.get("model") or {}

@@ -1,4 +1,4 @@
-"""Jobs on hosts of their own, started by Amazon's real start scripts: one host and two, killed, unplugged, gone on with.
+"""Jobs on hosts of their own, started by Amazon's real start scripts: one host and two, stopped, killed, unplugged.
 
 Needs root and iproute2; run with `python -m pytest -m hosts`.
 """
@@ -151,7 +151,7 @@ def test_the_failure_of_a_process_is_told_on_all_hosts(aws, calls, plans, tmp_pa
     config = {**TINY_CONFIG, "trainer": {"max_epochs": 500, "log_every_n_steps": 1}}
     command, channels = submitted(aws, calls, tmp_path, plans, config, 2)
     with Network(tmp_path / "hosts", 2) as network:
-        first, second = network.hosts
+        second = network.hosts[1]
         for host in network.hosts:
             fill(host, network.hosts, channels)
         shard = next((second.root / "input" / "data" / "training" / "shards").glob("*.tar"))
@@ -178,9 +178,7 @@ def test_the_v2_toolkit_trains(plans, tmp_path, count):
         "sagemaker_submit_directory": json.dumps("/opt/ml/code"),
         "config": json.dumps("/opt/ml/code/config.yaml"),
         "trainer.max_epochs": "1",
-        "data.pin": "1",
     }
-    del hyperparameters["data.pin"]
     with Network(tmp_path / "hosts", count) as network:
         for host in network.hosts:
             fill(host, network.hosts, {"training": plans}, hyperparameters)
@@ -193,11 +191,7 @@ def test_the_v2_toolkit_trains(plans, tmp_path, count):
                 "import sys\nfrom sagemaker_entry.train import main\nsys.exit(main(sys.argv[1:]))\n"
             )
         for host in network.hosts:
-            host.start(
-                [str(toolkit)],
-                TRAINING_JOB_NAME="job",
-                SAGEMAKER_TRAINING_MODULE="sagemaker_training.cli.train:main" if False else "",
-            )
+            host.start([str(toolkit)], TRAINING_JOB_NAME="job")
         codes = [host.wait(300) for host in network.hosts]
         assert codes == [0] * count, network.hosts[0].text()[-4000:]
         check_model(network.hosts[0])

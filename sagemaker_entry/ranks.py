@@ -1,0 +1,40 @@
+"""torchrun for the processes of this host, which says of a process that was killed that it was killed.
+
+A process that ends by an error of its own leaves a record of it; one that the system kills cannot.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from sagemaker_entry.failure import Failure, write_record
+
+
+def main(host: str, folder: Path, arguments: Sequence[str]) -> int:
+    """Run torchrun; returns its exit code.
+
+    Args:
+        host: the name of this host.
+        folder: for records of failures.
+        arguments: of torchrun.
+    """
+    try:
+        torchrun(list(arguments))
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            memory = ": the host probably ran out of memory; lower data.num_workers" if name == "SIGKILL" else ""
+            write_record(Failure(f"The process was killed ({name}){memory}.", host=host, rank=rank), folder)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:]))

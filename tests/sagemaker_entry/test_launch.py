@@ -1,0 +1,312 @@
+"""`python -m sagemaker_entry.launch` against a local AWS over HTTP, as a user calls it."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import yaml
+
+from sagemaker_entry import launch
+from sagemaker_entry.job import CONFIG_FILE, JOB_FILE
+from sagemaker_entry.submit import COMMAND, base_name
+from tests.sagemaker_entry.conftest import TRUST
+
+CONFIG = "configs/room_detection.yaml"
+
+
+def run(capsys, *args):
+    """(exit code, what was printed, errors)"""
+    code = launch.main([str(arg) for arg in args])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def everything(s3, bucket="sagemaker-us-east-1-123456789012"):
+    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+# ------------------------------------------------------------------ planning
+
+
+def test_a_dry_run_needs_no_account_and_tells_the_truth_about_g5(no_account, rooms, capsys):
+    code, out, _ = run(capsys, "--config", CONFIG, "--data", rooms, "--dry-run")
+    assert code == 0
+    assert "2 x ml.g5.2xlarge, $3.03 an hour together" in out
+    assert "ONE A10G" in out
+    assert "Planned without an account" in out
+    request = json.loads(out[out.index("{\n") :])
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+    assert request["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"
+    assert not request["EnableManagedSpotTraining"]
+    assert "HyperParameters" not in request
+
+
+def test_a_dry_run_touches_nothing(aws, rooms, capsys, calls):
+    code, out, _ = run(capsys, "--config", CONFIG, "--data", rooms, "--dry-run", "--spot", "--gpus", "1")
+    assert code == 0
+    request = json.loads(out[out.index("{\n") :])
+    assert request["EnableManagedSpotTraining"] is True
+    assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] > request["StoppingCondition"]["MaxRuntimeInSeconds"]
+    changing = ("Put", "Create", "Delete", "Upload", "Start")
+    assert not [operation for operation, _ in calls if operation.startswith(changing)]
+
+
+def test_options_of_fit_go_along(no_account, rooms, capsys):
+    code, out, _ = run(
+        capsys, "--config", CONFIG, "--data", rooms, "--dry-run", "--trainer.max_epochs=7", "--data.batch_size=3"
+    )
+    assert code == 0
+    assert "x 7 epochs" in out
+    assert "6 (3 on each GPU)" in out
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, capsys, calls):
+    pytest.importorskip("sagemaker.train")
+    weights = tmp_path / "it's a start.pth"
+    import torch
+
+    torch.save({"decoder.norm.weight": torch.zeros(1)}, weights)
+    args = ["--config", tiny_config, "--data", rooms, "--role", "trainer", "--gpus", "2", "--spot", "--max-cost", "20"]
+    args += ["--yes", "--detach", "--model.lr=0.0002", f"--model.weights={weights}", "--data.val_fraction=0.2"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0, out
+    assert "MB sent" in out
+    name = out.split("Started ")[1].split()[0]
+    assert name.startswith("dino-tiny-s-rooms-2gpu-")
+
+    # what SageMaker was asked for
+    (request,) = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
+    assert request["ResourceConfig"]["InstanceType"] == "ml.g5.2xlarge"
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+    assert request["EnableManagedSpotTraining"] is True
+    stopping = request["StoppingCondition"]
+    assert 0 < stopping["MaxRuntimeInSeconds"] <= 20 / 3.03 * 3600
+    assert stopping["MaxWaitTimeInSeconds"] >= stopping["MaxRuntimeInSeconds"]
+    assert request["HyperParameters"] == {}
+    assert request["Environment"] == {"PYTHONUNBUFFERED": "1"}
+    assert request["RetryStrategy"] == {"MaximumRetryAttempts": 2}
+    metrics = {entry["Name"] for entry in request["AlgorithmSpecification"]["MetricDefinitions"]}
+    assert {"train:loss", "val:AP", "val:F1"} <= metrics
+    assert {"Key": "project", "Value": "dino-lightning"} in request["Tags"]
+    channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in request["InputDataConfig"]}
+    assert set(channels) == {"training", "config", "weights", "code", "sm_drivers"}
+
+    # what lies in S3
+    s3, bucket = aws("s3"), "sagemaker-us-east-1-123456789012"
+
+    def content(uri, name=""):
+        return s3.get_object(Bucket=bucket, Key=uri.removeprefix(f"s3://{bucket}/") + name)["Body"].read()
+
+    config = yaml.safe_load(content(channels["config"], CONFIG_FILE))
+    assert config["model"]["hidden_dim"] == 32 and "root" not in config["data"]
+    job = json.loads(content(channels["config"], JOB_FILE))
+    assert job == {
+        "arguments": ["--model.lr=0.0002", "--data.val_fraction=0.2"],
+        "config": None,
+        "hosts": 2,
+        "gpus_per_host": 1,
+        "weights": {"model.weights": "it's a start.pth"},
+    }
+    with tarfile.open(fileobj=io.BytesIO(content(channels["code"]))) as tar:
+        names = tar.getnames()
+        needed = tar.extractfile("requirements.txt").read().decode().split("\n")
+    assert {"sagemaker_entry/train.py", "dino_lightning/fit.py", "dino_lightning/configs/rooms_demo.yaml"} <= set(names)
+    assert any(line.startswith("lightning") for line in needed)
+    assert not any(line.startswith(("torch>", "torch=", "torchvision", "sagemaker", "pytest")) for line in needed)
+    assert COMMAND.encode() in content(channels["sm_drivers"], "/sm_train.sh")
+
+    # nothing is sent twice
+    calls.clear()
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert "0 bytes sent" in out
+    again = [parameters["Key"] for operation, parameters in calls if operation == "PutObject"]
+    assert again and all("/runs/" in key for key in again)
+
+    # the job, and its model
+    code, out, _ = run(capsys, "status", name)
+    assert code == 0
+    assert f"{name}: Completed" in out
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        member = tarfile.TarInfo("model.json")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    uri = aws("sagemaker").describe_training_job(TrainingJobName=name)["ModelArtifacts"]["S3ModelArtifacts"]
+    key = uri.removeprefix(f"s3://{bucket}/")
+    code, _, err = run(capsys, "fetch", name, "--to", tmp_path / "fetched")
+    assert code == 1 and "left no model" in err
+    s3.put_object(Bucket=bucket, Key=key, Body=archive.getvalue())
+    code, out, _ = run(capsys, "fetch", name, "--to", tmp_path / "fetched")
+    assert code == 0
+    assert (tmp_path / "fetched" / "model.json").read_text() == "{}"
+    code, _, err = run(capsys, "fetch", name, "--to", tmp_path / "fetched")
+    assert code == 1 and "exists already" in err
+    evil = io.BytesIO()
+    with tarfile.open(fileobj=evil, mode="w:gz") as tar:
+        member = tarfile.TarInfo("../evil.json")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    s3.put_object(Bucket=bucket, Key=key, Body=evil.getvalue())
+    code, _, err = run(capsys, "fetch", name, "--to", tmp_path / "other")
+    assert code == 1 and "outside of the folder" in err
+    assert not list(tmp_path.rglob("evil.json")) and not (tmp_path / "other").exists()
+
+
+def test_following_shows_the_log(aws, rooms, tiny_config, capsys, monkeypatch):
+    pytest.importorskip("sagemaker.train")
+    import time
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    code, out, _ = run(
+        capsys, "--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes", "--instance-count", "1"
+    )
+    assert code == 0
+    name = out.split("Started ")[1].split()[0]
+    logs, stream = aws("logs"), f"{name}/algo-1-1"
+    if "/aws/sagemaker/TrainingJobs" not in [g["logGroupName"] for g in logs.describe_log_groups()["logGroups"]]:
+        logs.create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
+    logs.create_log_stream(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=stream)
+    now = int(time.time() * 1000)
+    logs.put_log_events(
+        logGroupName="/aws/sagemaker/TrainingJobs",
+        logStreamName=stream,
+        logEvents=[{"timestamp": now, "message": "[dino] epoch=2 epochs=2 finished val_F1=0.5"}],
+    )
+    code, out, _ = run(capsys, "attach", name)
+    assert code == 0
+    assert "[dino] epoch=2 epochs=2 finished val_F1=0.5" in out
+    assert "epoch 2/2 | F1 0.500" in out
+    assert f"{name}: Completed" in out
+
+
+def test_resuming_a_stopped_job(aws, rooms, tiny_config, capsys, calls, monkeypatch):
+    pytest.importorskip("sagemaker.train")
+    from sagemaker_entry import jobs
+
+    args = ["--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes", "--detach"]
+    code, out, _ = run(capsys, *args)
+    name = out.split("Started ")[1].split()[0]
+    code, _, err = run(capsys, "resume", name)
+    assert code == 1 and "it is finished" in err  # the local AWS completes jobs at once
+    original = jobs.describe
+    stopped = {"TrainingJobStatus": "Stopped"}
+    monkeypatch.setattr(jobs, "describe", lambda client, job: {**original(client, job), **stopped})
+    code, out, _ = run(capsys, "resume", name, "--detach")
+    assert code == 0, out
+    first, second = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
+    assert second["TrainingJobName"] != name
+    assert second["CheckpointConfig"] == first["CheckpointConfig"]
+    assert second["InputDataConfig"] == first["InputDataConfig"]
+    assert {"Key": "resumes", "Value": name} in second["Tags"]
+
+
+def test_nobody_to_ask_and_no(aws, rooms, tiny_config, capsys, monkeypatch):
+    pytest.importorskip("sagemaker.train")
+    args = ["--config", tiny_config, "--data", rooms, "--role", "trainer"]
+    code, _, err = run(capsys, *args)
+    assert code == 1 and "--yes" in err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    code, out, _ = run(capsys, *args)
+    assert code == 1 and "Nothing was uploaded or started" in out
+    assert aws("s3").list_buckets()["Buckets"] == []
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def broken_dataset(folder, rooms):
+    import shutil
+
+    shutil.copytree(rooms, folder)
+    path = folder / "train" / "annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 77
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--data": "nowhere"}, ["nowhere", "does not exist"]),
+        ({"--data": "broken"}, ["category_id 77"]),
+        ({"--data": None}, ["--data is needed"]),
+        ({"--config": "none.yaml"}, ["none.yaml does not exist"]),
+        ({"--config": "bad.yaml"}, ["nun_queries", "Did you mean --model.num_queries?"]),
+        ({"--config": "text.yaml"}, ["text.yaml"]),
+        ({"--config": "endless.yaml"}, ["max_epochs", "what the run costs"]),
+        ({"--model.hiden_dim=3": ""}, ["Did you mean --model.hidden_dim?"]),
+        ({"--model.weights=none.pth": ""}, ["none.pth does not exist"]),
+        ({"--instance-type": "ml.g5.3xlarge"}, ["no instance type ml.g5.3xlarge"]),
+        ({"--max-cost": "0.01"}, ["over before training begins"]),
+        ({"--region": "us-east-9"}, ["no region 'us-east-9'"]),
+        ({"--role": None}, ["--role is needed"]),
+        ({"--role": "nobody"}, ["no role 'nobody'"]),
+        ({"--role": "stranger"}, ["trust relationship"]),
+        ({"--bucket": "far-away"}, ["is in eu-west-1"]),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_nothing_is_sent(
+    aws, rooms, tiny_config, tmp_path, monkeypatch, capsys, calls, change, words
+):
+    monkeypatch.chdir(tmp_path)
+    broken_dataset(tmp_path / "broken", rooms)
+    (tmp_path / "bad.yaml").write_text("model:\n  nun_queries: 3\n")
+    (tmp_path / "text.yaml").write_text("just text")
+    (tmp_path / "endless.yaml").write_text("model:\n  lr: 0.1\n")
+    trust = json.dumps(TRUST).replace("sagemaker.", "ec2.")
+    aws("iam").create_role(RoleName="stranger", AssumeRolePolicyDocument=trust)
+    where = {"CreateBucketConfiguration": {"LocationConstraint": "eu-west-1"}}
+    aws("s3", region_name="eu-west-1").create_bucket(Bucket="far-away", **where)
+    calls.clear()
+    options = {"--config": tiny_config, "--data": rooms, "--role": "trainer", "--yes": "", "--detach": "", **change}
+    args = [part for name, value in options.items() if value is not None for part in (name, value) if part != ""]
+    code, _, err = run(capsys, *args)
+    assert code == 1
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not [operation for operation, _ in calls if operation.startswith(("Put", "Create"))]
+
+
+def test_without_credentials_nothing_begins(no_account, rooms, tiny_config, capsys):
+    code, _, err = run(
+        capsys, "--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes", "--region", "us-east-1"
+    )
+    assert code == 1
+    assert "no AWS credentials" in err
+
+
+@pytest.mark.parametrize("argument", ["--gpu=2", "surprise", "--model.lr"])
+def test_options_that_there_are_not(argument, rooms, capsys):
+    with pytest.raises(SystemExit) as caught:
+        launch.main(["--config", CONFIG, "--data", str(rooms), argument])
+    assert caught.value.code == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err
+
+
+def test_help_is_quick_and_names_the_commands():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "sagemaker_entry.launch", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for word in ("--dry-run", "--spot", "status JOB", "resume JOB", "--max-cost"):
+        assert word in done.stdout
+    assert "torch" not in done.stderr  # the slow imports come later
+
+
+def test_job_names_tell_what_they_are_and_fit():
+    assert base_name("room_detection", 2) == "dino-room-detection-2gpu"
+    assert len(base_name("x" * 100, 16)) + len("-20261124120000") <= 63
+    assert base_name("***", 1) == "dino-job-1gpu"

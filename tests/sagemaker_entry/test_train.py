@@ -1,0 +1,280 @@
+"""The container's entry on this machine: what it leaves, how it stops, and what it says when something is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from dino_lightning import load_detector
+from dino_lightning.data.rooms import write_rooms_dataset
+from sagemaker_entry import launch
+from sagemaker_entry.artifacts import write_model
+from sagemaker_entry.environment import read_environment
+from sagemaker_entry.failure import Failure, first_cause
+from sagemaker_entry.job import Job
+from sagemaker_entry.local import lay_out
+from sagemaker_entry.train import STRAY, child_environment
+from tests.sagemaker_entry.conftest import TINY_CONFIG
+
+
+class Container:
+    """The entry, started on a folder laid out like /opt/ml."""
+
+    def __init__(self, root, **variables):
+        self.root = root
+        kept = {name: value for name, value in os.environ.items() if name not in STRAY and not name.startswith("SM_")}
+        environment = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "job", "OMP_NUM_THREADS": "1"}
+        self.log = root / "log.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sagemaker_entry.train"],
+            env={**environment, **variables},
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait(self, timeout=200):
+        return self.process.wait(timeout)
+
+    def wait_for(self, words):
+        deadline = time.monotonic() + 120
+        while words not in self.text:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text[-3000:]
+            time.sleep(0.05)
+
+    @property
+    def text(self):
+        return self.log.read_text()
+
+    @property
+    def failure(self):
+        path = self.root / "output" / "failure"
+        return path.read_text() if path.exists() else None
+
+
+def config(**trainer):
+    return yaml.safe_dump({**TINY_CONFIG, "trainer": {**TINY_CONFIG["trainer"], **trainer}})
+
+
+def losses(root):
+    with (root / "checkpoints" / "metrics.csv").open() as file:
+        return {int(row["step"]): row["train/loss_step"] for row in csv.DictReader(file) if row["train/loss_step"]}
+
+
+@pytest.fixture(scope="module")
+def local_run(rooms, tmp_path_factory):
+    """`launch --local`, run once; the folder that stands for /opt/ml."""
+    folder = tmp_path_factory.mktemp("local")
+    file = folder / "tiny's.yaml"
+    file.write_text(config())
+    root = folder / "opt ml"
+    command = ["--config", str(file), "--data", str(rooms), "--local", "--local-dir", str(root), "--model.lr=0.0003"]
+    assert launch.main(command) == 0
+    return root
+
+
+# ------------------------------------------------------------------ success
+
+
+def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
+    model = local_run / "model"
+    assert {"model.ckpt", "model.json", "config.yaml", "metrics.csv", "detections.png", "code"} <= {
+        path.name for path in model.iterdir()
+    }
+    assert not list(model.glob(".*"))
+    description = json.loads((model / "model.json").read_text())
+    assert description["complete"] is True
+    assert description["classes"] == [{"label": 0, "category_id": 1, "name": "room"}]
+    assert description["preprocessing"]["short_side"] == 64
+    assert "val/AP" in description["metrics"]
+    content = torch.load(model / "model.ckpt", weights_only=True)
+    assert "optimizer_states" not in content
+    assert content["hyper_parameters"]["lr"] == 0.0003
+    assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) < 20e6
+    detector = load_detector(model / "model.ckpt")
+    best = load_detector(local_run / "checkpoints" / "checkpoints" / "best.ckpt")
+    for name, value in best.state_dict().items():
+        assert torch.equal(value, detector.state_dict()[name])
+    picture = rooms / "val" / "images" / "000001.png"
+    (found,) = detector.detect([picture], threshold=0.0)
+    assert found.category_ids == (1,) and len(found) > 0
+    assert not (local_run / "output" / "failure").exists()
+
+
+def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_run):
+    before = losses(local_run)
+    container = Container(local_run)
+    assert container.wait() == 0, container.text[-2000:]
+    assert "going on from the checkpoint" in container.text
+    assert losses(local_run) == before
+    assert (local_run / "model" / "model.json").is_file()
+
+
+# ------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("moment", ["epoch", "validation"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
+    # Steps are counted between polls, so enough of them that one falls into the middle of an epoch; or so few that it
+    # is the validation that notices.
+    plans = write_rooms_dataset(tmp_path / "plans", num_train=40 if moment == "epoch" else 8, num_val=40, size=128)
+    roots = [tmp_path / "whole", tmp_path / "parts"]
+    for root in roots:
+        lay_out(root, plans, config(max_epochs=2), Job(hosts=1, gpus_per_host=0), {})
+    whole = Container(roots[0])
+    assert whole.wait() == 0, whole.text[-3000:]
+
+    parts = Container(roots[1])
+    parts.wait_for("epoch=1 epochs=2 batch 1")
+    began = time.monotonic()
+    parts.process.send_signal(signal.SIGTERM)
+    assert parts.wait() == 143, parts.text[-3000:]
+    assert time.monotonic() - began < 100
+    assert parts.failure is None
+    step = int(parts.text.split("checkpoint of step ")[1].split()[0])
+    if moment == "epoch":
+        assert 0 < step < 20
+        assert not (roots[1] / "model" / "model.json").exists()  # nothing was evaluated yet
+    else:
+        assert step == 4
+    assert Container(roots[1]).wait() == 0
+    expected, got = losses(roots[0]), losses(roots[1])
+    assert set(expected) - set(got) <= {step - 1}
+    assert got == {number: expected[number] for number in got}
+    figures = [json.loads((root / "model" / "model.json").read_text())["metrics"] for root in roots]
+    assert figures[0] == figures[1]
+
+
+def test_a_stop_before_training_began(tmp_path, rooms):
+    lay_out(tmp_path, rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    (tmp_path / "code").mkdir()
+    container = Container(tmp_path)
+    while not psutil.Process(container.process.pid).num_threads() or not container.log.exists():
+        time.sleep(0.01)
+    time.sleep(1.5)
+    container.process.send_signal(signal.SIGTERM)
+    assert container.wait(60) in (143, -signal.SIGTERM)
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_model_of_a_stopped_run_says_so(local_run, tmp_path):
+    assert write_model(local_run / "checkpoints", tmp_path / "model", complete=False)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["complete"] is False
+    assert write_model(tmp_path / "nothing", tmp_path / "other", complete=True) is False
+    assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------ failing
+
+
+def damaged(rooms, folder):
+    import shutil
+
+    shutil.copytree(rooms, folder)
+    for path in (folder / "train" / "images").iterdir():
+        path.write_bytes(b"\x89PNG nonsense")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("image", ["[algo-1, process 0] Image ", "cannot be decoded"]),
+        ("config", ["Did you mean --model.num_queries?"]),
+        ("gpus", ["1 GPUs were planned", "PyTorch sees 0"]),
+        ("hosts", ["plan was for 2 hosts", "runs on 1"]),
+        ("nested", ["starts torchrun itself"]),
+    ],
+)
+def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, words):
+    root = tmp_path / "ml"
+    data = damaged(rooms, tmp_path / "data") if case == "image" else rooms
+    text = config() if case != "config" else config() + "\nmodel: {nun_queries: 3}\n"
+    if case == "config":
+        text = yaml.safe_dump({**TINY_CONFIG, "model": {"nun_queries": 3}})
+    plan = Job(hosts=2 if case == "hosts" else 1, gpus_per_host=1 if case == "gpus" else 0)
+    lay_out(root, data, text, plan, {})
+    variables = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"} if case == "nested" else {}
+    container = Container(root, **variables)
+    assert container.wait() == 1
+    assert len(container.failure.splitlines()) == 1
+    for word in words:
+        assert word in container.failure
+    assert f"error: {container.failure.strip()}" in container.text  # the older toolkit takes the last line it sees
+    assert not list((root / "model").iterdir())
+
+
+def test_a_process_that_is_killed_is_named(tmp_path, rooms):
+    lay_out(tmp_path, rooms, config(max_epochs=500), Job(hosts=1, gpus_per_host=0), {})
+    container = Container(tmp_path)
+    container.wait_for("epoch=1 epochs=500")
+    workers = [
+        process
+        for process in psutil.Process(container.process.pid).children(recursive=True)
+        if "sagemaker_entry.worker" in process.cmdline() and "sagemaker_entry.ranks" not in process.cmdline()
+    ]
+    workers[-1].kill()
+    assert container.wait(60) == 1
+    assert "killed (SIGKILL)" in container.failure
+    assert "out of memory" in container.failure
+
+
+def test_stray_rank_variables_do_not_reach_the_training(tmp_path):
+    stray = {"RANK": "3", "NODE_RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "x", "SLURM_NTASKS": "4", "KEPT": "yes"}
+    environ = {**stray, "SM_INPUT_DIR": str(tmp_path / "input"), "SM_HOSTS": '["algo-1", "algo-2"]',
+               "SM_CURRENT_HOST": "algo-1", "SM_NETWORK_INTERFACE_NAME": "lo"}  # fmt: skip
+    child = child_environment(environ, read_environment(environ))
+    assert not (set(stray) - {"KEPT"}) & set(child)
+    assert child["KEPT"] == "yes"
+    assert child["NCCL_SOCKET_IFNAME"] == child["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_the_first_cause_is_told_not_what_follows_from_it():
+    reset = Failure.of("RuntimeError: gloo: Connection closed by peer", host="algo-1", rank=0)
+    out_of_memory = Failure.of("The GPU ran out of memory.", host="algo-2", rank=1)
+    later = Failure("Host algo-2 has not been heard of", host="algo-1")
+    assert reset.secondary and not out_of_memory.secondary
+    assert first_cause([reset, later, out_of_memory]) is out_of_memory
+    assert first_cause([]) is None
+    assert out_of_memory.sentence == "[algo-2, process 1] The GPU ran out of memory."
+    assert len(Failure("x" * 5000, host="a").sentence) <= 1024
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_hosts_tell_each_other_how_they_ended(rank):
+    from sagemaker_entry.peers import Peers
+
+    port = 21000 + os.getpid() % 10000 + rank
+    names = ("localhost", "127.0.0.1")
+    both = [Peers(names, index, port=port, patience=5, start_patience=10) for index in (0, 1)]
+    for peers in both:
+        peers.start()
+    failure = Failure("It broke.", host=names[rank])
+    time.sleep(2)
+    assert both[0].trouble() is None and both[1].trouble() is None
+    import threading
+
+    leaving = threading.Thread(target=both[rank].leave, args=(failure,))
+    leaving.start()
+    found = both[1 - rank].wait_for_trouble()
+    assert found == failure
+    both[1 - rank].leave(None)
+    leaving.join(20)
+    assert not leaving.is_alive()
+
+
+def test_the_leading_host_that_cannot_be_reached_is_named():
+    from sagemaker_entry.peers import Peers
+
+    peers = Peers(("127.0.0.1", "algo-2"), 1, port=9, patience=2, start_patience=1)
+    peers.start()
+    found = peers.wait_for_trouble()
+    assert "cannot reach 127.0.0.1 at port 9" in found.message
+    assert "security group" in found.message
