@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def _launch(args: Sequence[str]) -> int:
 
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
-    from sagemaker_entry.dataset_upload import read_dataset, write_dataset
+    from sagemaker_entry.dataset_pack import read_dataset, write_dataset
     from sagemaker_entry.job import Job
     from sagemaker_entry.local import lay_out, run_locally
 
@@ -84,6 +85,7 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
 
 
 def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
+    _need("boto3", "sagemaker")
     from sagemaker_entry.start import PREFIX, Wishes, bucket_name, look_at_account, make_plan, planned_job, start
     from sagemaker_entry.submit import as_request
 
@@ -141,6 +143,7 @@ def _account(wishes: Wishes, *, needed: bool) -> Account | None:
 
 
 def _about_a_job(command: str, options: argparse.Namespace) -> int:
+    _need("boto3")
     from sagemaker_entry.account import Account
     from sagemaker_entry.follow import describe, summary
     from sagemaker_entry.jobs import fetch, resume, stop
@@ -170,6 +173,12 @@ def _attach(account: Account, job: str) -> int:
     ended = follow(account, job, say=lambda line: print(line, flush=True))
     print(f"\n{summary(ended)}")
     return 0 if ended["TrainingJobStatus"] == "Completed" else 1
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise Problem(f"This needs {' and '.join(missing)}: python -m pip install 'dino-lightning[sagemaker]'.")
 
 
 def _agreed(question: str) -> bool:

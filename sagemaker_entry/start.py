@@ -6,10 +6,10 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib.util import find_spec
 
 from sagemaker_entry.account import Account
-from sagemaker_entry.dataset_upload import read_dataset, upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.dataset_pack import read_dataset
+from sagemaker_entry.dataset_upload import upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.instances import DEFAULT_TYPE
 from sagemaker_entry.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
 from sagemaker_entry.manifest import sha256_of_bytes
@@ -132,8 +132,6 @@ def look_at_account(wishes: Wishes, plan: Plan, account: Account, warn: Say) -> 
         raise Problem(
             "--role is needed: name or ARN of the role that the job takes on; the README tells how to make one."
         )
-    if find_spec("sagemaker") is None:
-        raise Problem("Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]'.")
     role = resolve_role(account, wishes.role, warn)
     check_bucket(account, bucket_name(wishes, account.id, account.region))
     check_quota(

@@ -1,6 +1,8 @@
 """Who may import whom: the layers of the package, read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,16 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+# Run in the container, where neither boto3 nor the SageMaker SDK may be needed.
+IN_CONTAINER = (
+    "artifacts", "channels", "environment", "failure", "inference", "install", "instances", "job", "local", "manifest",
+    "peers", "problem", "progress", "ranks", "settings", "source", "stopping", "train", "worker",
+)  # fmt: skip
+ON_LAPTOP = (
+    "account", "dataset_pack", "dataset_upload", "follow", "jobs", "launch", "plan", "preflight", "start", "submit",
+    "training",
+)  # fmt: skip
+
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -55,6 +67,27 @@ def test_direction_of_imports(file):
         if top in ("lightning", "pytorch_lightning"):
             assert file in MAY_USE_LIGHTNING or part == "callbacks", f"{file} imports {name}"
         assert top not in ("boto3", "sagemaker", "triton", "sagemaker_entry"), f"{file} imports {name}"
+
+
+def test_every_file_of_sagemaker_entry_has_its_side():
+    files = {path.stem for path in (PROJECT / "sagemaker_entry").glob("*.py")} - {"__init__"}
+    assert files == set(IN_CONTAINER) | set(ON_LAPTOP)
+
+
+@pytest.mark.parametrize("name", IN_CONTAINER)
+def test_the_container_needs_no_aws_package(name):
+    for imported in imports(PROJECT / "sagemaker_entry" / f"{name}.py"):
+        top, *rest = imported.split(".")
+        assert top not in ("boto3", "botocore", "sagemaker"), f"{name} imports {imported}"
+        assert top != "sagemaker_entry" or not rest or rest[0] in IN_CONTAINER, f"{name} imports {imported}"
+
+
+def test_the_entry_imports_nothing_that_has_yet_to_be_installed():
+    code = (
+        "import sys, sagemaker_entry.train; print(sorted(set(sys.modules) & {'torch', 'lightning', 'yaml', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_rule_sees_a_violation(tmp_path):

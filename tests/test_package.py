@@ -21,6 +21,7 @@ def test_the_wheel_runs_from_any_directory(tmp_path):
         archive.extractall(site)
     assert "dino_lightning/configs/rooms_demo.yaml" in names
     assert "dino_lightning/py.typed" in names
+    assert {"sagemaker_entry/launch.py", "sagemaker_entry/train.py", "sagemaker_entry/py.typed"} <= set(names)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); import dino_lightning.arguments as a; "
         "print(a.__file__, a.config_path('rooms_demo.yaml'))"

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from dino_lightning import CocoDataModule
-from sagemaker_entry import dataset_upload
-from sagemaker_entry.dataset_upload import read_dataset, upload_bytes, upload_dataset, upload_file, write_dataset
+from sagemaker_entry import dataset_pack, dataset_upload
+from sagemaker_entry.dataset_pack import read_dataset, write_dataset
+from sagemaker_entry.dataset_upload import upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
 from sagemaker_entry.problem import Problem
 
@@ -27,7 +28,7 @@ def plans(rooms, tmp_path):
 @pytest.fixture
 def small_shards(monkeypatch):
     """So that a few small images make several shards."""
-    monkeypatch.setattr(dataset_upload, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(dataset_pack, "SHARD_BYTES", 20_000)
 
 
 def dataset_of(folder, **options):

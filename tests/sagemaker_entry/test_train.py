@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,11 +26,13 @@ from sagemaker_entry.local import lay_out
 from sagemaker_entry.train import STRAY, child_environment
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
+PROJECT = Path(launch.__file__).parent.parent
+
 
 class Container:
     """The entry, started on a folder laid out like /opt/ml."""
 
-    def __init__(self, root, **variables):
+    def __init__(self, root, folder=None, **variables):
         self.root = root
         kept = {name: value for name, value in os.environ.items() if name not in STRAY and not name.startswith("SM_")}
         environment = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "job", "OMP_NUM_THREADS": "1"}
@@ -36,6 +40,7 @@ class Container:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sagemaker_entry.train"],
             env={**environment, **variables},
+            cwd=folder,
             stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
         )
@@ -120,7 +125,7 @@ def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_
 # ------------------------------------------------------------------ stopping
 
 
-@pytest.mark.parametrize("moment", ["epoch", "validation"])
+@pytest.mark.parametrize("moment", ["epoch", pytest.param("validation", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
     # Steps are counted between polls, so enough of them that one falls into the middle of an epoch; or so few that it
     # is the validation that notices.
@@ -152,16 +157,19 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
     assert figures[0] == figures[1]
 
 
-def test_a_stop_before_training_began(tmp_path, rooms):
-    lay_out(tmp_path, rooms, config(), Job(hosts=1, gpus_per_host=0), {})
-    (tmp_path / "code").mkdir()
-    container = Container(tmp_path)
-    while not psutil.Process(container.process.pid).num_threads() or not container.log.exists():
-        time.sleep(0.01)
-    time.sleep(1.5)
-    container.process.send_signal(signal.SIGTERM)
-    assert container.wait(60) in (143, -signal.SIGTERM)
-    assert not list((tmp_path / "model").iterdir())
+def test_a_stop_while_requirements_are_installed(tmp_path, rooms):
+    lay_out(tmp_path / "ml", rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    (tmp_path / "requirements.txt").write_text("dino-lightning-needs-this-too\n")
+    with socket.create_server(("127.0.0.1", 0)) as index:  # takes the call and never answers
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        container = Container(tmp_path / "ml", folder=tmp_path, PIP_INDEX_URL=address, PYTHONPATH=str(PROJECT))
+        index.accept()
+        began = time.monotonic()
+        container.process.send_signal(signal.SIGTERM)
+        assert container.wait(60) == 143
+    assert time.monotonic() - began < 30
+    assert "stopped before training began" in container.text
+    assert container.failure is None
 
 
 def test_a_model_of_a_stopped_run_says_so(local_run, tmp_path):

@@ -1,0 +1,159 @@
+"""A dataset on disk, described as it will lie in S3: which image in which shard, and the checksum of everything.
+
+The images that the annotation files name are packed into shards of about 150 MB, as AWS advises for many small files. A
+shard is called by its SHA-256 and the whole dataset by that of its manifest, so the same data is always found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dino_lightning import CocoDataModule
+from sagemaker_entry.manifest import MANIFEST, Manifest, StoredFile, sha256_of, sha256_of_bytes
+from sagemaker_entry.problem import Problem
+
+SHARD_BYTES = 150_000_000
+
+
+@dataclass(frozen=True)
+class Member:
+    """One image: its place in the dataset and on disk."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True)
+class LocalDataset:
+    """A dataset on disk, with the manifest that it will have in S3.
+
+    Attributes:
+        manifest: all parts, with their checksums.
+        annotations: where the annotation files are, by their name in the manifest.
+        shards: the images of each shard, by its name in the manifest.
+    """
+
+    manifest: Manifest
+    annotations: dict[str, Path]
+    shards: dict[str, tuple[Member, ...]]
+
+    @property
+    def key(self) -> str:
+        """The name of this content."""
+        return sha256_of_bytes(self.manifest.to_json().encode())[:20]
+
+    @property
+    def size(self) -> int:
+        """All bytes of it."""
+        return sum(file.size for file in self.manifest.files)
+
+
+def read_dataset(data: CocoDataModule) -> LocalDataset:
+    """Find out what a dataset consists of; reads every image once, for its checksum.
+
+    Raises:
+        Problem: an image that the annotations name is missing.
+    """
+    annotations: dict[str, Path] = {}
+    members: list[Member] = []
+    named = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
+    for split, dataset in named.items():
+        if dataset is None:
+            continue
+        source = dataset.annotations
+        if source.path in annotations.values():  # a part of the training file that is held out; it goes with it
+            split = "train"
+        annotations[f"{split}/annotations.json"] = source.path
+        for index, image in enumerate(source.images):
+            path = source.image_path(index)
+            if not path.is_file():
+                raise Problem(
+                    f"Image {image.id} of {source.path}: {path} does not exist; put it there, or take it out."
+                )
+            members.append(Member(f"{split}/images/{image.file_name}", path, path.stat().st_size))
+    unique = sorted({member.name: member for member in members}.values(), key=lambda member: member.name)
+    groups = list(_groups(unique))
+    total = sum(member.size for member in unique)
+    bar = tqdm(total=total, desc="checking images", unit="B", unit_scale=True, disable=None, delay=1)
+    with bar as progress, ThreadPoolExecutor() as pool:
+        stored = list(pool.map(lambda group: _describe_shard(group, progress), groups))
+    manifest = Manifest(
+        annotations=tuple(
+            StoredFile(name, path.stat().st_size, sha256_of(path)) for name, path in sorted(annotations.items())
+        ),
+        shards=tuple(stored),
+        images=len(unique),
+    )
+    return LocalDataset(manifest, annotations, dict(zip([file.name for file in stored], groups, strict=True)))
+
+
+def write_dataset(dataset: LocalDataset, folder: Path) -> None:
+    """Put into a folder what `upload_dataset` would put into S3."""
+    for file in dataset.manifest.files:
+        path = folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file.name in dataset.annotations:
+            shutil.copyfile(dataset.annotations[file.name], path)
+        else:
+            with path.open("wb") as archive:
+                write_shard(dataset.shards[file.name], archive)
+    (folder / MANIFEST).write_text(dataset.manifest.to_json())
+
+
+def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:
+    """Images in the order of their names, about 150 MB together."""
+    group: list[Member] = []
+    size = 0
+    for member in members:
+        group.append(member)
+        size += member.size
+        if size >= SHARD_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps only length and checksum of what is written to it."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        self.size += len(content)
+        return len(content)
+
+
+def _describe_shard(members: Sequence[Member], progress: Any) -> StoredFile:
+    digest = _Digest()
+    write_shard(members, digest, progress.update)
+    return StoredFile(f"shards/{digest.sha256.hexdigest()}.tar", digest.size, digest.sha256.hexdigest())
+
+
+def write_shard(members: Sequence[Member], file: Any, advance: Any = None) -> None:
+    """Write a shard as a tar archive, the same bytes for the same images: names and contents, no times or owners."""
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            info = tarfile.TarInfo(member.name)
+            info.size = member.size
+            with member.path.open("rb") as content:
+                tar.addfile(info, content)
+            if advance is not None:
+                advance(member.size)
