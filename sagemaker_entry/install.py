@@ -21,6 +21,17 @@ def constraints() -> list[str]:
     return [f"{name}=={version}" for name in KEPT if (version := _version(name)) is not None]
 
 
+def require_torch() -> None:
+    """Make sure that the image brings torch and torchvision.
+
+    Raises:
+        Problem: it does not.
+    """
+    missing = [name for name in KEPT if _version(name) is None]
+    if missing:
+        raise Problem(f"The image has no {' and no '.join(missing)}; choose a PyTorch training image with --image.")
+
+
 def install(folder: Path, run: Run) -> None:
     """Install the requirements that lie beside the code; quick where all are there already.
 
@@ -34,9 +45,6 @@ def install(folder: Path, run: Run) -> None:
     requirements = folder / REQUIREMENTS
     if not requirements.is_file():
         return
-    missing = [name for name in KEPT if _version(name) is None]
-    if missing:
-        raise Problem(f"The image has no {' and no '.join(missing)}; choose a PyTorch training image with --image.")
     with tempfile.TemporaryDirectory() as scratch:
         pinned = Path(scratch) / "constraints.txt"
         pinned.write_text("\n".join(constraints()) + "\n")

@@ -22,6 +22,7 @@ from sagemaker_entry.problem import Problem
 PORT = 7778  # beside 7777, which Amazon's own start scripts use
 BEAT = 1.0  # seconds between signs of life
 PATIENCE = 20.0  # seconds without one after which a host counts as gone
+STRAGGLER_PATIENCE = 120.0  # seconds that training may go on here after it has ended on another host
 GRACE = 10.0  # seconds for the others to read how it ended here
 START_PATIENCE = 900.0  # seconds for all hosts to come up: images and data arrive at different times
 
@@ -52,6 +53,7 @@ class Peers:
         self._connected = threading.Event()
         self._own: Failure | None = None
         self._found: Failure | None = None
+        self._others_ended: dict[int, float] = {}
         self._last_contact = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
@@ -62,11 +64,16 @@ class Peers:
 
     def trouble(self) -> Failure | None:
         """What happened to another host, if anything did."""
-        if self._found is None and self._thread.is_alive():
-            silence = time.monotonic() - self._last_contact
-            limit = self._patience if self._connected.is_set() else self._start_patience + self._patience
-            if silence > limit:
-                return self._gone(0, silence)
+        if self._found is not None or not self._thread.is_alive():
+            return self._found
+        now = time.monotonic()
+        limit = self._patience if self._connected.is_set() else self._start_patience + self._patience
+        if now - self._last_contact > limit:  # the thread itself is stuck: the leading host does not answer
+            return self._gone(0, now - self._last_contact)
+        for rank, since in list(self._others_ended.items()):
+            if now - since > STRAGGLER_PATIENCE:
+                message = f"Host {self._hosts[rank]} has ended its part, but training still goes on here."
+                return Failure(message, host=self._hosts[self._rank])
         return self._found
 
     def wait_for_trouble(self) -> Failure | None:
@@ -82,6 +89,8 @@ class Peers:
         """Tell the others how it ended here; the leading host stays a little until they know."""
         self._own = failure
         self._ending.set()
+        while failure is not None and self._thread.is_alive() and not self._connected.is_set():
+            time.sleep(BEAT / 4)  # the leading host may come up later; else it would wait for this one
         if self._thread.is_alive():
             self._thread.join(GRACE + 5 * BEAT)
 
@@ -107,7 +116,7 @@ class Peers:
         self._connected.set()
         beats = 0
         seen = {rank: (b"", time.monotonic() + self._start_patience) for rank in range(len(self._hosts))}
-        ended: set[int] = set()
+        ended = self._others_ended
         deadline: float | None = None
         while True:
             try:
@@ -118,7 +127,7 @@ class Peers:
                     store.set(f"end/{self._rank}", self._own.to_json() if self._own else "null")
                 for rank in range(len(self._hosts)):
                     if rank != self._rank and rank not in ended:
-                        self._look_at(store, rank, seen, ended)
+                        self._look_at(store, rank, seen)
                 self._last_contact = time.monotonic()
             except Exception as error:  # the connection is gone, and with it the leading host
                 if not self._ending.is_set() and 0 not in ended and self._found is None:
@@ -133,10 +142,10 @@ class Peers:
                 return
             self._ending.wait(BEAT) if deadline is None else time.sleep(BEAT / 4)
 
-    def _look_at(self, store: TCPStore, rank: int, seen: dict[int, tuple[bytes, float]], ended: set[int]) -> None:
+    def _look_at(self, store: TCPStore, rank: int, seen: dict[int, tuple[bytes, float]]) -> None:
         now = time.monotonic()
         if store.check([f"end/{rank}"]):
-            ended.add(rank)
+            self._others_ended[rank] = now
             words = json.loads(store.get(f"end/{rank}"))
             if words is not None and self._found is None:
                 self._found = Failure(**words)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 from sagemaker_entry.channels import data_options
 from sagemaker_entry.environment import Environment, failure_file, read_environment
 from sagemaker_entry.failure import Failure, first_cause, read_records, write_failure_file
-from sagemaker_entry.install import install
+from sagemaker_entry.install import install, require_torch
 from sagemaker_entry.instances import INSTANCES
 from sagemaker_entry.job import Job, read_job
 from sagemaker_entry.problem import Problem
@@ -94,13 +95,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     except StopRequested:
         say("stopped before training began")
         return STOPPED
-    except Problem as problem:
-        return _fail(Failure(str(problem), host=host), failure_path)
     except Exception as error:
-        import traceback
+        return _fail(_failure_of(error, host), failure_path)
 
-        traceback.print_exc()
-        return _fail(Failure.of(f"{type(error).__name__}: {error}", host=host), failure_path)
+
+def _failure_of(error: Exception, host: str) -> Failure:
+    """What the user gets to read of an error of this process; of an unexpected one, the log has all."""
+    if isinstance(error, Problem):
+        return Failure(str(error), host=host)
+    traceback.print_exception(error)
+    return Failure.of(f"{type(error).__name__}: {error}", host=host)
 
 
 def _fail(failure: Failure, path: Path) -> int:
@@ -121,8 +125,8 @@ def _run(
         raise Problem(
             "sagemaker_entry.train starts torchrun itself; submit the job without a `distribution` of its own."
         )
-    install(Path.cwd(), run=lambda command: _run_child(command, stop))
-    from sagemaker_entry.peers import Peers
+    require_torch()
+    from sagemaker_entry.peers import Peers  # needs torch
 
     peers = Peers(environment.hosts, environment.rank)
     peers.start()
@@ -132,6 +136,7 @@ def _run(
             f"host {environment.current_host} ({environment.rank + 1} of {len(environment.hosts)}), "
             f"{environment.instance_type or 'unknown instance type'}, job {environment.job_name}"
         )
+        install(Path.cwd(), run=lambda command: _run_child(command, stop))
         job = read_job(environment, arguments)
         processes = _processes(environment, job)
         stop.check()
@@ -140,8 +145,10 @@ def _run(
         outcome = _train(environment, job, data, processes, environ, stop, scratch, peers)
         if outcome.failure is None and environment.leads:
             _write_model(environment, complete=not outcome.stopped)
-    except Problem as problem:
-        outcome = Outcome(failure=Failure(str(problem), host=environment.current_host))
+    except StopRequested:
+        raise
+    except Exception as error:
+        outcome = Outcome(failure=_failure_of(error, environment.current_host))
     finally:
         peers.leave(outcome.failure)
     if outcome.failure is not None:

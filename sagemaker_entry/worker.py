@@ -8,10 +8,12 @@ import sys
 import traceback
 from pathlib import Path
 
+import lightning
 import torch
 
 from dino_lightning.cli import EXPECTED_ERRORS, execute, explain
 from sagemaker_entry.failure import Failure, write_record
+from sagemaker_entry.problem import Problem
 from sagemaker_entry.progress import ProgressLines
 from sagemaker_entry.settings import LAST, WorkerSettings
 from sagemaker_entry.stopping import StopOnFlag, StoppedOnRequest
@@ -38,10 +40,37 @@ def fit_arguments(settings: WorkerSettings) -> list[str]:
     return arguments
 
 
+class SameStart(lightning.Callback):
+    """Refuses to train where the hosts do not all go on from the same checkpoint, or all begin anew.
+
+    Args:
+        checkpoint: the one to go on from, if it is there.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Compare sizes, before anything is loaded.
+
+        Raises:
+            Problem: another process has a larger checkpoint.
+        """
+        size = float(self.checkpoint.stat().st_size) if self.checkpoint.is_file() else 0.0
+        own = torch.tensor(size, dtype=torch.float64, device=trainer.strategy.root_device)
+        largest = float(trainer.strategy.reduce(own.clone(), reduce_op="max"))
+        if size != largest:
+            raise Problem(
+                f"This host has {'another' if size else 'no'} checkpoint in {self.checkpoint.parent}, but others have; "
+                "resume the job, so that SageMaker brings the same one to all."
+            )
+
+
 def main(settings_file: str) -> int:
     """Train; returns the exit code. An error is left in a file for the launcher."""
     settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
     callbacks = [
+        SameStart(Path(settings.run_dir) / LAST),
         ProgressLines(),
         StopOnFlag(flag=settings.flag, saved=settings.saved, checkpoint=Path(settings.run_dir) / LAST),
     ]
@@ -52,7 +81,7 @@ def main(settings_file: str) -> int:
         print(f"[dino] {stopped}", flush=True)
         return 0  # the launcher knows from the file `saved` that this is no success
     except BaseException as error:
-        if isinstance(error, EXPECTED_ERRORS):
+        if isinstance(error, (*EXPECTED_ERRORS, Problem)):
             message = explain(error)
         else:
             traceback.print_exc()

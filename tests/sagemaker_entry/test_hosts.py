@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dino_lightning.data.rooms import write_rooms_dataset
@@ -147,22 +148,36 @@ def test_a_host_that_dies_ends_the_others(aws, calls, plans, tmp_path, how):
         assert "algo-2" in reason, reason
 
 
-def test_the_failure_of_a_process_is_told_on_all_hosts(aws, calls, plans, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("shard", "is damaged"), ("image", "cannot be decoded"), ("checkpoint", "This host has no checkpoint")],
+)
+def test_a_failure_on_one_host_is_told_on_all(aws, calls, plans, tmp_path, case, words):
     config = {**TINY_CONFIG, "trainer": {"max_epochs": 500, "log_every_n_steps": 1}}
     command, channels = submitted(aws, calls, tmp_path, plans, config, 2)
+    if case == "image":  # no manifest there, so nobody notices before training
+        channels["training"] = plans
     with Network(tmp_path / "hosts", 2) as network:
-        second = network.hosts[1]
+        first, second = network.hosts
         for host in network.hosts:
             fill(host, network.hosts, channels)
-        shard = next((second.root / "input" / "data" / "training" / "shards").glob("*.tar"))
-        shard.write_bytes(shard.read_bytes()[:-5000])  # half a download, on one host alone
+        training = second.root / "input" / "data" / "training"
+        if case == "shard":
+            shard = next((training / "shards").glob("*.tar"))
+            shard.write_bytes(shard.read_bytes()[:-5000])
+        elif case == "image":
+            for path in (training / "train" / "images").iterdir():
+                path.write_bytes(b"\x89PNG nonsense")
+        else:
+            (first.root / "checkpoints" / "checkpoints").mkdir()
+            torch.save({"state_dict": {}}, first.root / "checkpoints" / "checkpoints" / "last.ckpt")
         for host in network.hosts:
             host.start(command, TRAINING_JOB_NAME="job")
         assert [host.wait(90) for host in network.hosts] == [1, 1]
         for host in network.hosts:
             reason = (host.root / "output" / "failure").read_text()
-            assert reason.startswith("[algo-2] "), reason
-            assert "is damaged" in reason
+            assert reason.startswith("[algo-2"), reason
+            assert words in reason
 
 
 @pytest.mark.parametrize("count", [1, 2])
