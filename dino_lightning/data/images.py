@@ -39,7 +39,7 @@ def read_image(path: Path) -> Tensor:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}).") from error
+        raise DataError(f"{path} cannot be decoded ({error}).") from error
 
 
 def decode_image(file: BinaryIO, name: str) -> Tensor:
