@@ -1,9 +1,13 @@
 """Instances, time and money: against hand-worked cases."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 
+from sagemaker_entry import plan
 from sagemaker_entry.instances import INSTANCES, PRICES_DATE, Instance
 from sagemaker_entry.plan import (
     Compute,
@@ -127,8 +131,8 @@ def test_limits():
 def test_the_table_says_all_one_wants_to_know_before_paying():
     chosen = compute()
     hours = estimate_hours(WORK, chosen)
-    plan = Plan(chosen, WORK, hours, limits(), False, "image:tag", {"dataset": "s3://bucket/data/"})
-    table = plan.table()
+    made = Plan(chosen, WORK, hours, limits(), False, "image:tag", {"dataset": "s3://bucket/data/"})
+    table = made.table()
     for words in (
         "2 x ml.g5.2xlarge, $3.03 an hour",
         "2 x A10G with 24 GB",
@@ -151,3 +155,48 @@ def test_a_gpu_that_the_table_lacks_is_estimated_as_well():
     other = Compute("ml.p9.large", 1, Instance(1, "B900", 80, 64, 10, 9.0))
     assert estimate_hours(WORK, other)[1] > 0
     assert "B900" in Plan(other, WORK, (1.0, 2.0, 3.0), limits(), True, "i", {}).table()
+
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ROWS = {
+    "1 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 1),
+    "2 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 2),
+    "1 x `ml.g5.12xlarge`": ("ml.g5.12xlarge", 1),
+    "2 x `ml.g6.2xlarge`": ("ml.g6.2xlarge", 2),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_the_readme_is_what_the_estimate_says(row):
+    """R50 4-scale at 800 x 1067: 0.4594 teraflop forward, 46.6 million trainable parameters, as `forward_cost` counts."""
+    work = Work(1000, 100, 50, 50, 2, 0.4594, 46_601_482)
+    type_name, count = ROWS[row]
+    chosen = compute(instance_type=type_name, count=count)
+    best, likely, worst = estimate_hours(work, chosen)
+    dollars = [hours * chosen.price for hours in (likely, best, worst)]
+    expected = (
+        f"| {chosen.price:.2f} | {likely:.1f} ({best:.1f} to {worst:.1f}) "
+        f"| {dollars[0]:.2f} ({dollars[1]:.2f} to {dollars[2]:.2f}) |"
+    )
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+    assert line.endswith(expected), expected
+
+
+def test_the_policies_of_the_readme_are_valid_and_allow_what_is_called():
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
+    trust, job, user = policies
+    assert trust["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
+    allowed = [
+        {
+            action
+            for s in policy["Statement"]
+            for action in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])
+        }
+        for policy in (job, user)
+    ]
+    assert {"s3:GetObject", "s3:PutObject", "s3:ListBucket", "ecr:BatchGetImage"} <= allowed[0]
+    needed = set()
+    for path in Path(plan.__file__).parent.glob("*.py"):
+        needed |= set(re.findall(r"\b((?:sagemaker|iam|s3|logs|servicequotas):[A-Z]\w+)", path.read_text()))
+    assert {"sagemaker:CreateTrainingJob", "s3:PutObject", "logs:GetLogEvents"} <= needed
+    assert needed <= allowed[1]
