@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
-from dino_lightning import arguments, fit
+from dino_lightning import arguments, cli, fit
 from dino_lightning.__main__ import run
 from tests.conftest import TINY_ARGS
 
@@ -161,6 +163,18 @@ def test_bf16_mixed_runs_on_cpu(rooms):
         *TINY_ARGS,
     ]
     assert run(["fit", *args]) == 0
+
+
+def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported, expected in ((True, "bf16-mixed"), (False, "16-mixed")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
+        for given in ("bf16-mixed", None):
+            trainer = Namespace(precision=given, accelerator="gpu")
+            config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
+            cli.DINOCLI.before_instantiate_classes(SimpleNamespace(config=config))
+            assert trainer.precision == expected
+    assert "16-mixed instead of bf16-mixed" in capsys.readouterr().out
 
 
 def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, caplog):

@@ -82,6 +82,12 @@ def test_the_container_needs_no_aws_package(name):
         assert top != "sagemaker_entry" or not rest or rest[0] in IN_CONTAINER, f"{name} imports {imported}"
 
 
+@pytest.mark.parametrize("name", ["dataset_pack", "launch", "plan", "training"])
+def test_a_local_run_needs_no_aws_package(name):
+    for imported in imports(PROJECT / "sagemaker_entry" / f"{name}.py"):
+        assert imported.split(".")[0] not in ("boto3", "botocore", "sagemaker"), f"{name} imports {imported}"
+
+
 def test_the_entry_imports_nothing_that_has_yet_to_be_installed():
     code = (
         "import sys, sagemaker_entry.train; print(sorted(set(sys.modules) & {'torch', 'lightning', 'yaml', 'numpy'}))"

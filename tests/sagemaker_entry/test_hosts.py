@@ -127,6 +127,17 @@ def test_the_v3_start_script_trains_on_two_hosts_and_goes_on_after_sigterm(aws, 
     assert resumed == {number: whole[number] for number in resumed}
 
 
+def test_the_v3_start_script_trains_on_one_host(aws, calls, plans, tmp_path):
+    config = {**TINY_CONFIG, "trainer": {"max_epochs": 1, "log_every_n_steps": 1}}
+    command, channels = submitted(aws, calls, tmp_path, plans, config, 1)
+    with Network(tmp_path / "host", 1) as network:
+        (host,) = network.hosts
+        run(network.hosts, command, channels)
+        assert host.wait(300) == 0, host.text()[-3000:]
+        assert "not the container's first process" not in host.text()
+        assert check_model(host)["complete"] is True
+
+
 @pytest.mark.parametrize("how", ["killed", "unplugged"])
 def test_a_host_that_dies_ends_the_others(aws, calls, plans, tmp_path, how):
     config = {**TINY_CONFIG, "trainer": {"max_epochs": 500, "log_every_n_steps": 1}}

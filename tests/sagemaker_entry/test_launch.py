@@ -66,8 +66,12 @@ def test_options_of_fit_go_along(no_account, rooms, capsys):
 # ------------------------------------------------------------------ the whole way
 
 
-def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, capsys, calls):
+def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, capsys, calls, monkeypatch):
     pytest.importorskip("sagemaker.train")
+    from sagemaker.core.telemetry import telemetry_logging
+
+    told = []
+    monkeypatch.setattr(telemetry_logging, "_send_telemetry_request", lambda *args, **kwargs: told.append(args))
     weights = tmp_path / "it's a start.pth"
     import torch
 
@@ -79,6 +83,8 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
     assert "MB sent" in out
     name = out.split("Started ")[1].split()[0]
     assert name.startswith("dino-tiny-s-rooms-2gpu-")
+
+    assert not told  # the SDK reports nothing home
 
     # what SageMaker was asked for
     (request,) = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
@@ -284,6 +290,14 @@ def test_without_credentials_nothing_begins(no_account, rooms, tiny_config, caps
     )
     assert code == 1
     assert "no AWS credentials" in err
+
+
+def test_without_the_sdk_it_says_what_to_install(aws, rooms, tiny_config, capsys, monkeypatch, calls):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "sagemaker" else True)
+    code, _, err = run(capsys, "--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes")
+    assert code == 1
+    assert "needs sagemaker: python -m pip install 'dino-lightning[sagemaker]'" in err
+    assert not calls
 
 
 @pytest.mark.parametrize("argument", ["--gpu=2", "surprise", "--model.lr"])

@@ -168,7 +168,7 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_table_of_the_readme_is_what_the_estimate_says(row):
-    """R50 4-scale at 800 x 1067: 0.4594 teraflop forward, 46.6 million trainable parameters, as `forward_cost` counts."""
+    """R50 4-scale, 800 x 1067: 0.4594 teraflop forward, 46.6 million trainable parameters, as `forward_cost` counts."""
     work = Work(1000, 100, 50, 50, 2, 0.4594, 46_601_482)
     type_name, count = ROWS[row]
     chosen = compute(instance_type=type_name, count=count)
