@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -69,9 +70,7 @@ def check_bucket(account: Account, bucket: str) -> bool:
                 f"Bucket {bucket!r} belongs to another account, or you may not use it; give your own with --bucket."
             ) from error
         if code in ("301", "PermanentRedirect", "400"):
-            raise Problem(
-                f"Bucket {bucket!r} is in another region than {account.region}; give --bucket or --region."
-            ) from error
+            raise _elsewhere(bucket, "another region", account) from error
         with explained(f"look at bucket {bucket} (s3:ListBucket)"):
             raise
     region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
@@ -153,14 +152,11 @@ def live_price(pricing: Any, instance_type: str, region: str) -> float | None:
         instance_type: of the job.
         region: of the job.
     """
-    code = "USE1" if region == "us-east-1" else None
-    filters = [
-        {"Type": "TERM_MATCH", "Field": "regionCode", "Value": region},
-        {"Type": "TERM_MATCH", "Field": "instanceName", "Value": instance_type},
-        {"Type": "TERM_MATCH", "Field": "component", "Value": "Training"},
-    ]
-    if code is not None:  # the surest key, but it abbreviates the region in AWS's own way
-        filters = [{"Type": "TERM_MATCH", "Field": "usagetype", "Value": f"{code}-Train:{instance_type}"}]
+    if region == "us-east-1":
+        fields = {"usagetype": f"USE1-Train:{instance_type}"}
+    else:  # there, a usage type abbreviates the region in AWS's own way, which no list gives
+        fields = {"regionCode": region, "instanceName": instance_type, "component": "Training"}
+    filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in fields.items()]
     try:
         answer = pricing.get_products(ServiceCode="AmazonSageMaker", Filters=filters)
     except (ClientError, BotoCoreError):
@@ -226,8 +222,6 @@ def known_instances(account: Account | None, instance_type: str) -> tuple[dict[s
     table = dict(INSTANCES)
     if account is None:
         return table, None
-    from dataclasses import replace
-
     instance = table.get(instance_type) or live_instance(account.client("ec2"), instance_type)
     if instance is None:
         return table, None
