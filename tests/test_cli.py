@@ -154,6 +154,13 @@ def test_seeded_runs_repeat(rooms):
     assert losses[0] != losses[2]
 
 
+@pytest.mark.parametrize("option", ["overfit_batches=2", "limit_train_batches=3", "accumulate_grad_batches=2"])
+def test_lightnings_own_options_for_batches(rooms, option):
+    args = ["--data.root", str(rooms), "--run_dir", "run", "--trainer.max_epochs=2", f"--trainer.{option}", *TINY_ARGS]
+    assert run(["fit", *args]) == 0
+    assert run(["fit", "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_epochs=3"]) == 0
+
+
 def test_bf16_mixed_runs_on_cpu(rooms):
     args = [
         "--data.root",

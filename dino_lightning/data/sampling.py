@@ -47,31 +47,36 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
 class TrainLoader(DataLoader[Sample]):
     """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders)."""
 
-    sampler: TrainSampler
-
-    def __init__(self, dataset: Dataset[Sample], *, sampler: TrainSampler, **arguments: Any) -> None:
+    def __init__(self, dataset: Dataset[Sample], *, sampler: Any, **arguments: Any) -> None:
         super().__init__(dataset, sampler=sampler, **arguments)
+        # Lightning's overfit_batches makes the loader anew with a sampler of its own; then there is no place to keep
+        self._order = sampler if isinstance(sampler, TrainSampler) else None
         self._given = 0
         self._first = 0
         self._last_epoch: int | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
-        if self.sampler.epoch == self._last_epoch:  # nobody counts the epochs (Lightning does): do it here
-            self.sampler.set_epoch(self.sampler.epoch + 1)
-        self._last_epoch = self.sampler.epoch
         self._given, self._first = self._first, 0
-        self.sampler.skip = self._given * (self.batch_size or 1)
+        if self._order is not None:
+            if self._order.epoch == self._last_epoch:  # nobody counts the epochs (Lightning does): do it here
+                self._order.set_epoch(self._order.epoch + 1)
+            self._last_epoch = self._order.epoch
+            self._order.skip = self._given * (self.batch_size or 1)
         for batch in super().__iter__():
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The seed, the epoch, and the batches of it that were given."""
-        return {"seed": self.sampler.seed, "epoch": self.sampler.epoch, "batches": self._given}
+        if self._order is None:
+            return {}
+        return {"seed": self._order.seed, "epoch": self._order.epoch, "batches": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on after the batches that were given; after the last one, with the next epoch."""
+        if self._order is None or not state_dict:
+            return
         finished = state_dict["batches"] >= len(self)
-        self.sampler.seed = state_dict["seed"]
-        self.sampler.set_epoch(state_dict["epoch"] + finished)
+        self._order.seed = state_dict["seed"]
+        self._order.set_epoch(state_dict["epoch"] + finished)
         self._first = self._given = 0 if finished else state_dict["batches"]
