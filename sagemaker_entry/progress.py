@@ -43,6 +43,7 @@ class ProgressLines(lightning.Callback):
     def __init__(self) -> None:
         self._last = 0.0
         self._images = 0
+        self._validated = False
 
     def on_train_batch_end(
         self,
@@ -66,6 +67,10 @@ class ProgressLines(lightning.Callback):
             f"batch {batch_idx + 1} of {trainer.num_training_batches} train_loss={float(outputs['loss']):.4f}{pace}",
         )
 
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Remember that this epoch has figures of its own: the Trainer repeats old ones where it has none."""
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The figures of the epoch."""
         if not trainer.is_global_zero:
@@ -75,8 +80,9 @@ class ProgressLines(lightning.Callback):
         figures = [
             f"{word}={float(trainer.callback_metrics[name]):.4f}"
             for name, word in words.items()
-            if name in trainer.callback_metrics
+            if name in trainer.callback_metrics and (self._validated or not name.startswith("val/"))
         ]
+        self._validated = False
         self._say(trainer, " ".join(["finished", *figures]))
 
     def _say(self, trainer: lightning.Trainer, text: str) -> None:

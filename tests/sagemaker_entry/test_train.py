@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from sagemaker_entry.environment import read_environment
 from sagemaker_entry.failure import Failure, first_cause
 from sagemaker_entry.job import Job
 from sagemaker_entry.local import lay_out
+from sagemaker_entry.progress import ProgressLines
 from sagemaker_entry.train import STRAY, child_environment
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
@@ -170,6 +172,20 @@ def test_a_stop_while_requirements_are_installed(tmp_path, rooms):
     assert time.monotonic() - began < 30
     assert "stopped before training began" in container.text
     assert container.failure is None
+
+
+def test_lines_of_an_epoch_without_evaluation_do_not_repeat_the_last_one(capsys):
+    callback = ProgressLines()
+    figures = {"train/loss_epoch": torch.tensor(2.0), "val/F1": torch.tensor(0.5)}
+    trainer = SimpleNamespace(
+        is_global_zero=True, callback_metrics=figures, current_epoch=0, max_epochs=4, sanity_checking=False
+    )
+    callback.on_validation_end(trainer, None)
+    callback.on_train_epoch_end(trainer, None)
+    callback.on_train_epoch_end(trainer, None)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "val_F1=0.5000" in first and "val_F1" not in second
+    assert "train_loss=2.0000" in second
 
 
 def test_a_model_of_a_stopped_run_says_so(local_run, tmp_path):
