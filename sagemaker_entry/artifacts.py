@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -46,7 +47,9 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "code").mkdir(parents=True)
     torch.save({name: checkpoint[name] for name in KEPT_ENTRIES}, partial / MODEL_FILE)
-    (partial / DESCRIPTION_FILE).write_text(json.dumps(describe(checkpoint, complete=complete), indent=2) + "\n")
+    (partial / DESCRIPTION_FILE).write_text(
+        json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
+    )
     for name in PICTURES_AND_TABLES:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, partial / name)
@@ -64,13 +67,21 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
     return True
 
 
-def describe(checkpoint: dict[str, Any], *, complete: bool) -> dict[str, Any]:
-    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs."""
+def describe(checkpoint: dict[str, Any], metrics: Path, *, complete: bool) -> dict[str, Any]:
+    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs.
+
+    The figures are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
+    the epoch is over.
+    """
     settings = checkpoint["hyper_parameters"]
     names = settings["class_names"] or []
     ids = settings["category_ids"] or list(range(len(names)))
-    history = checkpoint.get("callbacks", {}).get("RunReport", {}).get("history", [])
-    figures = [row for row in history if row["epoch"] == checkpoint["epoch"] + 1] or history[-1:]
+    figures: dict[str, float] = {}
+    if metrics.is_file():
+        with metrics.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
+                    figures = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
     return {
         "format": "dino_lightning model 1",
         "weights": MODEL_FILE,
@@ -87,5 +98,5 @@ def describe(checkpoint: dict[str, Any], *, complete: bool) -> dict[str, Any]:
             "long_side_at_most": settings["max_size"],
             "normalisation": "inside the model",
         },
-        "metrics": {name: value for row in figures for name, value in row.items() if name.startswith("val/")},
+        "metrics": figures,
     }

@@ -100,7 +100,12 @@ def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
     assert description["complete"] is True
     assert description["classes"] == [{"label": 0, "category_id": 1, "name": "room"}]
     assert description["preprocessing"]["short_side"] == 64
-    assert "val/AP" in description["metrics"]
+    with (model / "metrics.csv").open() as file:
+        evaluated = {int(row["epoch"]): row for row in csv.DictReader(file) if row["val/AP"]}
+    assert set(evaluated) == {0, 1}
+    expected = evaluated[description["epoch"] - 1]  # of the epoch whose weights these are
+    assert description["metrics"]["val/loss"] == float(expected["val/loss"])
+    assert description["metrics"]["val/AP"] == max(float(row["val/AP"]) for row in evaluated.values())
     content = torch.load(model / "model.ckpt", weights_only=True)
     assert "optimizer_states" not in content
     assert content["hyper_parameters"]["lr"] == 0.0003
