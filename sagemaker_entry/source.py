@@ -22,7 +22,7 @@ def requirements() -> list[str]:
     if shipped.is_file():  # in a job the package is not installed, but its list lies beside it
         return shipped.read_text().split("\n")[:-1]
     needed = metadata.requires(DISTRIBUTION) or []
-    return [line for line in needed if "extra ==" not in line and re.match(r"[\w.-]+", line)[0] not in KEPT]  # type: ignore[index]
+    return [line for line in needed if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in KEPT]
 
 
 def package_files() -> dict[str, Path]:
