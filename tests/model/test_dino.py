@@ -103,6 +103,8 @@ def test_normalize_leaves_floating_point_images_alone():
 
 
 def test_bf16_autocast_stays_close_to_float32():
+    # Weights and images of their own: with those that earlier tests happen to leave, matches may swap under rounding.
+    torch.manual_seed(0)
     model = DINO(num_classes=3, **TINY_SIZES).train()
     batch = random_batch([(64, 96), (80, 48)], [2, 1])
     torch.manual_seed(0)
