@@ -6,6 +6,9 @@ With Pillow alone: torchvision's decoders give the same pixels somewhat faster (
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +19,36 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dino_lightning.data.coco import DataError
+
+
+MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; a drawing office's largest scans (A0 at 600 dpi) have half of it
+_PILLOWS_LIMIT = threading.Lock()
+
+
+@contextmanager
+def open_image(file: BinaryIO | Path) -> Iterator[Image.Image]:
+    """An image of which only the header has been read: its format, mode, size, frames and EXIF data.
+
+    Pillow's own guard against decompression bombs would refuse the scan of a large drawing; the limit here is
+    `MAX_PIXELS`, known from the header before a pixel is decoded.
+
+    Raises:
+        OSError: no image, or none that Pillow knows.
+        ValueError: it has more than `MAX_PIXELS` pixels.
+    """
+    with _PILLOWS_LIMIT:  # a global variable of Pillow, which other code in this process may rely on
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"its header says {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all; "
+                "scale it down or cut it into tiles"
+            )
+        yield image
 
 
 def read_image(path: Path) -> Tensor:
@@ -45,7 +78,7 @@ def read_image(path: Path) -> Tensor:
 def decode_image(file: BinaryIO, name: str) -> Tensor:
     """As `read_image`, from an open file; `name` stands for it in messages."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return torch.from_numpy(_decode(image)).permute(2, 0, 1)
     except MemoryError:
         raise
