@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +75,18 @@ class GroundTruth:
     area: npt.NDArray[np.float64]
 
 
+class Notice(NamedTuple):
+    """Something that went wrong with the data and was got over; said once for each kind, and counted.
+
+    Attributes:
+        kind: what it has in common with others.
+        message: one sentence.
+    """
+
+    kind: str
+    message: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of images, placed top left in a common canvas, with what is known about each.
@@ -86,6 +99,7 @@ class Batch:
         original_sizes: (height, width) in pixels of each image file, before resizing.
         targets: the boxes to learn from, or None.
         ground_truth: the annotations to evaluate against, or None.
+        notices: what went wrong with its images and was got over.
     """
 
     images: Tensor
@@ -94,6 +108,7 @@ class Batch:
     original_sizes: tuple[tuple[int, int], ...]
     targets: Targets | None = None
     ground_truth: tuple[GroundTruth, ...] | None = None
+    notices: tuple[Notice, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dino_lightning.data.dataset import Sample
 from dino_lightning.structures import Batch
@@ -20,7 +21,7 @@ def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None,
         ValueError: no samples, or one larger than `pad_to`.
     """
     truths = [sample.ground_truth for sample in samples if sample.ground_truth is not None]
-    return Batch.from_images(
+    batch = Batch.from_images(
         [sample.image for sample in samples],
         image_ids=[sample.image_id for sample in samples],
         original_sizes=[sample.original_size for sample in samples],
@@ -29,3 +30,4 @@ def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None,
         pad_to=pad_to,
         pad_to_multiple=pad_to_multiple,
     )
+    return replace(batch, notices=tuple(notice for sample in samples for notice in sample.notices))

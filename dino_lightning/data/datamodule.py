@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +11,17 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
+from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import classes_of
 from dino_lightning.data.coco import CocoAnnotations, DataError, load_coco
 from dino_lightning.data.collate import collate
-from dino_lightning.data.dataset import CocoDetection, Sample
-from dino_lightning.data.sampling import TrainLoader, TrainSampler
+from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
+from dino_lightning.data.loading import Loader
+from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import FitInto, eval_transform, train_transform
+from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
@@ -54,9 +57,16 @@ class CocoDataModule(lightning.LightningDataModule):
         fixed_size: put every image into a square canvas of this many pixels, for static shapes; bounds
             `image_size` and `max_size`.
         pad_to_multiple: round height and width of a batch up to a multiple of this.
+        aspect_buckets: put training images of like shape into a batch, which then is padded less and trained on
+            faster; where the augmentation turns images, it turns those of a batch to one orientation.
+        cache_dir: folder in which images much larger than `image_size` are kept scaled down, so that they are decoded
+            once and not in every epoch; may be shared by processes and runs. Augmentation then starts from the
+            smaller image.
+        cache_gigabytes: limit of that folder.
         val_fraction: share of the training images that becomes the validation split where there is none.
         on_bad_image: "error" stops at the first unreadable image file; "skip" reads all files of a split once
-            before its first batch, and leaves the unreadable ones out.
+            before its first batch, and leaves the unreadable ones out. One that cannot be read any more later is
+            an empty page that counts for nothing; how many there were is said at the end.
         seed: decides which images `val_fraction` takes.
 
     Attributes:
@@ -90,6 +100,9 @@ class CocoDataModule(lightning.LightningDataModule):
         max_size: int = 1333,
         fixed_size: int | None = None,
         pad_to_multiple: int = 1,
+        aspect_buckets: bool = False,
+        cache_dir: str | None = None,
+        cache_gigabytes: float = 20.0,
         val_fraction: float = 0.1,
         on_bad_image: Literal["error", "skip"] = "error",
         seed: int = 0,
@@ -108,6 +121,8 @@ class CocoDataModule(lightning.LightningDataModule):
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        if not cache_gigabytes > 0:
+            raise ValueError(f"cache_gigabytes is {cache_gigabytes}; it must be more than 0.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
         if on_bad_image not in ("error", "skip"):
@@ -119,6 +134,8 @@ class CocoDataModule(lightning.LightningDataModule):
         self.on_bad_image = on_bad_image
         self.pad_to = None if fixed_size is None else (fixed_size, fixed_size)
         self.pad_to_multiple = pad_to_multiple
+        self.aspect_buckets = aspect_buckets
+        self._notices: Counter[str] = Counter()
 
         files = resolve_split_files(
             Path(root),
@@ -154,9 +171,15 @@ class CocoDataModule(lightning.LightningDataModule):
         evaluation = eval_transform(image_size, max_size)
         if fixed_size is not None:
             training, evaluation = FitInto(training, fixed_size), FitInto(evaluation, fixed_size)
-        self.train_set = CocoDetection(splits["train"], self.classes, training, with_ground_truth=False)
-        self.val_set = CocoDetection(splits["val"], self.classes, evaluation)
-        self.test_set = CocoDetection(splits["test"], self.classes, evaluation) if "test" in splits else None
+        make = partial(
+            CocoDetection,
+            classes=self.classes,
+            on_bad_image=on_bad_image,
+            cache=_image_cache(cache_dir, image_size, max_size, cache_gigabytes),
+        )
+        self.train_set = make(splits["train"], transform=training, with_ground_truth=False)
+        self.val_set = make(splits["val"], transform=evaluation)
+        self.test_set = make(splits["test"], transform=evaluation) if "test" in splits else None
 
     @property
     def num_classes(self) -> int:
@@ -173,22 +196,22 @@ class CocoDataModule(lightning.LightningDataModule):
         """The `category_id` of each label in the annotation files."""
         return list(self.classes.category_ids)
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> Loader:
         """Shuffled training batches, all full; a smaller one only where there is no full one."""
         return self._loader(self.train_set, self.batch_size, training=True)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> Loader:
         """All validation batches, in the order of the file."""
         return self._loader(self.val_set, self.val_batch_size)
 
-    def test_dataloader(self) -> DataLoader[Sample]:
+    def test_dataloader(self) -> Loader:
         """All test batches, in the order of the file; the validation batches if there is no test split."""
         if self.test_set is None:
             rank_zero_info("No test split found: the validation split is used instead.")
             return self.val_dataloader()
         return self._loader(self.test_set, self.val_batch_size)
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
+    def predict_dataloader(self) -> Loader:
         """The batches of `test_dataloader`."""
         return self.test_dataloader()
 
@@ -221,7 +244,7 @@ class CocoDataModule(lightning.LightningDataModule):
             if dataset is not None
         )
 
-    def _loader(self, dataset: CocoDetection, batch_size: int, *, training: bool = False) -> DataLoader[Sample]:
+    def _loader(self, dataset: CocoDetection, batch_size: int, *, training: bool = False) -> Loader:
         self._leave_out_unreadable(dataset)
         processes, processes_here = 1, 1
         if self.trainer is not None:
@@ -238,12 +261,36 @@ class CocoDataModule(lightning.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
         if not training:
-            return DataLoader(dataset, **arguments)
+            return Loader(dataset, **arguments)
         seed, rank = torch.initial_seed(), 0
         if self.trainer is not None:
             seed, rank = self.trainer.strategy.broadcast(seed), self.trainer.global_rank
-        sampler = TrainSampler(dataset, processes=processes, rank=rank, seed=seed)
-        return TrainLoader(dataset, sampler=sampler, drop_last=images_per_process >= batch_size, **arguments)
+        ratios = [image.size[1] / image.size[0] for image in dataset.annotations.images]
+        sampler = TrainSampler(
+            dataset,
+            processes=processes,
+            rank=rank,
+            seed=seed,
+            batch_size=batch_size,
+            aspect_ratios=ratios if self.aspect_buckets else None,
+        )
+        return Loader(dataset, sampler=sampler, drop_last=images_per_process >= batch_size, **arguments)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Say what went wrong with the images of a batch, once for each kind (a hook of Lightning's)."""
+        for notice in batch.notices:
+            if notice.kind not in self._notices:
+                warnings.warn(notice.message, stacklevel=2)
+            self._notices[notice.kind] += 1
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Say how many images could not be read (a hook of Lightning's)."""
+        unreadable = self._notices.pop(UNREADABLE, 0)
+        if unreadable:
+            warnings.warn(
+                f"{unreadable} times an image could not be read and an empty page took its place.", stacklevel=2
+            )
 
     def _leave_out_unreadable(self, dataset: CocoDetection) -> None:
         # Before the first batch, not while training: Lightning and the other ranks rely on a loader giving as
@@ -264,8 +311,16 @@ def default_workers(images: int, processes: int) -> int:
     """Loader processes for one dataset, where `processes` training processes share this machine's cores."""
     if images < TINY_DATASET:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, max(1, cores // processes))
+    return min(MAX_WORKERS, max(1, available_cores() // processes))
+
+
+def _image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: float) -> ImageCache | None:
+    if folder is None:
+        return None
+    try:
+        return ImageCache(Path(folder), image_size=image_size, max_size=max_size, max_bytes=int(gigabytes * 1e9))
+    except OSError as error:
+        raise DataError(f"cache_dir: {folder} cannot be written to ({error}). Give another folder.") from error
 
 
 def _check_images_folder(split: CocoAnnotations) -> None:

@@ -7,15 +7,19 @@ exactly the batches that it would have seen, whatever the number of loader worke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from dino_lightning.data.dataset import Sample
+from dino_lightning.data.dataset import Draw
+
+BATCHES_IN_A_POOL = 32  # batches of like images are made up from as many batches' images
 
 
 def derive_seed(*parts: int) -> int:
@@ -23,60 +27,63 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-class TrainSampler(DistributedSampler[tuple[int, int]]):
+class TrainSampler(DistributedSampler[Draw]):
     """Shuffled (index, seed) pairs of one process of a run; the order depends on seed and epoch alone.
+
+    With `aspect_ratios`, images of like shape come together, so that a batch is padded little: of each 32 batches'
+    images, taken at random, the batches are made up by aspect ratio and then come in random order. The same batch of
+    all processes is cut from one piece, and each process has the same number of batches. Seeds then come with a
+    third number, the orientation of the batch (see `LabelledImage.landscape`).
 
     Args:
         dataset: what to draw from.
         processes: the number of training processes.
         rank: which of them this is.
         seed: the same on all of them.
+        batch_size: images in a batch of one process; matters with `aspect_ratios` only.
+        aspect_ratios: width / height of each image, or None for batches at random.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, processes: int = 1, rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        processes: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        batch_size: int = 1,
+        aspect_ratios: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=True, seed=seed % 2**32)
+        self.batch_size = batch_size
+        self.elongations = None if aspect_ratios is None else np.abs(np.log(np.asarray(aspect_ratios)))
         self.skip = 0  # samples already seen in the epoch that is gone on with
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Draw]:
         skip, self.skip = self.skip, 0
-        for index in islice(super().__iter__(), skip, None):
-            number = int(index)  # type: ignore[call-overload]  # the base class says it gives what we give
-            yield number, derive_seed(self.seed, self.epoch, number)
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]  # has a length
+        order = np.resize(order, self.total_size)  # as many for each process: the first come again
+        if self.elongations is not None:
+            order = self._by_shape(order, self.elongations, generator)
+        for place, index in islice(enumerate(order[self.rank :: self.num_replicas].tolist()), skip, None):
+            seed = derive_seed(self.seed, self.epoch, index)
+            if self.elongations is None:
+                yield index, seed
+            else:
+                yield index, seed, derive_seed(self.seed, self.epoch, place // self.batch_size, 1) % 2
 
-
-class TrainLoader(DataLoader[Sample]):
-    """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders)."""
-
-    def __init__(self, dataset: Dataset[Sample], *, sampler: Any, **arguments: Any) -> None:
-        super().__init__(dataset, sampler=sampler, **arguments)
-        # Lightning's overfit_batches makes the loader anew with a sampler of its own; then there is no place to keep
-        self._order = sampler if isinstance(sampler, TrainSampler) else None
-        self._given = 0
-        self._first = 0
-        self._last_epoch: int | None = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
-        self._given, self._first = self._first, 0
-        if self._order is not None:
-            if self._order.epoch == self._last_epoch:  # nobody counts the epochs (Lightning does): do it here
-                self._order.set_epoch(self._order.epoch + 1)
-            self._last_epoch = self._order.epoch
-            self._order.skip = self._given * (self.batch_size or 1)
-        for batch in super().__iter__():
-            self._given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The seed, the epoch, and the batches of it that were given."""
-        if self._order is None:
-            return {}
-        return {"seed": self._order.seed, "epoch": self._order.epoch, "batches": self._given}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that were given; after the last one, with the next epoch."""
-        if self._order is None or not state_dict:
-            return
-        finished = state_dict["batches"] >= len(self)
-        self._order.seed = state_dict["seed"]
-        self._order.set_epoch(state_dict["epoch"] + finished)
-        self._first = self._given = 0 if finished else state_dict["batches"]
+    def _by_shape(
+        self, order: npt.NDArray[np.int64], elongations: npt.NDArray[np.float64], generator: torch.Generator
+    ) -> npt.NDArray[np.int64]:
+        """The same indices, so ordered that each batch of all processes together has images of like shape."""
+        size = self.batch_size * self.num_replicas
+        pieces = []
+        for start in range(0, len(order), BATCHES_IN_A_POOL * size):
+            pool = order[start : start + BATCHES_IN_A_POOL * size]
+            whole = len(pool) // size * size  # what makes no whole batch stays last, where it may be dropped
+            pool, rest = pool[:whole], pool[whole:]
+            batches = pool[np.argsort(elongations[pool], kind="stable")].reshape(-1, size)
+            pieces += [batches[torch.randperm(len(batches), generator=generator).numpy()].reshape(-1), rest]
+        return np.concatenate(pieces)

@@ -36,11 +36,13 @@ class LabelledImage:
         image: (3, h, w) uint8, RGB.
         boxes_xyxy: (N, 4) float32, corners in pixels of `image`.
         labels: (N,) int64, contiguous labels 0..K-1.
+        landscape: the orientation that a transform with quarter turns must give; None: any.
     """
 
     image: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
+    landscape: bool | None = None
 
     @property
     def size(self) -> tuple[int, int]:

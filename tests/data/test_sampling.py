@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_lightning import CocoDataModule
-from dino_lightning.data.sampling import TrainLoader, TrainSampler, derive_seed
+from dino_lightning.data.loading import Loader
+from dino_lightning.data.sampling import TrainSampler, derive_seed
 
 
 class Echo(torch.utils.data.Dataset):
@@ -23,7 +24,7 @@ class Echo(torch.utils.data.Dataset):
 def echo(length, batch_size, *, seed=5, drop_last=False):
     """A loader of (index, seed) pairs as the sampler gives them."""
     sampler = TrainSampler(range(length), seed=seed)
-    return TrainLoader(Echo(length), sampler=sampler, batch_size=batch_size, drop_last=drop_last, collate_fn=list)
+    return Loader(Echo(length), sampler=sampler, batch_size=batch_size, drop_last=drop_last, collate_fn=list)
 
 
 @settings(max_examples=60, deadline=None)

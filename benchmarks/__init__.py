@@ -1,0 +1,1 @@
+"""Side-by-side speed measurements; never part of the tests."""

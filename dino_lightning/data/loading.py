@@ -1,0 +1,111 @@
+"""A loader that knows its place in the epoch and outlives its worker processes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lightning.data.coco import DataError
+from dino_lightning.data.dataset import Sample
+from dino_lightning.data.sampling import TrainSampler
+
+MAX_DEATHS = 3  # of worker processes in one epoch
+
+
+class Loader(DataLoader[Sample]):
+    """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders).
+
+    Where a worker process is killed, usually by the system when memory runs out, all of them are started anew. No
+    batch is lost by it: batches follow from indices and seeds, so another process makes the same.
+
+    Raises:
+        DataError: more than three worker processes of one epoch were killed.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], *, sampler: Any = None, **arguments: Any) -> None:
+        super().__init__(dataset, sampler=sampler, **arguments)
+        # None in evaluation. Lightning's overfit_batches gives a sampler of its own; then there is no place to keep
+        self._order = sampler if isinstance(sampler, TrainSampler) else None
+        self._given = 0
+        self._first = 0
+        self._last_epoch: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
+        self._given, self._first = self._first, 0
+        if self._order is not None:
+            if self._order.epoch == self._last_epoch:  # nobody counts the epochs (Lightning does): do it here
+                self._order.set_epoch(self._order.epoch + 1)
+            self._last_epoch = self._order.epoch
+        deaths = 0
+        while True:
+            try:
+                for batch in self._after(self._given):
+                    self._given += 1
+                    yield batch
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if self.num_workers == 0 or not _tells_of_a_death(error):
+                    raise
+                self._iterator = None  # the processes that are left end with it
+                deaths += 1
+                if deaths > MAX_DEATHS:
+                    raise DataError(
+                        f"Loader processes were killed {deaths} times in one epoch, most likely because memory ran "
+                        "out. Lower data.num_workers; where images are very large, use data.cache_dir."
+                    ) from error
+                warnings.warn(
+                    f"A loader process was killed ({error}). All of them are started anew; no batch is lost.",
+                    stacklevel=2,
+                )
+
+    def _after(self, given: int) -> Iterator[Any]:
+        """The batches of the epoch after the first `given`."""
+        if self._order is not None:
+            self._order.skip = given * (self.batch_size or 1)
+        iterator = super().__iter__()
+        if self.num_workers > 0:
+            _leave_deaths_to_the_loader()
+        return iterator if self._order is not None else islice(iterator, given, None)
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed, the epoch, and the batches of it that were given."""
+        if self._order is None:
+            return {}
+        return {"seed": self._order.seed, "epoch": self._order.epoch, "batches": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the batches that were given; after the last one, with the next epoch."""
+        if self._order is None or not state_dict:
+            return
+        finished = state_dict["batches"] >= len(self)
+        self._order.seed = state_dict["seed"]
+        self._order.set_epoch(state_dict["epoch"] + finished)
+        self._first = self._given = 0 if finished else state_dict["batches"]
+
+
+def _tells_of_a_death(error: BaseException) -> bool:
+    """Whether a worker process is gone; errors of the dataset come from a worker that lives."""
+    message = str(error)
+    if message.startswith("DataLoader worker (pid"):
+        return True
+    # A batch that it had finished lies in memory that it was to hand over.
+    lost_on_the_way = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+    return lost_on_the_way and ("Original Traceback" not in message or "in pin memory thread" in message)
+
+
+def _leave_deaths_to_the_loader() -> None:
+    """Take away torch's signal handler, which reports a dead worker wherever the main thread happens to be.
+
+    That may be the middle of a training step. Without it, the loader finds out itself when it waits for a batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
