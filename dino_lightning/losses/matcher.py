@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class HungarianMatcher(nn.Module):
         boxes_per_image = targets.labels.shape[1]
         assigned = np.full((layers, batch, boxes_per_image), -1, dtype=np.int64)
         if boxes_per_image:
-            cost = self.cost(logits, boxes_cxcywh, targets).cpu().numpy()  # the one wait for the device
+            cost = to_host(self.cost(logits, boxes_cxcywh, targets))
             bad = [image for image, n in enumerate(targets.num_boxes) if not np.isfinite(cost[:, image, :n]).all()]
             if bad:
                 raise NonFiniteError(bad if image_ids is None else [image_ids[image] for image in bad])
@@ -113,3 +114,9 @@ class HungarianMatcher(nn.Module):
                     assigned[layer, image, rows] = columns
         queries = torch.from_numpy(assigned).to(logits.device, non_blocking=True)
         return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
+
+
+def to_host(cost: Tensor) -> npt.NDArray[np.float32]:
+    """The one wait for the device of a training step."""
+    array: npt.NDArray[np.float32] = cost.cpu().numpy()
+    return array

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
@@ -33,16 +34,18 @@ class DenoisingQueries:
     """Queries made from the noised targets; slot (2 g + s) * N + j holds box j of group g, part s (0 positive).
 
     Attributes:
-        content: (B, R * N, D) embedding of the noised label, zero in unfilled slots.
-        reference_logits: (B, R * N, 4) float32, logits of the noised boxes, zero in unfilled slots.
+        content: (B, R * N + num_unused, D) embedding of the noised label, zero in unfilled slots.
+        reference_logits: (B, R * N + num_unused, 4) float32, logits of the noised boxes, zero in unfilled slots.
         num_groups: number of groups, R / 2.
         max_boxes: N, the largest count in the batch.
+        num_unused: queries after the slots that stand for nothing.
     """
 
     content: Tensor
     reference_logits: Tensor
     num_groups: int
     max_boxes: int
+    num_unused: int = 0
 
 
 def num_denoising_groups(num_denoising: int, max_boxes: int) -> int:
@@ -97,30 +100,39 @@ def denoising_queries(
     *,
     label_noise_ratio: float,
     box_noise_scale: float,
+    multiple: int = 1,
 ) -> DenoisingQueries:
-    """Lay the noised targets out as queries; see `DenoisingQueries` for the order of slots."""
+    """Lay the noised targets out as queries; see `DenoisingQueries` for the order of slots.
+
+    Their number is rounded up to a multiple by unused ones, which changes no result but the number of shapes: fewer
+    of them to compile for, and to keep memory for.
+    """
     labels, boxes = noised_targets(targets, noise, label_noise_ratio=label_noise_ratio, box_noise_scale=box_noise_scale)
     repetitions, batch, max_boxes = labels.shape
     filled = targets.valid[None, ..., None]
     content = label_embedding(labels) * filled
     reference_logits = inverse_sigmoid(boxes) * filled
+    slots = repetitions * max_boxes
+    unused = (0, 0, 0, -slots % multiple)
     return DenoisingQueries(
-        content=content.transpose(0, 1).reshape(batch, repetitions * max_boxes, -1),
-        reference_logits=reference_logits.transpose(0, 1).reshape(batch, repetitions * max_boxes, 4),
+        content=F.pad(content.transpose(0, 1).reshape(batch, slots, -1), unused),
+        reference_logits=F.pad(reference_logits.transpose(0, 1).reshape(batch, slots, 4), unused),
         num_groups=repetitions // 2,
         max_boxes=max_boxes,
+        num_unused=-slots % multiple,
     )
 
 
 def denoising_attention_mask(
-    *, num_groups: int, max_boxes: int, num_queries: int, device: torch.device | str
+    *, num_groups: int, max_boxes: int, num_queries: int, device: torch.device | str, num_unused: int = 0
 ) -> Tensor:
-    """Who may not see whom: (T, T) bool, True = blocked, denoising slots first, T = slots + num_queries.
+    """Who may not see whom: (T, T) bool, True = blocked, T = slots + num_unused + num_queries, in this order.
 
     Matching queries never see denoising ones (the answer would leak); a denoising group sees itself and the
-    matching queries, not the other groups.
+    matching queries, not the other groups. Nobody sees the unused queries but they themselves.
     """
     slots = 2 * num_groups * max_boxes
-    index = torch.arange(slots + num_queries, device=device)
-    group = index.div(max(2 * max_boxes, 1), rounding_mode="floor").masked_fill(index >= slots, num_groups)
-    return (group[None, :] < num_groups) & (group[None, :] != group[:, None])
+    index = torch.arange(slots + num_unused + num_queries, device=device)
+    group = index.div(max(2 * max_boxes, 1), rounding_mode="floor")
+    group = group.masked_fill(index >= slots, num_groups).masked_fill(index >= slots + num_unused, -1)
+    return (group[None, :] >= 0) & (group[None, :] != group[:, None])

@@ -50,6 +50,8 @@ class DINO(nn.Module):
         num_denoising: denoising boxes to aim for per image, 0 for none; see `num_denoising_groups`.
         label_noise_ratio: twice the share of denoising labels that are replaced.
         box_noise_scale: how far box corners move, in half box sizes.
+        denoising_multiple: round the number of denoising queries up to a multiple of this by unused ones; fewer
+            different shapes, the same results.
         dropout: in encoder and decoder, 0 as published.
 
     Raises:
@@ -75,6 +77,7 @@ class DINO(nn.Module):
         num_denoising: int = 100,
         label_noise_ratio: float = 0.5,
         box_noise_scale: float = 1.0,
+        denoising_multiple: int = 1,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -82,11 +85,12 @@ class DINO(nn.Module):
             raise ValueError(f"num_classes={num_classes}: a detector needs at least one class.")
         if hidden_dim % 4:
             raise ValueError(f"hidden_dim={hidden_dim} is not a multiple of 4.")
-        if num_decoder_layers < 1 or num_queries < 1:
-            raise ValueError("num_decoder_layers and num_queries must be at least 1.")
+        if num_decoder_layers < 1 or num_queries < 1 or denoising_multiple < 1:
+            raise ValueError("num_decoder_layers, num_queries and denoising_multiple must be at least 1.")
         self.num_classes = num_classes
         self.num_denoising = num_denoising
         self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
+        self.denoising_multiple = denoising_multiple
         attention = {
             "hidden_dim": hidden_dim,
             "num_levels": num_feature_levels,
@@ -161,6 +165,7 @@ class DINO(nn.Module):
                 num_groups=denoising.num_groups,
                 max_boxes=denoising.max_boxes,
                 num_queries=queries.shape[1],
+                num_unused=denoising.num_unused,
                 device=queries.device,
             )
             queries = torch.cat((denoising.content, queries), dim=1)
@@ -172,10 +177,11 @@ class DINO(nn.Module):
         hidden = hidden + 0.0 * self.label_embedding.weight[0, 0]
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             logits = self.decoder.class_head(hidden.float())  # bfloat16 scores would be full of ties
-        slots = 0 if denoising is None else denoising.reference_logits.shape[1]
+        first = 0 if denoising is None else denoising.reference_logits.shape[1]
+        slots = 0 if denoising is None else first - denoising.num_unused
         return ModelOutput(
-            pred_logits=logits[:, :, slots:],
-            pred_boxes=boxes[:, :, slots:],
+            pred_logits=logits[:, :, first:],
+            pred_boxes=boxes[:, :, first:],
             encoder_logits=selected.logits,
             encoder_boxes=selected.boxes_cxcywh,
             denoising=None
@@ -207,6 +213,7 @@ class DINO(nn.Module):
             self.label_embedding,
             label_noise_ratio=self.label_noise_ratio,
             box_noise_scale=self.box_noise_scale,
+            multiple=self.denoising_multiple,
         )
 
     def _flatten(

@@ -135,3 +135,23 @@ def test_gradient_of_a_later_layer_reaches_the_offset_before_it():
     assert first_box.grad.abs().sum() == 0
     assert first_refinement.grad.abs().sum() > 0
     assert last_box.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("multiple", [7, 64, 1000])
+def test_unused_denoising_queries_change_nothing(multiple):
+    results = []
+    for rounded in (1, multiple):
+        torch.manual_seed(0)
+        model = DINO(num_classes=3, **TINY_SIZES, denoising_multiple=rounded).train()
+        torch.manual_seed(1)
+        batch = random_batch([(64, 96), (80, 48)], [3, 1])
+        losses = Criterion()(model(batch), batch.targets)
+        losses["loss"].backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        results.append((losses, gradients))
+    (losses, gradients), (other_losses, other_gradients) = results
+    assert losses.keys() == other_losses.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], other_losses[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], other_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
