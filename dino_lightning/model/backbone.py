@@ -75,6 +75,8 @@ class Backbone(nn.Module):
             for tap, channels in zip(self._taps, self.channels, strict=True):
                 self.norms[str(tap)] = nn.LayerNorm(channels, eps=1e-5 if self._channels_last else 1e-6)
         _replace_batch_norms(self.body, norm)
+        if norm != "group" and not self._channels_last:
+            self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         self._freeze(step_strides, trainable_layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -227,12 +229,55 @@ def _feature_steps(network: nn.Module) -> tuple[str, ...]:
 def _replace_batch_norms(module: nn.Module, norm: NormKind) -> None:
     if norm == "batch":
         return
-    for name, child in module.named_children():
+    before, before_name = nn.Module(), ""  # what is registered before a norm comes before it in the network, too
+    for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            if norm == "frozen":
-                replacement: nn.Module = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            if norm == "group":
+                setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
+            elif type(before) is nn.Conv2d and before.bias is None:
+                folded = _FoldedNorm(child.num_features, eps=child.eps)
+                setattr(module, before_name, _FoldingConv2d(before, folded))
+                setattr(module, name, folded)
             else:
-                replacement = nn.GroupNorm(math.gcd(32, child.num_features), child.num_features)
-            setattr(module, name, replacement)
+                setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps))
         else:
             _replace_batch_norms(child, norm)
+        before, before_name = child, name
+
+
+class _FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
+    """A frozen batch norm that the convolution before it carries out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing is left to do."""
+        return x
+
+
+class _FoldingConv2d(nn.Conv2d):
+    """A convolution that scales its weights by the frozen norm after it, rather than all of its output.
+
+    The names and values of parameters and statistics stay those of the two layers.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]  # torch keeps them as tuples of any length
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=False,
+            device="meta",  # no random numbers are drawn for weights that are replaced at once
+        )
+        self.weight = conv.weight
+        self._norm = (norm,)  # in a tuple: it is registered under its own name already
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), convolved and normed."""
+        norm = self._norm[0]
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight: Tensor = self.weight * scale[:, None, None, None]
+        convolved: Tensor = self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+        return convolved

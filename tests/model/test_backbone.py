@@ -1,5 +1,7 @@
 """Backbones of many families: strides, channels, freezing, torchvision weights by name."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -94,3 +96,35 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="cannot be read"):
         pretrained_state("resnet18", str(tmp_path / "text.pth"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_frozen_norms_are_folded_without_a_trace_in_names_gradients_and_copies(name):
+    """Beside the same network with torchvision's frozen norms carried out one by one."""
+    torch.manual_seed(0)
+    backbone = Backbone(name=name, trainable_layers=5)
+    for key, value in backbone.state_dict().items():
+        if key.endswith("running_var"):
+            torch.nn.init.uniform_(value, 0.5, 2.0)
+        elif key.endswith(("running_mean", "bias")):
+            torch.nn.init.uniform_(value, -0.2, 0.2)
+    plain = torchvision.models.get_model(name, weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    missing, unexpected = plain.load_state_dict(backbone.body.state_dict(), strict=False)
+    assert unexpected == [] and all(key.startswith(("fc.", "classifier.", "features.18.")) for key in missing)
+    copied = copy.deepcopy(backbone)
+    image = torch.rand(1, 3, 64, 64)
+    trunk = getattr(plain, "features", None)
+    steps = list(plain.children())[:-2] if trunk is None else list(trunk)[: len(backbone.body.features)]
+    reference = torch.nn.Sequential(*steps)(image)
+    reference.square().sum().backward()
+    for network in (backbone, copied):
+        found = network(image)[-1]
+        torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
+        found.square().sum().backward()
+        expected = dict(plain.named_parameters())
+        for key, parameter in network.body.named_parameters():
+            scale = expected[key].grad.abs().max()
+            torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-3, atol=float(1e-4 * scale), msg=key)
+    with torch.no_grad():
+        next(copied.parameters()).zero_()
+    assert next(backbone.parameters()).abs().sum() > 0
