@@ -53,6 +53,8 @@ class DINO(nn.Module):
         denoising_multiple: round the number of denoising queries up to a multiple of this by unused ones; fewer
             different shapes, the same results.
         dropout: in encoder and decoder, 0 as published.
+        recompute_encoder: compute the encoder's layers again on the way back rather than keep all of their
+            intermediate results: for images or batches that do not fit into memory otherwise.
 
     Raises:
         ValueError: a size that cannot be.
@@ -79,6 +81,7 @@ class DINO(nn.Module):
         box_noise_scale: float = 1.0,
         denoising_multiple: int = 1,
         dropout: float = 0.0,
+        recompute_encoder: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -100,7 +103,7 @@ class DINO(nn.Module):
         }
         # The order of registration is the published parameter order; optimizer states depend on it.
         self.level_embedding = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
-        self.encoder = Encoder(num_layers=num_encoder_layers, dropout=dropout, **attention)
+        self.encoder = Encoder(num_layers=num_encoder_layers, dropout=dropout, recompute=recompute_encoder, **attention)
         self.decoder = Decoder(num_layers=num_decoder_layers, num_classes=num_classes, dropout=dropout, **attention)
         self.query_selection = QuerySelection(hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)

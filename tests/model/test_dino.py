@@ -137,12 +137,14 @@ def test_gradient_of_a_later_layer_reaches_the_offset_before_it():
     assert last_box.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("multiple", [7, 64, 1000])
-def test_unused_denoising_queries_change_nothing(multiple):
+@pytest.mark.parametrize(
+    "option", [{"denoising_multiple": 7}, {"denoising_multiple": 1000}, {"recompute_encoder": True}]
+)
+def test_options_of_speed_and_memory_change_no_loss_and_no_gradient(option):
     results = []
-    for rounded in (1, multiple):
+    for changes in ({}, option):
         torch.manual_seed(0)
-        model = DINO(num_classes=3, **TINY_SIZES, denoising_multiple=rounded).train()
+        model = DINO(num_classes=3, **TINY_SIZES, **changes).train()
         torch.manual_seed(1)
         batch = random_batch([(64, 96), (80, 48)], [3, 1])
         losses = Criterion()(model(batch), batch.targets)
