@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou
-from dino_lightning.losses.matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, Matches
+from dino_lightning.losses.focal import focal_loss
+from dino_lightning.losses.matcher import HungarianMatcher, Matches
 from dino_lightning.structures import DenoisingOutput, ModelOutput, Targets
 
 
@@ -96,12 +96,6 @@ def _global_num_boxes(targets: Targets, device: torch.device) -> Tensor:
     return count.clamp(min=1.0)
 
 
-def _class_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(L, B, Q, K) logits and 0/1 targets -> (L,) focal loss, summed."""
-    per_query: Tensor = sigmoid_focal_loss(logits, wanted, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
-    return per_query.sum((1, 2, 3))
-
-
 def _box_losses(boxes: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """(L, ..., 4) boxes_cxcywh, their targets, and (L, ...) bool which count -> (L,) L1 and (L,) 1 - GIoU, summed."""
     distance = (boxes - wanted).abs().sum(-1)
@@ -113,14 +107,13 @@ def _matched_losses(
     logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor
 ) -> dict[str, Tensor]:
     """The three terms of L layers, each (L,)."""
-    layers, batch, _, num_classes = logits.shape
-    wanted = torch.zeros_like(logits).view(layers, batch, -1)
-    slot = matches.queries * num_classes + targets.labels
-    wanted.scatter_add_(2, slot, matches.matched.float())  # unmatched boxes add zero, so their slot does not matter
+    layers, batch, queries, num_classes = logits.shape
+    image = torch.arange(batch, device=logits.device)[:, None] * queries
+    slot = (image + matches.queries) * num_classes + targets.labels
     found = boxes.gather(2, matches.queries[..., None].expand(-1, -1, -1, 4))
     l1, giou = _box_losses(found, targets.boxes_cxcywh.expand(layers, -1, -1, -1), matches.matched)
     return {
-        "loss_class": _class_loss(logits, wanted.view_as(logits)) / num_boxes,
+        "loss_class": focal_loss(logits.flatten(1, 2), slot.flatten(1), matches.matched.flatten(1)) / num_boxes,
         "loss_bbox": l1 / num_boxes,
         "loss_giou": giou / num_boxes,
     }
@@ -129,12 +122,11 @@ def _matched_losses(
 def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
     """The three terms of L layers, each (L,): positives rebuild their box, everything else is background."""
     logits, boxes = output.pred_logits.float(), output.pred_boxes.float()
-    layers, batch, _, num_classes = logits.shape
+    layers, batch, slots, num_classes = logits.shape
     grouped = (layers, batch, output.num_groups, 2, output.max_boxes)
-    wanted = torch.zeros_like(logits).view(*grouped, num_classes)
-    positive = wanted[:, :, :, 0]
-    labels = targets.labels[None, :, None, :, None].expand(layers, -1, output.num_groups, -1, -1)
-    positive.scatter_(4, labels, targets.valid.float()[None, :, None, :, None].expand_as(labels))
+    positive = torch.arange(batch * slots, device=logits.device).view(grouped[1:])[:, :, 0]  # (B, G, N)
+    place = (positive * num_classes + targets.labels[:, None]).flatten().expand(layers, -1)
+    counts = targets.valid[:, None].expand_as(positive).flatten().expand(layers, -1)
     l1, giou = _box_losses(
         boxes.view(*grouped, 4)[:, :, :, 0],
         targets.boxes_cxcywh[None, :, None],
@@ -142,7 +134,7 @@ def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tens
     )
     divisor = num_boxes * output.num_groups
     return {
-        "loss_class": _class_loss(logits, wanted.view_as(logits)) / divisor,
+        "loss_class": focal_loss(logits.flatten(1, 2), place, counts) / divisor,
         "loss_bbox": l1 / divisor,
         "loss_giou": giou / divisor,
     }

@@ -11,11 +11,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou
+from dino_lightning.boxes import OVERLAP_EPSILON, cxcywh_to_xyxy
+from dino_lightning.losses.focal import FOCAL_ALPHA, FOCAL_GAMMA
 from dino_lightning.structures import Targets
-
-FOCAL_ALPHA = 0.25
-FOCAL_GAMMA = 2.0
 
 
 class NonFiniteError(RuntimeError):
@@ -67,23 +65,37 @@ class HungarianMatcher(nn.Module):
         Returns:
             (L, B, N, Q) float32; rows of padding hold numbers without meaning.
         """
-        layers, _, queries, _ = logits.shape
-        logits, boxes = logits.float(), boxes_cxcywh.float()
-        index = targets.labels[None, :, None, :].expand(layers, -1, queries, -1)
-        # only the target's own class enters the cost, so the focal terms are computed for those logits alone
-        probability = logits.gather(3, index).transpose(2, 3).sigmoid()
+        classes = targets.labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
+        if classes.shape[-1] < logits.shape[-1]:  # fewer boxes than classes: take the logits of theirs alone
+            cost = self._class_cost(logits.float().gather(3, classes)).transpose(2, 3).contiguous()
+        else:
+            cost = self._class_cost(logits.float()).gather(3, classes).transpose(2, 3).contiguous()
+        ours = boxes_cxcywh.float()[:, :, None]  # (L, B, 1, Q, 4)
+        theirs = targets.boxes_cxcywh.float()[:, :, None]  # (B, N, 1, 4)
+        # In place as far as it goes: these tensors are large, and memory is what takes the time.
+        one, other = torch.empty_like(cost), torch.empty_like(cost)
+        for coordinate in range(4):  # one at a time: no (L, B, N, Q, 4) tensor
+            torch.sub(ours[..., coordinate], theirs[..., coordinate], out=one)
+            cost.add_(one.abs_(), alpha=self.cost_bbox)
+        x1, y1, x2, y2 = cxcywh_to_xyxy(ours).unbind(-1)
+        left, top, right, bottom = cxcywh_to_xyxy(theirs).unbind(-1)
+        # Generalised IoU = intersection / union - 1 + union / hull, up to the epsilons.
+        intersection = torch.minimum(x2, right).sub_(torch.maximum(x1, left, out=one)).clamp_(min=0)
+        torch.minimum(y2, bottom, out=other).sub_(torch.maximum(y1, top, out=one)).clamp_(min=0)
+        intersection.mul_(other)
+        union = torch.add((x2 - x1) * (y2 - y1), (right - left) * (bottom - top)).sub_(intersection)
+        cost.sub_(intersection.div_(torch.add(union, OVERLAP_EPSILON, out=one)), alpha=self.cost_giou)
+        hull = torch.maximum(x2, right, out=intersection).sub_(torch.minimum(x1, left, out=one)).clamp_(min=0)
+        torch.maximum(y2, bottom, out=other).sub_(torch.minimum(y1, top, out=one)).clamp_(min=0)
+        hull.mul_(other)
+        gap = torch.sub(hull, union, out=one).div_(hull.add_(OVERLAP_EPSILON))
+        return cost.add_(gap, alpha=self.cost_giou)
+
+    def _class_cost(self, logits: Tensor) -> Tensor:
+        probability = logits.sigmoid()
         missed = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -torch.log(probability + 1e-8)
         spurious = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -torch.log(1 - probability + 1e-8)
-        cost = self.cost_class * (missed - spurious)
-        target_boxes = targets.boxes_cxcywh.float()
-        for coordinate in range(4):  # one coordinate at a time: no (L, B, N, Q, 4) tensor
-            ours = boxes[:, :, None, :, coordinate]
-            theirs = target_boxes[None, :, :, None, coordinate]
-            cost += self.cost_bbox * (ours - theirs).abs()
-        overlap = paired_generalized_iou(
-            cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(target_boxes)[None, :, :, None]
-        )
-        return cost - self.cost_giou * overlap
+        return self.cost_class * (missed - spurious)
 
     @torch.no_grad()
     def forward(
