@@ -1,13 +1,14 @@
 """COCO annotation files: read, checked, and turned into arrays.
 
 Whatever is wrong with a file is said here, in one sentence that names the file and the entry; nothing after
-this module has to check annotations again.
+this module has to check annotations again. `read_coco` goes on after a faulty entry and collects what is wrong;
+`load_coco` is for training, which should not begin on such a file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
@@ -17,12 +18,35 @@ import numpy.typing as npt
 
 from dino_lightning.structures import GroundTruth
 
+MAX_ID = 2**63  # what 64 bits hold
 MAX_COORDINATE = 1e12  # beyond any image; NaN and infinity fail the comparison with it
 CLIP_TOLERANCE = 0.01  # pixels; coordinates rounded to two decimals overshoot the border by less
 
 
 class DataError(ValueError):
     """Something is wrong with the user's data; the message says which file, which entry, and what to do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with an annotation file.
+
+    Attributes:
+        kind: a name that does not change, see `dino_lightning.data.findings`.
+        message: one sentence: which file, which entry, what is wrong, what to do.
+        image_id: the image concerned, if it is known.
+        annotation_id: the annotation concerned, if it has an id.
+        file_name: the image file concerned, if it is known.
+    """
+
+    kind: str
+    message: str
+    image_id: int | None = None
+    annotation_id: int | None = None
+    file_name: str | None = None
+
+
+Report = Callable[[Problem], None]
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,7 @@ class CocoAnnotations:
         area: (A,) float64, square pixels; the file's `area` where it has one, else width times height.
         usable: (A,) bool, False for a box without area inside its image.
         clipped: (A,) bool, True for a usable box that sticks out of its image.
+        annotation_ids: (A,) int64, -1 for an annotation without an id.
     """
 
     path: Path
@@ -102,6 +127,7 @@ class CocoAnnotations:
     area: npt.NDArray[np.float64]
     usable: npt.NDArray[np.bool_]
     clipped: npt.NDArray[np.bool_]
+    annotation_ids: npt.NDArray[np.int64]
 
     def image_path(self, index: int) -> Path:
         """Where the file of image `index` lies."""
@@ -139,7 +165,7 @@ class CocoAnnotations:
         return {self.categories[index].id for index in np.unique(self.category_indices).tolist()}
 
 
-_ROW_ARRAYS = ("boxes_xyxy", "category_indices", "iscrowd", "area", "usable", "clipped")
+_ROW_ARRAYS = ("boxes_xyxy", "category_indices", "iscrowd", "area", "usable", "clipped", "annotation_ids")
 
 
 def ground_truth(annotations: CocoAnnotations, labels: npt.NDArray[np.int64], index: int) -> GroundTruth:
@@ -162,21 +188,54 @@ def load_coco(annotations: Path, images: Path) -> CocoAnnotations:
         images: the folder its file names are relative to; not looked into here.
 
     Raises:
-        DataError: the file cannot be read, is no JSON, or breaks the format; names the file and the entry.
+        DataError: the file cannot be read, is no JSON, or breaks the format; names the file and the first faulty
+            entry, and says how many more there are.
+    """
+    found, problems = read_coco(annotations, images)
+    if problems:
+        more = f" (And {len(problems) - 1} more problems in this file.)" if len(problems) > 1 else ""
+        raise DataError(problems[0].message + more)
+    assert found is not None
+    return found
+
+
+def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, list[Problem]]:
+    """Read a COCO annotation file and collect everything that is wrong with it.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder its file names are relative to; not looked into here.
+
+    Returns:
+        What remains without the faulty entries, or None if nothing does; and the problems.
     """
     path = Path(annotations)
-    document = _read_json(path)
+    problems: list[Problem] = []
+    try:
+        document = _read_json(path)
+        for key in ("images", "annotations", "categories"):
+            if key not in document:
+                raise DataError(
+                    f"{path}: has no {key!r}. A COCO detection file needs images, annotations and categories."
+                )
+            if not isinstance(document[key], list):
+                raise DataError(f"{path}: {key!r} must be a list, not {_kind(document[key])}.")
+    except DataError as error:
+        return None, [Problem("file-unreadable", str(error))]
     for key in ("images", "annotations", "categories"):
-        if key not in document:
-            raise DataError(f"{path}: has no {key!r}. A COCO detection file needs images, annotations and categories.")
-        if not isinstance(document[key], list):
-            raise DataError(f"{path}: {key!r} must be a list, not {_kind(document[key])}.")
         for position, entry in enumerate(document[key]):
             if not isinstance(entry, dict):
-                raise DataError(f"{path}: entry {position} of {key!r} must be an object, not {_kind(entry)}.")
-    categories = _parse_categories(path, document["categories"])
-    entries = _parse_images(path, document["images"])
-    return _parse_annotations(path, Path(images), categories, entries, document["annotations"])
+                message = f"{path}: entry {position} of {key!r} must be an object, not {_kind(entry)}."
+                problems.append(Problem("entry-malformed", message))
+        document[key] = [entry for entry in document[key] if isinstance(entry, dict)]
+    categories = _parse_categories(path, document["categories"], problems.append)
+    entries, faulty = _parse_images(path, document["images"], problems.append)
+    if not categories or not entries:
+        return None, problems
+    found = _parse_annotations(
+        path, Path(images), categories, entries, faulty, document["annotations"], problems.append
+    )
+    return found, problems
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -202,35 +261,66 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _parse_categories(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
+def _parse_categories(path: Path, entries: list[dict[str, Any]], report: Report) -> tuple[Category, ...]:
     if not entries:
-        raise DataError(f"{path}: lists no categories. List every class with an id and a name.")
+        report(Problem("file-unreadable", f"{path}: lists no categories. List every class with an id and a name."))
     categories: dict[int, Category] = {}
     for position, entry in enumerate(entries):
-        category_id = _integer(path, f"category number {position}", entry, "id")
+        try:
+            category_id = _integer(path, f"category number {position}", entry, "id")
+        except DataError as error:
+            report(Problem("entry-malformed", str(error)))
+            continue
         if category_id in categories:
-            raise DataError(f"{path}: category id {category_id} is listed twice. Give each category its own id.")
+            message = f"{path}: category id {category_id} is listed twice. Give each category its own id."
+            report(Problem("duplicate-category-id", message))
+            continue
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{path}: category {category_id} has no name. Give each category a name.")
+            message = f"{path}: category {category_id} has no name. Give each category a name."
+            report(Problem("entry-malformed", message))
+            name = f"category {category_id}"  # its annotations are not to blame
         categories[category_id] = Category(category_id, name.strip(), str(entry.get("supercategory", "")))
     return tuple(categories[category_id] for category_id in sorted(categories))
 
 
-def _parse_images(path: Path, entries: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
+def _parse_images(path: Path, entries: list[dict[str, Any]], report: Report) -> tuple[tuple[ImageEntry, ...], set[int]]:
+    """The images, and the ids of those left out."""
     if not entries:
-        raise DataError(f"{path}: lists no images.")
+        report(Problem("file-unreadable", f"{path}: lists no images."))
     images: dict[int, ImageEntry] = {}
+    faulty: set[int] = set()
     for position, entry in enumerate(entries):
-        image_id = _integer(path, f"image number {position}", entry, "id")
-        if image_id in images:
-            raise DataError(f"{path}: image id {image_id} is listed twice. Give each image its own id.")
+        try:
+            image_id = _integer(path, f"image number {position}", entry, "id")
+        except DataError as error:
+            report(Problem("entry-malformed", str(error)))
+            continue
+        given = entry.get("file_name")
+        name = given if isinstance(given, str) else None
+        if image_id in images or image_id in faulty:
+            message = f"{path}: image id {image_id} is listed twice. Give each image its own id."
+            report(Problem("duplicate-image-id", message, image_id, file_name=name))
+            continue
         what = f"image {image_id}"
-        height, width = _integer(path, what, entry, "height"), _integer(path, what, entry, "width")
-        if height < 1 or width < 1:
-            raise DataError(f"{path}: {what} has width {width} and height {height}. Give its size in pixels.")
-        images[image_id] = ImageEntry(image_id, _safe_file_name(path, what, entry.get("file_name")), (height, width))
-    return tuple(images.values())
+        try:
+            height, width = _integer(path, what, entry, "height"), _integer(path, what, entry, "width")
+            if height < 1 or width < 1:
+                raise DataError(f"{path}: {what} has width {width} and height {height}. Give its size in pixels.")
+            safe_name = _safe_file_name(path, what, given)
+        except UnsafeNameError as error:
+            report(Problem("file-name-escapes", str(error), image_id, file_name=name))
+            faulty.add(image_id)
+        except DataError as error:
+            report(Problem("entry-malformed", str(error), image_id, file_name=name))
+            faulty.add(image_id)
+        else:
+            images[image_id] = ImageEntry(image_id, safe_name, (height, width))
+    return tuple(images.values()), faulty
+
+
+class UnsafeNameError(DataError):
+    """A file name that would be read from outside the image folder."""
 
 
 def _safe_file_name(path: Path, what: str, name: object) -> str:
@@ -240,7 +330,7 @@ def _safe_file_name(path: Path, what: str, name: object) -> str:
     # Judged by both systems' rules: files written on Windows are read here, and the other way round.
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
-        raise DataError(
+        raise UnsafeNameError(
             f"{path}: {what} has file_name {name!r}, which leaves the image folder. "
             "File names must be relative to the image folder, without '..'."
         )
@@ -252,7 +342,9 @@ def _parse_annotations(
     images_folder: Path,
     categories: tuple[Category, ...],
     images: tuple[ImageEntry, ...],
+    faulty_images: set[int],
     entries: list[dict[str, Any]],
+    report: Report,
 ) -> CocoAnnotations:
     index_of_image = {image.id: index for index, image in enumerate(images)}
     index_of_category = {category.id: index for index, category in enumerate(categories)}
@@ -261,33 +353,42 @@ def _parse_annotations(
     category_indices: list[int] = []
     iscrowd: list[bool] = []
     area: list[float] = []
+    annotation_ids: list[int] = []
     for position, entry in enumerate(entries):
         image_id, category_id, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
         crowd = entry.get("iscrowd") or 0
+        problem: tuple[str, str] | None = None
         # The type tests also keep True, 1.0 and lists (which cannot be hashed) from passing as the id 1.
+        if type(image_id) is int and image_id in faulty_images:
+            continue  # that has been said
         if type(image_id) is not int or image_id not in index_of_image:
-            raise DataError(
-                f"{path}: {_annotation(entry, position)} has image_id {image_id!r}, which no image has. "
-                "Add the image, or remove the annotation."
+            problem = (
+                "unknown-image",
+                f"has image_id {image_id!r}, which no image has. Add the image, or remove the annotation.",
             )
-        if type(category_id) is not int or category_id not in index_of_category:
-            raise DataError(
-                f"{path}: {_annotation(entry, position)} has category_id {category_id!r}, "
-                "which no category has. Add the category, or remove the annotation."
+        elif type(category_id) is not int or category_id not in index_of_category:
+            problem = (
+                "unknown-category",
+                f"has category_id {category_id!r}, which no category has. Add the category, or remove the annotation.",
             )
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        elif not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
             found = "no bbox" if box is None else f"bbox {box!r}"
-            raise DataError(
-                f"{path}: {_annotation(entry, position)} has {found}; it needs four finite numbers: "
-                "x, y, width, height."
-            )
-        if crowd not in (0, 1):
-            raise DataError(f"{path}: {_annotation(entry, position)} has iscrowd {crowd!r}; it must be 0 or 1.")
+            problem = ("box-malformed", f"has {found}; it needs four finite numbers: x, y, width, height.")
+        elif crowd not in (0, 1):
+            problem = ("entry-malformed", f"has iscrowd {crowd!r}; it must be 0 or 1.")
+        if problem is not None:
+            message = f"{path}: {_annotation(entry, position)} {problem[1]}"
+            known = image_id if type(image_id) is int and image_id in index_of_image else None
+            report(Problem(problem[0], message, known, _id_or_none(entry.get("id"))))
+            continue
+        assert isinstance(box, list) and type(image_id) is int and type(category_id) is int
         given_area = entry.get("area")
         boxes_xywh.append(box)
         image_indices.append(index_of_image[image_id])
         category_indices.append(index_of_category[category_id])
         iscrowd.append(bool(crowd))
+        given_id = _id_or_none(entry.get("id"))
+        annotation_ids.append(-1 if given_id is None else given_id)
         area.append(given_area if _is_number(given_area) and given_area >= 0 else box[2] * box[3])
 
     owners = np.array(image_indices, dtype=np.int64)
@@ -313,11 +414,16 @@ def _parse_annotations(
         area=np.array(area, dtype=np.float64)[order],
         usable=usable,
         clipped=usable & sticks_out,
+        annotation_ids=np.array(annotation_ids, dtype=np.int64)[order],
     )
 
 
 def _annotation(entry: dict[str, Any], position: int) -> str:
     return f"annotation {entry['id']!r}" if "id" in entry else f"annotation number {position} (without id)"
+
+
+def _id_or_none(value: object) -> int | None:
+    return value if type(value) is int and abs(value) < MAX_ID else None
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -330,6 +436,8 @@ def _integer(path: Path, what: str, entry: dict[str, Any], key: str) -> int:
     if type(value) is not int:
         found = "is missing" if key not in entry else f"is {value!r}, {_kind(value)}"
         raise DataError(f"{path}: {key!r} of {what} {found}; it must be an integer.")
+    if abs(value) >= MAX_ID:
+        raise DataError(f"{path}: {key!r} of {what} is too large ({len(str(abs(value)))} digits).")
     return value
 
 
