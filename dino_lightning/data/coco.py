@@ -436,8 +436,6 @@ def _integer(path: Path, what: str, entry: dict[str, Any], key: str) -> int:
     if type(value) is not int:
         found = "is missing" if key not in entry else f"is {value!r}, {_kind(value)}"
         raise DataError(f"{path}: {key!r} of {what} {found}; it must be an integer.")
-    if abs(value) >= MAX_ID:
-        raise DataError(f"{path}: {key!r} of {what} is too large ({len(str(abs(value)))} digits).")
     return value
 
 
