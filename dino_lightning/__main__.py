@@ -1,4 +1,4 @@
-"""The command line: `python -m dino_lightning {fit,validate,test,rooms}`."""
+"""The command line: `python -m dino_lightning {fit,validate,test,inspect,rooms}`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ USAGE = """usage: python -m dino_lightning COMMAND [options]
   fit        train (without options: a demo on floor plans that it draws itself)
   validate   evaluate a checkpoint on the validation split
   test       evaluate a checkpoint on the test split
+  inspect    look for what is wrong with a dataset, before training on it
   rooms      draw synthetic floor plans as a COCO dataset
 
 COMMAND --help lists the options of each.
@@ -29,6 +30,10 @@ def run(args: list[str]) -> int:
         from dino_lightning import cli
 
         return cli.main(command, rest)
+    if command == "inspect":
+        from dino_lightning import health
+
+        return health.run(rest)
     if command == "rooms":
         from jsonargparse import auto_cli
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from dino_lightning.files import written_whole
 
 TRUTH_COLOUR = "#2a9d4a"
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#5f4bb6", "#ef7b45", "#1b998b", "#8d6a9f", "#3a506b")
@@ -88,14 +88,6 @@ def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name and rename it, so that a half-written picture is never seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
-    try:
+    """Write a PNG; a half-written picture is never seen."""
+    with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

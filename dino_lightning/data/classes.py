@@ -62,17 +62,26 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
     Raises:
         DataError: a category that annotations use is unknown to training, or an id has another name there.
     """
+    conflicts = class_conflicts(annotations, classes)
+    if conflicts:
+        raise DataError(conflicts[0])
+
+
+def class_conflicts(annotations: CocoAnnotations, classes: Classes) -> list[str]:
+    """Where a validation or test file does not mean the same classes as the training file, a sentence each."""
     name_of_id = dict(zip(classes.category_ids, classes.names, strict=True))
     used = annotations.used_category_ids()
+    conflicts = []
     for category in annotations.categories:
         if category.id not in name_of_id:
             if category.id in used:
-                raise DataError(
+                conflicts.append(
                     f"{annotations.path}: category {category.id} ({category.name!r}) has annotations but is "
                     "no class of the training file. Use the same categories in both files."
                 )
         elif category.name != name_of_id[category.id]:
-            raise DataError(
+            conflicts.append(
                 f"{annotations.path}: category {category.id} is named {category.name!r} here but "
                 f"{name_of_id[category.id]!r} in the training file. Use the same ids and names in both files."
             )
+    return conflicts

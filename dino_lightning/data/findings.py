@@ -1,0 +1,160 @@
+"""What can be wrong with a dataset: one name, one severity and one piece of advice for each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+class Kind(NamedTuple):
+    """A kind of finding.
+
+    Attributes:
+        severity: an error keeps training from starting; a warning trains, but not on what the user thinks; a note
+            is good to know.
+        title: what was found, in a few words.
+        advice: what it means and what to do.
+    """
+
+    severity: Severity
+    title: str
+    advice: str
+
+
+KINDS: dict[str, Kind] = {
+    "file-unreadable": Kind("error", "annotation file cannot be used", "Repair or export it again."),
+    "entry-malformed": Kind("error", "malformed entries", "Repair these entries; the sentence says what is missing."),
+    "duplicate-image-id": Kind("error", "image ids listed twice", "Give each image its own id."),
+    "duplicate-category-id": Kind("error", "category ids listed twice", "Give each category its own id."),
+    "unknown-image": Kind(
+        "error", "annotations of images that are not listed", "Add the image, or remove the annotation."
+    ),
+    "unknown-category": Kind(
+        "error", "annotations of categories that are not listed", "Add the category, or remove the annotation."
+    ),
+    "box-malformed": Kind(
+        "error", "boxes that are not four finite numbers", "Write x, y, width, height in pixels; NaN is no number."
+    ),
+    "file-name-escapes": Kind(
+        "error", "file names that leave the image folder", "Use names relative to the image folder, without '..'."
+    ),
+    "classes-differ": Kind(
+        "error", "classes that differ between the splits", "Use the same ids and names in all annotation files."
+    ),
+    "image-missing": Kind(
+        "error", "images listed but absent", "Restore the files, or take the images out of the annotations."
+    ),
+    "image-undecodable": Kind(
+        "error", "images that cannot be decoded", "Replace damaged or truncated files, or train with on_bad_image=skip."
+    ),
+    "size-swapped": Kind(
+        "error",
+        "width and height swapped by EXIF rotation",
+        "The annotations give the size before rotation; boxes are read in the frame in which the image is displayed. "
+        "Annotate the image as displayed, or remove its EXIF orientation.",
+    ),
+    "size-differs": Kind(
+        "error", "size in the annotations unlike the file's", "Boxes would be misplaced: correct the size or the file."
+    ),
+    "box-without-area": Kind(
+        "warning", "boxes without area inside their image", "They are dropped. Zero or negative width or height?"
+    ),
+    "box-outside": Kind("warning", "boxes that stick out of their image", "Training clips them to the border."),
+    "box-covers-image": Kind(
+        "warning", "boxes that cover the whole image", "Often an image-level label exported as a box. Is it meant?"
+    ),
+    "box-tiny": Kind(
+        "warning",
+        "boxes of less than 4 pixels at the training size",
+        "They can hardly be learnt. Train at a larger image_size, or cut the images into tiles.",
+    ),
+    "duplicate-box": Kind(
+        "warning", "the same box of the same class twice", "A detector can find it once only. Remove one of them."
+    ),
+    "duplicate-annotation-id": Kind(
+        "warning", "annotation ids used twice", "Harmless here, but other tools lose one of the two."
+    ),
+    "too-many-boxes": Kind(
+        "warning",
+        "more boxes in an image than the model has queries",
+        "Those in excess are never learnt. Raise model.num_queries, or cut the images into tiles.",
+    ),
+    "same-file": Kind("warning", "image files listed under two ids", "Merge their annotations under one id."),
+    "duplicate-image": Kind(
+        "warning", "copies of the same image", "Their annotations may contradict each other. Keep one."
+    ),
+    "leak": Kind(
+        "warning",
+        "training images that are also in another split",
+        "Results on them measure memory, not skill. Take them out of one of the splits.",
+    ),
+    "leak-near": Kind(
+        "warning",
+        "images nearly the same as one in another split",
+        "Scaled or saved again? Then results on them measure memory, not skill.",
+    ),
+    "duplicate-category-name": Kind(
+        "warning", "categories of the same name", "They are learnt as different classes. Merge them."
+    ),
+    "category-unused": Kind(
+        "warning", "categories without a box to train on", "A class that cannot be learnt. Remove it, or add examples."
+    ),
+    "animated": Kind("warning", "animated or multi-page images", "Only the first frame or page is read."),
+    "near-duplicate": Kind("note", "images nearly the same as another", "Scaled or saved again? Keep one of them."),
+    "category-missing": Kind("note", "training classes without a box in this split", "They get no figures here."),
+    "root-category": Kind(
+        "note",
+        "a category that is no class",
+        "The root that Roboflow exports put above all classes. It is left out of training.",
+    ),
+    "no-boxes": Kind("note", "images without boxes", "Fine as examples of what is not there; check that it is meant."),
+    "not-listed": Kind("note", "image files that the annotations do not list", "They are not used."),
+    "no-validation": Kind("note", "no validation split", "A tenth of the training images is held out for it."),
+    "exif-rotated": Kind("note", "images rotated by EXIF", "They are turned upright; boxes must fit that frame."),
+    "grey": Kind("note", "grey images", "Read as RGB with three equal channels."),
+    "sixteen-bit": Kind("note", "16-bit images", "Scaled to 8 bits: 65535 becomes 255."),
+    "palette": Kind("note", "palette images", "Read as RGB."),
+    "transparent": Kind("note", "images with transparency", "Laid on white."),
+    "cmyk": Kind("note", "CMYK images", "Converted to RGB."),
+    "name-unlike-format": Kind("note", "file names unlike the format", "Read by content; other tools go by the name."),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One instance of a finding.
+
+    Attributes:
+        detail: what is particular about it.
+        image_id: the image concerned.
+        annotation_id: the annotation concerned.
+        file_name: the image file, as the annotations name it.
+    """
+
+    detail: str = ""
+    image_id: int | None = None
+    annotation_id: int | None = None
+    file_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All cases of one kind in one split.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        split: "train", "val" or "test".
+        cases: at least one.
+    """
+
+    kind: str
+    split: str
+    cases: tuple[Case, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """How bad it is."""
+        return KINDS[self.kind].severity

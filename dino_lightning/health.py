@@ -1,0 +1,71 @@
+"""The command `inspect`: the health report of a dataset in the terminal, as JSON and as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError
+
+from dino_lightning.cli import explain, parse_fit
+from dino_lightning.data.coco import DataError
+from dino_lightning.data.health import inspect_dataset
+from dino_lightning.data.health_page import as_html
+from dino_lightning.data.health_text import as_json, as_text
+from dino_lightning.data.splits import resolve_split_files
+from dino_lightning.files import written_whole
+
+DESCRIPTION = """Read all annotations and decode all images of a dataset, and say what is wrong with them.
+
+All options of fit are understood, --data.root and --config among them; of the model only the number of queries matters.
+Exit code: 0 without errors, 1 with errors, 2 for an option that does not exist.
+"""
+
+
+def run(args: Sequence[str]) -> int:
+    """Inspect; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dino_lightning inspect",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Example: python -m dino_lightning inspect --data.root room_detection_dataset_coco",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("inspection"), help="folder for health.html and health.json"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
+    options, rest = parser.parse_known_args(args)
+    try:
+        fit = parse_fit(rest)
+        data = fit["data"]
+        files = resolve_split_files(
+            Path(data["root"]),
+            {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
+        )
+        report = inspect_dataset(
+            files,
+            num_queries=fit["model"].get("num_queries", 900),
+            image_size=data["image_size"],
+            max_size=data["max_size"],
+        )
+        print(as_text(report))
+        places = {
+            options.output / "health.html": as_html(report, str(data["root"])),
+            options.output / "health.json": json.dumps(as_json(report), indent=1),
+        }
+        for path, content in places.items():
+            with written_whole(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+    except (ArgumentError, DataError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    except OSError as error:
+        print(f"error: {options.output}: the report cannot be written ({error.strerror}).", file=sys.stderr)
+        return 1
+    print("\nreport   " + "\ndetails  ".join(str(path) for path in places))
+    failed = report.count("error") > 0 or (options.strict and report.count("warning") > 0)
+    return 1 if failed else 0
