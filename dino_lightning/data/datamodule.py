@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections import Counter
 from functools import partial
@@ -145,7 +146,16 @@ class CocoDataModule(lightning.LightningDataModule):
                 "test": (test_annotations, test_images),
             },
         )
-        splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
+        try:
+            splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
+            for split in splits.values():
+                _check_images_folder(split)
+                if on_bad_image == "error":
+                    _check_files_exist(split)
+        except DataError as error:
+            named = f" --data.train_annotations {train_annotations}" if train_annotations else ""
+            see = f"python -m dino_lightning inspect --data.root {shlex.quote(root)}{named}"
+            raise DataError(f"{error} All that is wrong with the dataset: {see}") from error
         self.classes = classes_of(splits["train"])
         root_category = self.classes.left_out
         if root_category is not None:
@@ -154,7 +164,6 @@ class CocoDataModule(lightning.LightningDataModule):
                 "supercategory of all others: it is not a class."
             )
         for split in splits.values():
-            _check_images_folder(split)
             _warn_of_repairs(split)
         if "val" not in splits:
             source = splits["train"]
@@ -331,6 +340,26 @@ def _check_images_folder(split: CocoAnnotations) -> None:
         raise DataError(
             f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the "
             "folder that the file names are relative to as train_images, val_images or test_images."
+        )
+
+
+def _check_files_exist(split: CocoAnnotations) -> None:
+    """Raise `DataError` if a listed image file is absent; each folder is looked through once."""
+    present: dict[Path, set[str]] = {}
+    absent = []
+    for index in range(len(split.images)):
+        path = split.image_path(index)
+        if path.parent not in present:
+            present[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+        # asked twice where a name is not in the list: the file system may not tell capitals from small letters
+        if path.name not in present[path.parent] and not path.is_file():
+            absent.append(index)
+    if absent:
+        first = split.images[absent[0]]
+        raise DataError(
+            f"{split.path}: {len(absent)} of {len(split.images)} images listed do not exist, the first being image "
+            f"{first.id}, {split.image_path(absent[0])}. Restore the files, take the images out of the annotations, or "
+            "set on_bad_image=skip."
         )
 
 

@@ -167,7 +167,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for limit in (32, 96):
         axes.axvline(limit, color="grey", linestyle=":", linewidth=1)
-    axes.set_xlabel("square root of the area in pixels (dotted: COCO's small, medium, large)")
+    axes.set_xlabel("square root of the area in pixels (dotted: 32, 96)")
     axes.set_ylabel("boxes")
     axes.legend()
     add(figure, "Histogram of box sizes")
@@ -178,8 +178,9 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
         axes.scatter(sizes[:, 1], sizes[:, 0], s=14, alpha=0.5, label=split.name)
     axes.set_xlabel("width in pixels")
     axes.set_ylabel("height in pixels")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    largest = max((int(split.image_sizes().max(initial=1)) for split in splits), default=1)
+    axes.set_xlim(0, largest * 1.08)
+    axes.set_ylim(0, largest * 1.08)
     axes.legend()
     add(figure, "Width and height of images")
 

@@ -348,12 +348,24 @@ def test_boxes_are_taken_in_the_frame_in_which_the_image_is_displayed(root):
 @pytest.mark.parametrize("damage", ["missing", "broken"])
 def test_an_unreadable_image_is_named(root, damage, workers):
     path = root / "images/102.png"
+    data = small(root, num_workers=workers)
     path.unlink() if damage == "missing" else path.write_bytes(b"no image")
     with pytest.raises(DataError) as caught:
-        list(small(root, num_workers=workers).val_dataloader())
+        list(data.val_dataloader())
     assert f"Image 102 of {root / 'val.json'}: {path} " in str(caught.value)
     assert {"missing": "does not exist", "broken": "cannot be decoded"}[damage] in str(caught.value)
     assert "on_bad_image=skip" in str(caught.value)
+
+
+def test_absent_images_are_refused_before_training_with_the_command_that_shows_all(root):
+    for image_id in (2, 5):
+        (root / f"images/{image_id}.png").unlink()
+    with pytest.raises(DataError) as caught:
+        small(root)
+    message = str(caught.value)
+    assert "2 of 6 images listed do not exist" in message and "image 2, " in message
+    assert message.endswith(f"python -m dino_lightning inspect --data.root {root}")
+    assert len(small(root, on_bad_image="skip").train_set) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
