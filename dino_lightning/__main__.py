@@ -1,4 +1,4 @@
-"""The command line: `python -m dino_lightning {fit,validate,test,inspect,rooms}`."""
+"""The command line: `python -m dino_lightning {fit,validate,test,inspect,preview,rooms}`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ USAGE = """usage: python -m dino_lightning COMMAND [options]
   validate   evaluate a checkpoint on the validation split
   test       evaluate a checkpoint on the test split
   inspect    look for what is wrong with a dataset, before training on it
+  preview    draw training images as the model sees them, with their boxes
   rooms      draw synthetic floor plans as a COCO dataset
 
 COMMAND --help lists the options of each.
@@ -34,6 +35,10 @@ def run(args: list[str]) -> int:
         from dino_lightning import health
 
         return health.run(rest)
+    if command == "preview":
+        from dino_lightning import preview
+
+        return preview.run(rest)
     if command == "rooms":
         from jsonargparse import auto_cli
 

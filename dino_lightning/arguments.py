@@ -23,7 +23,14 @@ from dino_lightning.module import DINOModule
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
 RUNS = Path("runs")
 
-FROM_DATA = ("num_classes", "class_names", "category_ids", "image_size", "max_size")  # arguments the model takes over
+FROM_DATA = (
+    "num_classes",
+    "class_names",
+    "category_ids",
+    "image_size",
+    "max_size",
+    "stretch_to",
+)  # arguments the model takes over
 
 
 class UsageError(ValueError):

@@ -19,7 +19,7 @@ from torch import Tensor
 from dino_lightning.checkpoint import CheckpointError, load_weights
 from dino_lightning.data.images import read_image
 from dino_lightning.data.sampling import derive_seed
-from dino_lightning.data.transforms import LabelledImage, eval_transform
+from dino_lightning.data.transforms import LabelledImage, Stretch, eval_transform
 from dino_lightning.losses import Criterion
 from dino_lightning.metrics import ClassResult, CocoMetric
 from dino_lightning.model import DINO, postprocess
@@ -53,6 +53,7 @@ class DINOModule(lightning.LightningModule):
         max_detections: detections kept for each image.
         image_size: short side in pixels to which `detect` resizes; the data's by default.
         max_size: limit of the long side in `detect`; the data's by default.
+        stretch_to: side in pixels of the square that `detect` stretches images to, or None; the data's by default.
         **detector: sizes of the detector.
 
     Raises:
@@ -78,6 +79,7 @@ class DINOModule(lightning.LightningModule):
         max_detections: int = 300,
         image_size: int | None = None,
         max_size: int | None = None,
+        stretch_to: int | None = None,
         **detector: Any,
     ) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class DINOModule(lightning.LightningModule):
                 f"The model has num_classes={self.hparams['num_classes']}, the data {count} classes; "
                 "make the model with num_classes=data.num_classes."
             )
-        for name in ("class_names", "category_ids", "image_size", "max_size"):
+        for name in ("class_names", "category_ids", "image_size", "max_size", "stretch_to"):
             if self.hparams[name] is None and getattr(data, name, None) is not None:
                 self.hparams[name] = getattr(data, name)
 
@@ -322,6 +324,8 @@ class DINOModule(lightning.LightningModule):
         transform = eval_transform(
             image_size or self.hparams["image_size"] or 800, max_size or self.hparams["max_size"] or 1333
         )
+        if self.hparams["stretch_to"] is not None and image_size is None and max_size is None:
+            transform = Stretch(transform, self.hparams["stretch_to"])
         was_training = self.training
         self.eval()
         detections = []

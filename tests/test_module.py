@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule
+from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule, load_detector
 from dino_lightning.losses import NonFiniteError
 from tests.conftest import TINY_SIZES
 
@@ -190,3 +190,24 @@ def test_the_metric_is_reusable_without_the_module(data):
     results = metric.compute()
     assert results["AP"] == pytest.approx(1.0)
     assert results["F1"] == pytest.approx(1.0)
+
+
+def test_stretched_images_are_detected_in_their_own_pixels(rooms, tmp_path):
+    """`detect` sees what evaluation sees: the same square, and boxes go back to the proportions of the file."""
+    data = CocoDataModule(root=str(rooms), fixed_size=64, fixed_size_mode="stretch", num_workers=0, val_batch_size=1)
+    module = tiny_module(data.num_classes)
+    trainer = lightning.Trainer(default_root_dir=tmp_path, **QUIET)
+    trainer.validate(module, data, verbose=False)
+    assert module.hparams["stretch_to"] == 64
+    batch = next(iter(data.val_dataloader()))
+    assert batch.images.shape[-2:] == (64, 64) and batch.image_sizes == ((64, 64),)
+    entry = data.val_set.annotations.images[0]
+    assert entry.size[0] != entry.size[1]
+    with torch.no_grad():
+        expected = module.eval()(batch)[0]
+    found = module.detect([data.val_set.annotations.image_path(0)], threshold=0.0)[0]
+    torch.testing.assert_close(found.boxes_xyxy, expected.boxes_xyxy)
+    torch.testing.assert_close(found.scores, expected.scores)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = load_detector(tmp_path / "a.ckpt").detect([data.val_set.annotations.image_path(0)], threshold=0.0)[0]
+    torch.testing.assert_close(again.boxes_xyxy, expected.boxes_xyxy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import classes_of
 from dino_lightning.data.coco import CocoAnnotations, DataError, load_coco
@@ -21,12 +23,13 @@ from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cor
 from dino_lightning.data.loading import Loader
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.data.splits import resolve_split_files, split_images
-from dino_lightning.data.transforms import FitInto, eval_transform, train_transform
+from dino_lightning.data.transforms import FitInto, Letterbox, Stretch, Transform, eval_transform
 from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
 TABLE_ROWS = 12
+MAX_ASPECT_RATIO = 8  # of images kept scaled down for stretching
 FILES_TO_PROBE = 8
 
 
@@ -55,8 +58,13 @@ class CocoDataModule(lightning.LightningDataModule):
             turned by quarters only; "none", resizing only.
         image_size: largest short side of a training image, and the short side in evaluation, in pixels.
         max_size: limit of the long side in pixels.
+        augmentation_options: values for the options of the preset, by name: `{rotation: 0, crop: 0.3}`. See
+            `dino_lightning.data.augmentation` for what there is.
         fixed_size: put every image into a square canvas of this many pixels, for static shapes; bounds
             `image_size` and `max_size`.
+        fixed_size_mode: how images fill that canvas. "pad": any size within it, as the augmentation gives it;
+            "letterbox": the long side always fills it; "stretch": all of it is filled, proportions are given up, in
+            evaluation too.
         pad_to_multiple: round height and width of a batch up to a multiple of this.
         aspect_buckets: put training images of like shape into a batch, which then is padded less and trained on
             faster; where the augmentation turns images, it turns those of a batch to one orientation.
@@ -77,6 +85,7 @@ class CocoDataModule(lightning.LightningDataModule):
         test_set: the test images, or None.
         image_size: short side in evaluation, in pixels, within `fixed_size`.
         max_size: limit of the long side in pixels, within `fixed_size`.
+        stretch_to: side in pixels of the square that all images are stretched to, or None.
 
     Raises:
         DataError: something is wrong with the files; the message says what and where.
@@ -99,7 +108,9 @@ class CocoDataModule(lightning.LightningDataModule):
         augmentation: Literal["coco", "plans", "flips", "none"] = "coco",
         image_size: int = 800,
         max_size: int = 1333,
+        augmentation_options: dict[str, Any] | None = None,
         fixed_size: int | None = None,
+        fixed_size_mode: Literal["pad", "letterbox", "stretch"] = "pad",
         pad_to_multiple: int = 1,
         aspect_buckets: bool = False,
         cache_dir: str | None = None,
@@ -126,6 +137,10 @@ class CocoDataModule(lightning.LightningDataModule):
             raise ValueError(f"cache_gigabytes is {cache_gigabytes}; it must be more than 0.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
+        if fixed_size_mode not in ("pad", "letterbox", "stretch"):
+            raise ValueError(f"fixed_size_mode is {fixed_size_mode!r}; choose pad, letterbox or stretch.")
+        if fixed_size is None and fixed_size_mode != "pad":
+            raise ValueError(f"fixed_size_mode={fixed_size_mode} needs a fixed_size.")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
@@ -173,18 +188,26 @@ class CocoDataModule(lightning.LightningDataModule):
                 f"of {source.path} are held out for validation (val_fraction {val_fraction}, seed {seed})."
             )
 
-        if fixed_size is not None:
+        if fixed_size is not None and fixed_size_mode == "pad":
             image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
+        elif fixed_size is not None:
+            image_size = max_size = fixed_size
         self.image_size, self.max_size = image_size, max_size
-        training = train_transform(augmentation, image_size, max_size)
+        self.stretch_to = fixed_size if fixed_size_mode == "stretch" else None
+        training: Transform = train_transform(augmentation, image_size, max_size, augmentation_options)
         evaluation = eval_transform(image_size, max_size)
         if fixed_size is not None:
-            training, evaluation = FitInto(training, fixed_size), FitInto(evaluation, fixed_size)
+            modes: dict[str, Callable[[Transform, int], Transform]]
+            modes = {"pad": FitInto, "letterbox": Letterbox, "stretch": Stretch}
+            fill = modes[fixed_size_mode]
+            training, evaluation = fill(training, fixed_size), fill(evaluation, fixed_size)
+        # what is stretched to a square needs its short side in full
+        cached_long_side = max_size if self.stretch_to is None else MAX_ASPECT_RATIO * self.stretch_to
         make = partial(
             CocoDetection,
             classes=self.classes,
             on_bad_image=on_bad_image,
-            cache=_image_cache(cache_dir, image_size, max_size, cache_gigabytes),
+            cache=_image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
         )
         self.train_set = make(splits["train"], transform=training, with_ground_truth=False)
         self.val_set = make(splits["val"], transform=evaluation)

@@ -1,31 +1,18 @@
-"""Resizing and augmentation of an image together with its boxes.
-
-All random draws come from torch's global generator, which `CocoDetection` seeds for each image, so a run can be
-repeated.
-"""
+"""Resizing, mirroring, turning and cutting an image together with its boxes, by torchvision's v2 transforms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-Augmentation = Literal["coco", "plans", "flips", "none"]
-
-# The published sizes, in pixels at image_size 800 (arXiv 2203.03605 follows DETR, arXiv 2005.12872).
-REFERENCE_SIZE = 800
-SHORT_SIDES = tuple(range(480, 801, 32))
-SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
-CROP_SIDES = (384, 600)
-
-PLANS_SCALE = (0.75, 1.0)  # of image_size
-PLANS_CROP_SCALE = (0.5, 1.0)  # of each side
-PLANS_MIN_VISIBLE = 0.6  # of a box's area
-PLANS_CROP_TRIES = 10
+WHITE = 255
 
 
 @dataclass(frozen=True)
@@ -73,41 +60,40 @@ def resized_size(size: tuple[int, int], short_side: int, max_size: int | None = 
 
 def resize(example: LabelledImage, size: tuple[int, int]) -> LabelledImage:
     """Resize to (height, width), bilinear with antialiasing."""
-    height, width = example.size
-    if (height, width) == size:
+    if example.size == size:
         return example
-    ratios = example.boxes_xyxy.new_tensor([size[1] / width, size[0] / height] * 2)
     return replace(
         example,
         image=functional.resize(example.image, list(size), antialias=True),
-        boxes_xyxy=example.boxes_xyxy * ratios,
+        boxes_xyxy=functional.resize(_boxes(example), list(size)).as_subclass(Tensor),
     )
 
 
 def flip_horizontal(example: LabelledImage) -> LabelledImage:
     """Mirror left to right."""
-    x1, y1, x2, y2 = example.boxes_xyxy.unbind(-1)
-    width = example.size[1]
     return replace(
         example,
-        image=example.image.flip(-1),
-        boxes_xyxy=torch.stack((width - x2, y1, width - x1, y2), dim=-1),
+        image=functional.horizontal_flip(example.image),
+        boxes_xyxy=functional.horizontal_flip(_boxes(example)).as_subclass(Tensor),
     )
 
 
 def flip_vertical(example: LabelledImage) -> LabelledImage:
     """Mirror top to bottom."""
-    x1, y1, x2, y2 = example.boxes_xyxy.unbind(-1)
-    height = example.size[0]
     return replace(
         example,
-        image=example.image.flip(-2),
-        boxes_xyxy=torch.stack((x1, height - y2, x2, height - y1), dim=-1),
+        image=functional.vertical_flip(example.image),
+        boxes_xyxy=functional.vertical_flip(_boxes(example)).as_subclass(Tensor),
     )
 
 
+def _boxes(example: LabelledImage) -> tv_tensors.BoundingBoxes:
+    box_format = tv_tensors.BoundingBoxFormat.XYXY
+    return tv_tensors.BoundingBoxes(example.boxes_xyxy, format=box_format, canvas_size=example.size)
+
+
 def quarter_turns(example: LabelledImage, turns: int) -> LabelledImage:
-    """Turn counter-clockwise by `turns` times 90 degrees."""
+    """Turn counter-clockwise by `turns` times 90 degrees. Exactly: torchvision turns boxes by sine and cosine."""
     for _ in range(turns % 4):
         x1, y1, x2, y2 = example.boxes_xyxy.unbind(-1)
         width = example.size[1]
@@ -133,45 +119,43 @@ def crop(
         min_visible: boxes with less than this share of their area in the window are dropped; so are those
             without area in it.
     """
-    visible_xyxy, visibility = _visible_part(example.boxes_xyxy, top, left, height, width)
+    visible_xyxy, visibility = visible_part(example.boxes_xyxy, top, left, height, width)
     keep = (visibility > 0) & (visibility >= min_visible)
-    return LabelledImage(
-        image=example.image[..., top : top + height, left : left + width],
+    return replace(
+        example,
+        image=functional.crop(example.image, top, left, height, width),
         boxes_xyxy=visible_xyxy[keep],
         labels=example.labels[keep],
     )
 
 
-def _visible_part(boxes_xyxy: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+def rotate(example: LabelledImage, degrees: float) -> LabelledImage:
+    """Rotate counter-clockwise about the centre by a small angle; the canvas keeps its size, new corners are white.
+
+    A box becomes the smallest one round its four rotated corners, cut to the canvas: exact for a rectangular room,
+    a little too large for a round one (by the sine of the angle). Boxes that leave the canvas are dropped.
+    """
+    rotated = functional.rotate(_boxes(example), degrees, fill=WHITE).as_subclass(Tensor)
+    height, width = example.size
+    visible_xyxy = rotated.clamp(min=0).minimum(rotated.new_tensor([width, height, width, height]))
+    keep = (visible_xyxy[:, 2:] > visible_xyxy[:, :2]).all(-1)
+    # Pillow rotates bytes in half the time that torchvision takes by way of floating point.
+    page = Image.fromarray(example.image.permute(1, 2, 0).numpy())
+    turned = page.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(WHITE, WHITE, WHITE))
+    return replace(
+        example,
+        image=torch.from_numpy(np.array(turned)).permute(2, 0, 1),
+        boxes_xyxy=visible_xyxy[keep],
+        labels=example.labels[keep],
+    )
+
+
+def visible_part(boxes_xyxy: Tensor, top: int, left: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """(N, 4) the boxes cut to a window, in its coordinates, and (N,) the share of each box left in it."""
     shifted = boxes_xyxy - boxes_xyxy.new_tensor([left, top, left, top])
     visible = shifted.clamp(min=0).minimum(shifted.new_tensor([width, height, width, height]))
     area = (shifted[:, 2:] - shifted[:, :2]).prod(-1)
     return visible, (visible[:, 2:] - visible[:, :2]).prod(-1) / area
-
-
-def train_transform(preset: Augmentation, image_size: int = 800, max_size: int = 1333) -> Transform:
-    """The training augmentation of a preset.
-
-    Args:
-        preset: "coco", the published augmentation; "plans", for drawings, which have no up or down and carry
-            meaning in every line; "flips", mirrored and turned by quarters only; "none", the same resizing as in
-            evaluation.
-        image_size: largest short side in pixels; all sizes of a preset scale with it.
-        max_size: limit of the long side in pixels.
-
-    Raises:
-        ValueError: an unknown preset.
-    """
-    if preset == "coco":
-        return CocoAugmentation(image_size, max_size)
-    if preset == "plans":
-        return PlansAugmentation(image_size, max_size)
-    if preset == "flips":
-        return FlipsAugmentation(image_size, max_size)
-    if preset == "none":
-        return eval_transform(image_size, max_size)
-    raise ValueError(f"Unknown augmentation {preset!r}; choose one of {', '.join(get_args(Augmentation))}.")
 
 
 def eval_transform(image_size: int = 800, max_size: int = 1333) -> Transform:
@@ -213,97 +197,26 @@ class FitInto:
 
 
 @dataclass(frozen=True)
-class CocoAugmentation:
-    """The published augmentation: flip, then one of many sizes, in half of the cases after a crop."""
+class Letterbox:
+    """Make the long side `side` pixels, after another transform."""
 
-    image_size: int
-    max_size: int
+    transform: Transform
+    side: int
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        if _chance():
-            example = flip_horizontal(example)
-        if _chance():
-            short_side = self._scaled(_choice(SHORT_SIDES_BEFORE_CROP))
-            example = resize(example, resized_size(example.size, short_side))
-            smallest, largest = (self._scaled(side) for side in CROP_SIDES)
-            width = _integer(smallest, min(example.size[1], largest))
-            height = _integer(smallest, min(example.size[0], largest))
-            example = _random_crop(example, height, width)
-        short_side = self._scaled(_choice(SHORT_SIDES))
-        return resize(example, resized_size(example.size, short_side, self.max_size))
-
-    def _scaled(self, pixels: int) -> int:
-        return max(1, round(pixels * self.image_size / REFERENCE_SIZE))
+        example = self.transform(example)
+        height, width = (max(1, round(length * self.side / max(example.size))) for length in example.size)
+        return resize(example, (height, width))
 
 
 @dataclass(frozen=True)
-class PlansAugmentation:
-    """For drawings: mirrored, turned, scaled, and in half of the cases cropped; colours stay as they are."""
+class Stretch:
+    """Make the image a square of `side` pixels, whatever its proportions, after another transform."""
 
-    image_size: int
-    max_size: int
-
-    def __call__(self, example: LabelledImage) -> LabelledImage:
-        """Apply to one image."""
-        example = _mirrored_and_turned(example)
-        smallest, largest = (max(1, round(scale * self.image_size)) for scale in PLANS_SCALE)
-        example = resize(example, resized_size(example.size, _integer(smallest, largest), self.max_size))
-        return careful_crop(example) if _chance() else example
-
-
-@dataclass(frozen=True)
-class FlipsAugmentation:
-    """Mirrored and turned by quarters, at the size of evaluation."""
-
-    image_size: int
-    max_size: int
+    transform: Transform
+    side: int
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        example = _mirrored_and_turned(example)
-        return resize(example, resized_size(example.size, self.image_size, self.max_size))
-
-
-def _mirrored_and_turned(example: LabelledImage) -> LabelledImage:
-    """One of the eight ways to lay down a square, at random."""
-    if _chance():
-        example = flip_horizontal(example)
-    if _chance():
-        example = flip_vertical(example)
-    return quarter_turns(example, _integer(0, 3))
-
-
-def careful_crop(example: LabelledImage) -> LabelledImage:
-    """Crop at random such that each box stays mostly visible or vanishes, and at least one stays.
-
-    A half-cut room is a wrong example of a room. A window that shows some of a box, but less than 60 % of its
-    area, is drawn again, up to 10 times; then the image stays whole.
-    """
-    for _ in range(PLANS_CROP_TRIES):
-        height, width = (_integer(max(1, round(PLANS_CROP_SCALE[0] * side)), side) for side in example.size)
-        top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
-        _, visibility = _visible_part(example.boxes_xyxy, top, left, height, width)
-        cut = (visibility > 0) & (visibility < PLANS_MIN_VISIBLE)
-        emptied = len(visibility) > 0 and not bool((visibility > 0).any())
-        if not emptied and not bool(cut.any()):
-            return crop(example, top, left, height, width, min_visible=PLANS_MIN_VISIBLE)
-    return example
-
-
-def _random_crop(example: LabelledImage, height: int, width: int) -> LabelledImage:
-    top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
-    return crop(example, top, left, height, width)
-
-
-def _chance() -> bool:
-    return bool(torch.rand(()) < 0.5)
-
-
-def _integer(low: int, high: int) -> int:
-    """A random integer, both ends included."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _choice(values: tuple[int, ...]) -> int:
-    return values[_integer(0, len(values) - 1)]
+        return resize(self.transform(example), (self.side, self.side))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
-from dino_lightning.data import eval_transform, train_transform, transforms
+from dino_lightning.data import augmentation, eval_transform, ink, train_transform
+from dino_lightning.data.augmentation import careful_crop
 from dino_lightning.data.transforms import (
     FitInto,
     LabelledImage,
-    careful_crop,
+    Letterbox,
+    Stretch,
     crop,
     flip_horizontal,
     flip_vertical,
     quarter_turns,
     resize,
     resized_size,
+    rotate,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "transforms.json").read_text(encoding="utf-8"))
@@ -183,22 +187,31 @@ def test_a_crop_that_must_cut_a_box_is_not_made():
             assert (box[2] - box[0]) * (box[3] - box[1]) >= 6000
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     st.sampled_from(["coco", "plans", "flips", "none"]),
     st.integers(40, 160),
     st.integers(40, 160),
     st.integers(0, 2**31),
+    st.sampled_from([None, True, False]),
+    st.sampled_from([None, FitInto, Letterbox, Stretch]),
 )
-def test_boxes_follow_their_pixels_through_every_preset(preset, height, width, seed):
+def test_boxes_follow_their_pixels_through_every_preset_and_mode(preset, height, width, seed, landscape, fixed):
     # Painted over two fifths of each side, so that resizing blurs the edge by a small part of it.
     box = [round(0.3 * width), round(0.4 * height), round(0.7 * width), round(0.8 * height)]
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    image[:, box[1] : box[3], box[0] : box[2]] = 255
+    image = torch.full((3, height, width), 255, dtype=torch.uint8)
+    image[:, box[1] : box[3], box[0] : box[2]] = 0
     torch.manual_seed(seed)
-    found = train_transform(preset, 96, 160)(
-        LabelledImage(image, torch.tensor([box], dtype=torch.float32), torch.tensor([3]))
+    transform = train_transform(preset, 96, 160, {"speckle": 0.0} if preset == "plans" else None)
+    if fixed is not None:
+        transform = fixed(transform, 128)
+    found = transform(
+        LabelledImage(image, torch.tensor([box], dtype=torch.float32), torch.tensor([3]), landscape=landscape)
     )
+    if landscape is not None and preset in ("plans", "flips") and height != width and found.size[0] != found.size[1]:
+        cropped = preset == "plans"  # a crop may change the orientation again
+        assert cropped or (found.size[1] > found.size[0]) == landscape
+    found = replace(found, image=255 - found.image)
     assert found.image.dtype == torch.uint8
     if len(found.labels):
         assert found.labels.tolist() == [3]
@@ -226,7 +239,9 @@ def test_coco_sizes_are_the_published_ones_or_in_proportion(image_size, expected
 
 def test_coco_crops_are_of_the_published_sizes(monkeypatch):
     windows = []
-    monkeypatch.setattr(transforms, "crop", lambda example, *window: windows.append((example.size, window)) or example)
+    monkeypatch.setattr(
+        augmentation, "crop", lambda example, *window: windows.append((example.size, window)) or example
+    )
     sizes("coco", 800, 1333, (48, 64), draws=100)
     assert {min(size) for size, _ in windows} == {400, 500, 600}
     for (height, width), (top, left, crop_height, crop_width) in windows:
@@ -240,7 +255,7 @@ def test_coco_respects_the_limit_of_the_long_side():
 
 
 def test_plans_sizes_stay_between_three_quarters_and_the_whole(monkeypatch):
-    monkeypatch.setattr(transforms, "PLANS_CROP_TRIES", 0)
+    monkeypatch.setattr(augmentation, "CROP_TRIES", 0)
     assert set(sizes("plans", 40, 1000, (100, 100))) == {(side, side) for side in range(30, 41)}
     assert set(sizes("plans", 200, 260, (50, 100))) == {(130, 260), (260, 130)}  # turned, and limited
 
@@ -311,3 +326,86 @@ def test_nothing_is_larger_than_a_fixed_canvas(height, width, side):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="Unknown augmentation 'strong'; choose one of coco, plans, flips, none"):
         train_transform("strong")
+
+
+# --- options, modes, ink ---
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "sentence"),
+    [
+        ("plans", {"rotatoin": 1}, r"no augmentation option rotatoin; those of plans are flip, quarter_turns, .*jpeg"),
+        ("none", {"flip": 0.5}, "no augmentation option flip; none has none"),
+        ("coco", {"image_size": 5}, "no augmentation option image_size; those of coco are flip, crop, min_scale"),
+        ("plans", {"rotation": 90}, "rotation is 90; it must lie between 0 and 15"),
+        ("plans", {"fade": "often"}, "fade is 'often'; it must lie between 0 and 1"),
+        ("flips", {"flip": -0.1}, "flip is -0.1; it must lie between 0 and 1"),
+        ("coco", {"min_scale": 0}, "min_scale is 0; it must lie between 0.05 and 1"),
+    ],
+)
+def test_options_that_do_not_exist_or_are_out_of_range_are_named(preset, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_transform(preset, 96, 160, options)
+
+
+def page(height=90, width=130):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.full((3, height, width), 255, dtype=torch.uint8)
+    for _ in range(12):
+        image[:, int(torch.randint(height, (1,), generator=generator))] = 20
+        image[:, :, int(torch.randint(width, (1,), generator=generator))] = 20
+    return LabelledImage(image, torch.tensor([[10.0, 10, 60, 50]]), torch.tensor([0]))
+
+
+def test_everything_can_be_switched_off():
+    nothing = ("flip", "rotate", "crop", "thicken", "fade", "shade", "speckle", "blur", "jpeg")
+    options = {**dict.fromkeys(nothing, 0.0), "quarter_turns": False, "min_scale": 1.0}
+    example = page()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = train_transform("plans", 90, 200, options)(example)
+        assert torch.equal(found.image, example.image) and torch.equal(found.boxes_xyxy, example.boxes_xyxy)
+
+
+@pytest.mark.parametrize("change", ["thicken", "fade", "shade", "speckle", "blur", "save_as_jpeg"])
+def test_ink_and_paper_change_pixels_a_little_and_nothing_else(change):
+    example = page()
+    before = example.image.clone()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        found = getattr(ink, change)(example)
+        assert found.image.dtype == torch.uint8 and found.image.shape == before.shape
+        assert torch.equal(example.image, before)
+        assert found.boxes_xyxy is example.boxes_xyxy
+        off = (found.image.float() - before.float()).abs().mean()
+        assert 0 < off < 60
+        # a drawing without colours has none afterwards, up to JPEG's rounding
+        assert (found.image.float().amax(0) - found.image.float().amin(0)).max() <= 2
+
+
+@pytest.mark.parametrize("degrees", [-15.0, -2.0, 0.5, 2.0, 15.0])
+def test_a_rotated_rectangle_lies_in_its_box_and_touches_it(degrees):
+    box = [60, 40, 150, 110]
+    image = torch.full((3, 160, 220), 255, dtype=torch.uint8)
+    image[:, box[1] : box[3], box[0] : box[2]] = 0
+    found = rotate(LabelledImage(image, torch.tensor([box]).float(), torch.tensor([0])), degrees)
+    assert found.size == (160, 220)
+    np.testing.assert_allclose(painted_box(255 - found.image), found.boxes_xyxy[0], atol=2)
+    assert found.image[0, 0, 0] == found.image[0, -1, -1] == 255
+
+
+def test_a_box_rotated_out_of_the_page_is_dropped():
+    example = LabelledImage(
+        torch.full((3, 100, 400), 255, dtype=torch.uint8), torch.tensor([[380.0, 0, 399, 4]]), torch.tensor([0])
+    )
+    assert len(rotate(example, 15).boxes_xyxy) + len(rotate(example, -15).boxes_xyxy) == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 200))
+def test_letterbox_fills_one_side_and_stretch_both(height, width, side):
+    example = LabelledImage(torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long())
+    boxed = Letterbox(eval_transform(side, side), side)(example)
+    assert max(boxed.size) == side
+    assert min(boxed.size) == pytest.approx(min(height, width) * side / max(height, width), abs=1)
+    assert Stretch(eval_transform(side, side), side)(example).size == (side, side)

@@ -1,0 +1,273 @@
+"""What training does to its images, by preset.
+
+All random draws come from torch's global generator, which `CocoDetection` seeds for each image, so a run can be
+repeated. The options of a preset are the fields of its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from dino_lightning.data.ink import blur, fade, save_as_jpeg, shade, speckle, thicken
+from dino_lightning.data.transforms import (
+    LabelledImage,
+    Resize,
+    Transform,
+    crop,
+    flip_horizontal,
+    flip_vertical,
+    quarter_turns,
+    resize,
+    resized_size,
+    rotate,
+    visible_part,
+)
+
+Augmentation = Literal["coco", "plans", "flips", "none"]
+
+# The published sizes, in pixels at image_size 800 (arXiv 2203.03605 follows DETR, arXiv 2005.12872).
+REFERENCE_SIZE = 800
+SHORT_SIDES = tuple(range(480, 801, 32))
+SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
+CROP_SIDES = (384, 600)
+
+CROP_TRIES = 10
+MOST_ROTATION = 15.0  # degrees; at more than that, boxes round rotated boxes say little
+SIZES = ("image_size", "max_size")  # fields that are no options
+
+
+def train_transform(
+    preset: Augmentation, image_size: int = 800, max_size: int = 1333, options: Mapping[str, Any] | None = None
+) -> Transform:
+    """The training augmentation of a preset.
+
+    Args:
+        preset: "coco", the published augmentation; "plans", for drawings, which have no up or down and carry
+            meaning in every line; "flips", mirrored and turned by quarters only; "none", the same resizing as in
+            evaluation.
+        image_size: largest short side in pixels; all sizes of a preset scale with it.
+        max_size: limit of the long side in pixels.
+        options: values for the preset's options, see its class.
+
+    Raises:
+        ValueError: an unknown preset or option, or a value out of its range.
+    """
+    presets = {"coco": CocoAugmentation, "plans": PlansAugmentation, "flips": FlipsAugmentation, "none": Resize}
+    if preset not in presets:
+        raise ValueError(f"Unknown augmentation {preset!r}; choose one of {', '.join(get_args(Augmentation))}.")
+    valid = [field.name for field in fields(presets[preset]) if field.name not in SIZES]
+    unknown = [str(name) for name in options or {} if name not in valid]
+    if unknown:
+        listed = f"those of {preset} are {', '.join(valid)}" if valid else f"{preset} has none"
+        raise ValueError(f"There is no augmentation option {', '.join(unknown)}; {listed}.")
+    transform: Transform = presets[preset](image_size=image_size, max_size=max_size, **(options or {}))
+    return transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoAugmentation:
+    """The published augmentation: flip, then one of many sizes, in half of the cases after a crop.
+
+    Attributes:
+        image_size: largest short side in pixels.
+        max_size: limit of the long side in pixels.
+        flip: probability of mirroring left to right.
+        crop: probability of a crop before the resizing.
+        min_scale: smallest short side, as a share of `image_size`.
+    """
+
+    image_size: int
+    max_size: int
+    flip: float = 0.5
+    crop: float = 0.5
+    min_scale: float = 0.6
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "flip", "crop")
+        _check(self, "min_scale", 0.05, 1.0)
+
+    def __call__(self, example: LabelledImage) -> LabelledImage:
+        """Apply to one image."""
+        if _chance(self.flip):
+            example = flip_horizontal(example)
+        if _chance(self.crop):
+            short_side = self._scaled(_choice(SHORT_SIDES_BEFORE_CROP))
+            example = resize(example, resized_size(example.size, short_side))
+            smallest, largest = (self._scaled(side) for side in CROP_SIDES)
+            width = _integer(smallest, min(example.size[1], largest))
+            height = _integer(smallest, min(example.size[0], largest))
+            example = _random_crop(example, height, width)
+        step = SHORT_SIDES[1] - SHORT_SIDES[0]
+        lowest = round(self.min_scale * REFERENCE_SIZE / step) * step
+        short_side = self._scaled(_choice(tuple(range(min(lowest, REFERENCE_SIZE), REFERENCE_SIZE + 1, step))))
+        return resize(example, resized_size(example.size, short_side, self.max_size))
+
+    def _scaled(self, pixels: int) -> int:
+        return max(1, round(pixels * self.image_size / REFERENCE_SIZE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlansAugmentation:
+    """For drawings: mirrored, turned, scaled, slightly rotated, cropped between the boxes, inked and scanned anew.
+
+    Colours stay as they are: where a plan has any, they carry meaning. Lines are never made thinner: at training
+    size most of them are one or two pixels wide.
+
+    Attributes:
+        image_size: largest short side in pixels.
+        max_size: limit of the long side in pixels.
+        flip: probability of mirroring, in each direction.
+        quarter_turns: whether to turn by 0, 90, 180 or 270 degrees.
+        min_scale: smallest short side, as a share of `image_size`.
+        rotate: probability of a slight rotation, as of a sheet laid askew on the scanner.
+        rotation: its largest angle in degrees, up to 15.
+        crop: probability of a crop that leaves no box half cut.
+        min_crop: smallest side of a crop, as a share of the image's.
+        min_visible: share of a box that a crop must show, if it shows any of it.
+        thicken: probability of thicker lines, by a pixel.
+        fade: probability of pale ink.
+        shade: probability of paper that is darker on one side.
+        speckle: probability of dust and dropped-out dots.
+        blur: probability of a slight blur.
+        jpeg: probability of JPEG artefacts.
+    """
+
+    image_size: int
+    max_size: int
+    flip: float = 0.5
+    quarter_turns: bool = True
+    min_scale: float = 0.75
+    rotate: float = 0.3
+    rotation: float = 2.0
+    crop: float = 0.5
+    min_crop: float = 0.5
+    min_visible: float = 0.6
+    thicken: float = 0.15
+    fade: float = 0.2
+    shade: float = 0.2
+    speckle: float = 0.2
+    blur: float = 0.1
+    jpeg: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_shares(
+            self, "flip", "rotate", "crop", "min_visible", "thicken", "fade", "shade", "speckle", "blur", "jpeg"
+        )
+        _check(self, "min_scale", 0.05, 1.0)
+        _check(self, "min_crop", 0.05, 1.0)
+        _check(self, "rotation", 0.0, MOST_ROTATION)
+
+    def __call__(self, example: LabelledImage) -> LabelledImage:
+        """Apply to one image."""
+        example = _mirrored_and_turned(example, self.flip, self.quarter_turns)
+        smallest, largest = (max(1, round(scale * self.image_size)) for scale in (self.min_scale, 1.0))
+        example = resize(example, resized_size(example.size, _integer(smallest, largest), self.max_size))
+        if _chance(self.rotate) and self.rotation > 0:
+            example = rotate(example, _uniform(-self.rotation, self.rotation))
+        if _chance(self.crop):
+            example = careful_crop(example, min_crop=self.min_crop, min_visible=self.min_visible)
+        for change, probability in (
+            (thicken, self.thicken),
+            (fade, self.fade),
+            (shade, self.shade),
+            (speckle, self.speckle),
+            (blur, self.blur),
+            (save_as_jpeg, self.jpeg),
+        ):
+            if _chance(probability):
+                example = change(example)
+        return example
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlipsAugmentation:
+    """Mirrored and turned by quarters, at the size of evaluation.
+
+    Attributes:
+        image_size: short side in pixels.
+        max_size: limit of the long side in pixels.
+        flip: probability of mirroring, in each direction.
+        quarter_turns: whether to turn by 0, 90, 180 or 270 degrees.
+    """
+
+    image_size: int
+    max_size: int
+    flip: float = 0.5
+    quarter_turns: bool = True
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "flip")
+
+    def __call__(self, example: LabelledImage) -> LabelledImage:
+        """Apply to one image."""
+        example = _mirrored_and_turned(example, self.flip, self.quarter_turns)
+        return resize(example, resized_size(example.size, self.image_size, self.max_size))
+
+
+def careful_crop(example: LabelledImage, *, min_crop: float = 0.5, min_visible: float = 0.6) -> LabelledImage:
+    """Crop at random such that each box stays mostly visible or vanishes, and at least one stays.
+
+    A half-cut room is a wrong example of a room. A window that shows some of a box, but less than `min_visible` of
+    its area, is drawn again, up to 10 times; then the image stays whole.
+    """
+    for _ in range(CROP_TRIES):
+        height, width = (_integer(max(1, round(min_crop * side)), side) for side in example.size)
+        top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
+        _, visibility = visible_part(example.boxes_xyxy, top, left, height, width)
+        cut = (visibility > 0) & (visibility < min_visible)
+        emptied = len(visibility) > 0 and not bool((visibility > 0).any())
+        if not emptied and not bool(cut.any()):
+            return crop(example, top, left, height, width, min_visible=min_visible)
+    return example
+
+
+def _mirrored_and_turned(example: LabelledImage, flip: float, turn: bool) -> LabelledImage:
+    """One of the eight ways to lay down a square, at random; of the four that give the wanted orientation, if any."""
+    if _chance(flip):
+        example = flip_horizontal(example)
+    if _chance(flip):
+        example = flip_vertical(example)
+    if not turn:
+        return example
+    turns = _integer(0, 3)
+    height, width = example.size
+    if example.landscape is not None and height != width:
+        turns = turns // 2 * 2 + int((width > height) != example.landscape)
+    return quarter_turns(example, turns)
+
+
+def _random_crop(example: LabelledImage, height: int, width: int) -> LabelledImage:
+    top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
+    return crop(example, top, left, height, width)
+
+
+def _chance(probability: float) -> bool:
+    return bool(torch.rand(()) < probability)
+
+
+def _integer(low: int, high: int) -> int:
+    """A random integer, both ends included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _choice(values: tuple[int, ...]) -> int:
+    return values[_integer(0, len(values) - 1)]
+
+
+def _check_shares(preset: object, *names: str) -> None:
+    for name in names:
+        _check(preset, name, 0.0, 1.0)
+
+
+def _check(preset: object, name: str, low: float, high: float) -> None:
+    value = getattr(preset, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"The augmentation option {name} is {value!r}; it must lie between {low:g} and {high:g}.")
