@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
+import torch
 from jsonargparse import ArgumentError
 
 from dino_lightning.callbacks.drawing import Panel, draw_panels, save_figure
@@ -38,7 +38,7 @@ def run(args: Sequence[str]) -> int:
         return 2
     try:
         fit = parse_fit(rest)
-        lightning.seed_everything(fit["seed_everything"], verbose=False)
+        torch.manual_seed(int(fit["seed_everything"]))
         data = CocoDataModule(**{**fit["data"], "num_workers": 0})
         panels = _panels(data, options.split, options.num_images)
         preset = fit["data"]["augmentation"] if options.split == "train" else "as in evaluation"
