@@ -75,14 +75,14 @@ class Backbone(nn.Module):
             for tap, channels in zip(self._taps, self.channels, strict=True):
                 self.norms[str(tap)] = nn.LayerNorm(channels, eps=1e-5 if self._channels_last else 1e-6)
         _replace_batch_norms(self.body, norm)
-        if norm != "group" and not self._channels_last:
-            self.body.to(memory_format=torch.channels_last)  # what convolutions are fastest in
         self._freeze(step_strides, trainable_layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images -> (B, C, H / stride, W / stride) maps, finest first."""
         maps = []
-        x = images
+        # Convolutions are fastest in channels-last memory, and hand it on; group norms are not.
+        layout = torch.contiguous_format if self.norm == "group" else torch.channels_last
+        x = images.contiguous(memory_format=layout)
         for index, step in enumerate(self._steps):
             x = self.body.get_submodule(step)(x)
             if index in self._taps:
