@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
+from dino_lightning.model.deformable_attention.dispatch import sample
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -80,15 +80,7 @@ class MultiScaleDeformableAttention(nn.Module):
             projected = projected.masked_fill(padding_mask[..., None], 0.0)
         projected = projected.view(batch, value.shape[1], heads, -1)
         offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        weights = self.attention_weights(query).view(batch, queries, heads, levels * points).float().softmax(-1)
-        locations = sampling_locations(reference_points, offsets, spatial_shapes)
-        with torch.autocast(device_type=query.device.type, enabled=False):
-            # float32: locations in bfloat16 would be off by several pixels on a large image
-            sampled = deformable_attention(
-                projected.float(),
-                spatial_shapes,
-                locations,
-                weights.view(batch, queries, heads, levels, points),
-            )
-        out: Tensor = self.output_proj(sampled.to(projected.dtype))
+        logits = self.attention_weights(query).view(batch, queries, heads, levels * points)
+        sampled = sample(projected, spatial_shapes, reference_points, offsets, logits)
+        out: Tensor = self.output_proj(sampled)
         return out

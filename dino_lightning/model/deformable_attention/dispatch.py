@@ -1,0 +1,238 @@
+"""Which implementation of deformable attention runs: decided here, and nowhere else.
+
+| where | what runs with "auto" |
+|---|---|
+| CUDA device of capability 8.0 or newer | the Triton kernel, if it passes its trial |
+| any other device, training | plain PyTorch, level by level |
+| CPU without gradients, many queries | plain PyTorch, one gathered sum for each head |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dino_lightning.model.deformable_attention import fused
+from dino_lightning.model.deformable_attention.reference import (
+    deformable_attention,
+    gathered_deformable_attention,
+    sampling_locations,
+)
+
+Implementation = Literal["auto", "pytorch", "triton"]
+_implementation: Implementation = "auto"
+
+# From here on one pass over memory makes up for its many small steps (measured: 320 x 320 pixels and larger).
+GATHER_QUERIES = 2000
+
+
+def set_implementation(implementation: Implementation) -> None:
+    """Choose how deformable attention is computed, in this process, from now on.
+
+    Args:
+        implementation: "auto" takes the Triton kernel where it runs and PyTorch elsewhere; "pytorch" never takes the
+            kernel; "triton" always does, on CPU tensors too if Triton interprets (TRITON_INTERPRET=1 before the start).
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    global _implementation
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation={implementation!r} is none of {', '.join(get_args(Implementation))}.")
+    _implementation = implementation
+
+
+class Call(NamedTuple):
+    """What a kernel is compiled for; a trial speaks for all calls that are alike in this."""
+
+    device_type: str
+    device_index: int
+    value_dtype: torch.dtype
+    offsets_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    heads: int
+    dim: int
+    levels: int
+    points: int
+    coordinates: int
+
+
+def sample(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """Softmax over levels and points, places, samples, weighted sum; computed in float32, whatever the inputs are.
+
+    Args:
+        value: (B, S, H, D).
+        spatial_shapes: (height, width) of each of the L levels, on the host.
+        reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes cxcywh, 0-1 of the padded map.
+        sampling_offsets: (B, Q, H, L, P, 2), in cells for points, in half box sizes over P for boxes.
+        attention_logits: (B, Q, H, L * P).
+
+    Returns:
+        (B, Q, H * D), of the dtype of `value`.
+
+    Raises:
+        RuntimeError: "triton" was asked for, and it cannot be had; says why.
+    """
+    if _takes_kernel(value, spatial_shapes, reference_points, sampling_offsets, attention_logits):
+        return fused.deformable_attention(
+            value.transpose(1, 2).contiguous(),
+            reference_points.float(),
+            sampling_offsets,
+            attention_logits,
+            [side for shape in spatial_shapes for side in shape],
+        )
+    return _in_pytorch(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+
+
+def _in_pytorch(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    weights = attention_logits.float().softmax(-1).view(sampling_offsets.shape[:-1])
+    locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
+    gathers = (
+        value.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and locations.shape[1] >= GATHER_QUERIES
+    )
+    with torch.autocast(device_type=value.device.type, enabled=False):
+        # float32: locations in bfloat16 would be off by several pixels on a large image
+        attend = gathered_deformable_attention if gathers else deformable_attention
+        return attend(value.float(), spatial_shapes, locations, weights).to(value.dtype)
+
+
+def _takes_kernel(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> bool:
+    if _implementation == "pytorch" or (_implementation == "auto" and value.device.type != "cuda"):
+        return False
+    if _implementation == "auto" and torch.are_deterministic_algorithms_enabled():
+        return False  # the kernel's sums have no fixed order; PyTorch knows what to say about its own
+    if any(side > fused.MAX_SIDE for shape in spatial_shapes for side in shape):
+        trouble: str | None = f"a side of a map is longer than {fused.MAX_SIDE}"
+    else:
+        trouble = _trouble(
+            value.device.type,
+            value.device.index or 0,
+            value.dtype,
+            sampling_offsets.dtype,
+            attention_logits.dtype,
+            value.shape[2],
+            value.shape[3],
+            len(spatial_shapes),
+            sampling_offsets.shape[4],
+            reference_points.shape[-1],
+        )
+    if trouble is not None and _implementation == "triton":
+        raise RuntimeError(f"Deformable attention cannot run in Triton: {trouble}.")
+    return trouble is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _trouble(*call: object) -> str | None:
+    """Why the kernel cannot take such calls, or None if it can. Constant, so that compiled code need not ask."""
+    return _trouble_with(Call(*call))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _trouble_with(call: Call) -> str | None:
+    trouble = _missing(call)
+    if trouble is not None or call.device_type == "cpu":
+        return trouble
+    try:
+        # In a thread of its own: a caller's autocast, inference mode or tracing must not reach the trial.
+        with ThreadPoolExecutor(1) as pool:
+            trouble = pool.submit(_try, call).result()
+    except Exception as error:  # whatever a compiler, a driver or a device can raise
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble is not None and _implementation == "auto":
+        warnings.warn(
+            "Deformable attention runs in plain PyTorch, which is slower, since its Triton kernel failed its trial on "
+            f"{torch.cuda.get_device_name(call.device_index)} ({trouble}).",
+            stacklevel=2,
+        )
+    return trouble
+
+
+def _missing(call: Call) -> str | None:
+    """What can be known without running anything."""
+    if call.device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on a CPU it needs TRITON_INTERPRET=1 in the environment before the start"
+    if call.device_type not in ("cpu", "cuda"):
+        return f"there is no kernel for device type {call.device_type}"
+    if call.device_type == "cuda" and torch.version.cuda is None:
+        return "it is written for NVIDIA devices"
+    if call.device_type == "cuda" and torch.cuda.get_device_capability(call.device_index) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    if call.dim not in fused.DIMS:
+        return f"{call.dim} channels for each head are none of {', '.join(map(str, fused.DIMS))}"
+    if call.levels > fused.MAX_LEVELS:
+        return f"there are more than {fused.MAX_LEVELS} levels"
+    dtypes = {call.value_dtype, call.offsets_dtype, call.logits_dtype}
+    if not dtypes <= set(fused.DTYPES):
+        return f"there is no kernel for {', '.join(sorted(map(str, dtypes - set(fused.DTYPES))))}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _try(call: Call) -> str | None:
+    """Compile and run both directions on a small example, compare with plain PyTorch; waits for the device, once."""
+    torch.cuda.set_device(call.device_index)  # of this thread: no other device is touched
+    sync_debug_mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        return _tried(call)
+    finally:
+        torch.cuda.set_sync_debug_mode(sync_debug_mode)
+
+
+def _tried(call: Call) -> str | None:
+    device = torch.device(call.device_type, call.device_index)
+    draws = torch.Generator().manual_seed(0)  # the draws of the caller stay as they are
+    shapes = tuple((3 + level, 5) for level in range(call.levels))
+    queries, tokens = 37, sum(height * width for height, width in shapes)
+
+    def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=draws).to(device, dtype).requires_grad_()
+
+    value = draw(2, tokens, call.heads, call.dim, dtype=call.value_dtype)
+    offsets = draw(2, queries, call.heads, call.levels, call.points, 2, dtype=call.offsets_dtype)
+    logits = draw(2, queries, call.heads, call.levels * call.points, dtype=call.logits_dtype)
+    reference = draw(2, queries, call.levels, call.coordinates, dtype=torch.float32).detach().sigmoid()
+    inputs = (value, offsets, logits)
+    grad = torch.randn((2, queries, call.heads * call.dim), generator=draws).to(device, call.value_dtype)
+
+    flat = [side for shape in shapes for side in shape]
+    out = fused.deformable_attention(value.transpose(1, 2).contiguous(), reference, offsets, logits, flat)
+    expected = _in_pytorch(value, shapes, reference, offsets, logits)
+    actuals = (out, *torch.autograd.grad(out, inputs, grad))
+    expecteds = (expected, *torch.autograd.grad(expected, inputs, grad))
+    for name, actual, target in zip(
+        ("output", "gradient of values", "gradient of offsets", "gradient of logits"), actuals, expecteds, strict=True
+    ):
+        off = float((actual.float() - target.float()).abs().max() / target.float().abs().max())
+        if not off < 0.02:
+            return f"its {name} is off by {off:.1%} of the largest"
+    return None

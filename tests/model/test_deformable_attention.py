@@ -1,0 +1,291 @@
+"""Which implementation of deformable attention runs, and that all of them say the same."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch, set_implementation
+from dino_lightning.model.deformable_attention.reference import deformable_attention, gathered_deformable_attention
+from tests.golden_recipe import golden_arrays
+
+PROJECT = Path(__file__).parents[2]
+CALL = dispatch.Call("cuda", 0, torch.bfloat16, torch.bfloat16, torch.bfloat16, 8, 32, 4, 4, 2)
+ENCODER = ((100, 134), (50, 67), (25, 34), (13, 17))  # 800 x 1066 pixels
+
+
+@pytest.fixture
+def choice():
+    yield
+    set_implementation("auto")
+
+
+def golden_module():
+    golden = golden_arrays("msda.npz")
+    module = MultiScaleDeformableAttention(hidden_dim=32, num_levels=3, num_heads=4, num_points=2)
+    module.load_state_dict({name: golden[f"module_{name}"] for name in module.state_dict()})
+    shapes = tuple((height, width) for height, width in golden["spatial_shapes"].tolist())
+    return module, (golden["module_query"], golden["module_ref2_ref"], golden["module_src"], shapes), golden
+
+
+def draw(shapes, *, queries, batch=2, heads=2, dim=8, points=2):
+    """Inputs of the core: values, places of which some lie outside, weights."""
+    draws = torch.Generator().manual_seed(2)
+    tokens, levels = sum(height * width for height, width in shapes), len(shapes)
+    value = torch.randn((batch, tokens, heads, dim), generator=draws)
+    locations = torch.rand((batch, queries, heads, levels, points, 2), generator=draws) * 1.4 - 0.2
+    weights = torch.rand((batch, queries, heads, levels, points), generator=draws)
+    return value, shapes, locations, weights
+
+
+def test_kernels_in_the_interpreter():
+    """In another process, since the variable must come before Triton."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("interpreted_deformable_attention.py"))],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_cpu_needs_no_triton():
+    """PyTorch and torchvision may import it all the same; here it cannot be imported."""
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, dino_lightning\n"
+        "from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch\n"
+        "layer = MultiScaleDeformableAttention(hidden_dim=16, num_levels=1, num_heads=2, num_points=1)\n"
+        "layer(torch.zeros(1, 3, 16), torch.zeros(1, 3, 1, 2), torch.zeros(1, 4, 16), ((2, 2),)).sum().backward()\n"
+        "print([name for name in sys.modules if name.endswith('triton_kernels')])\n"
+        "torch.version.cuda, torch.cuda.get_device_capability = '12', lambda index: (8, 6)\n"
+        "print(dispatch._trouble('cuda', 0, *[torch.float32] * 3, 8, 32, 4, 4, 2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.splitlines() == ["[]", "triton is not installed"]
+
+
+@pytest.mark.parametrize("shapes", [((5, 7), (3, 4), (1, 1)), ((4, 4),), ((1, 9), (6, 1))], ids=str)
+def test_gathered(shapes):
+    inputs = draw(shapes, queries=11)
+    torch.testing.assert_close(gathered_deformable_attention(*inputs), deformable_attention(*inputs))
+
+
+@pytest.mark.parametrize("shapes", [((5, 7), (3, 4), (1, 1)), ((4, 4),), ((20, 20), (10, 10))], ids=str)
+@pytest.mark.parametrize("queries", [1, 11, 500])
+def test_training_on_a_cpu_is_the_plain_loop_to_the_last_bit(monkeypatch, shapes, queries):
+    value, _, locations, weights = draw(shapes, queries=queries, batch=3)
+    inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    grad = torch.randn((3, queries, 16), generator=torch.Generator().manual_seed(1))
+
+    def run():
+        out = deformable_attention(value, shapes, locations, weights)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    quick = run()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for actual, expected in zip(quick, run(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_training_without_images():
+    value, shapes, locations, weights = draw(((2, 3),), batch=0, queries=4)
+    out = deformable_attention(value.requires_grad_(), shapes, locations, weights)
+    assert torch.autograd.grad(out.sum(), value)[0].shape == value.shape
+
+
+def test_gathered_golden():
+    golden = golden_arrays("msda.npz")
+    shapes = tuple((height, width) for height, width in golden["spatial_shapes"].tolist())
+    out = gathered_deformable_attention(
+        golden["core_value"], shapes, golden["core_sampling_locations"], golden["core_attention_weights"]
+    )
+    torch.testing.assert_close(out, golden["core_output"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
+def test_gathered_never_leaves_the_map(bad):
+    value, shapes, locations, weights = draw(((5, 7), (3, 4)), queries=3)
+    locations[0, 1] = bad
+    out = gathered_deformable_attention(value, shapes, locations, weights)
+    expected = deformable_attention(value, shapes, locations, weights)
+    torch.testing.assert_close(out[1], expected[1])
+    torch.testing.assert_close(out[0, ::2], expected[0, ::2])
+    assert (out[0, 1] == 0).all() or out[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 11), (2, 0)], ids=["no image", "no query"])
+def test_gathered_nothing(shape):
+    inputs = draw(((2, 3),), batch=shape[0], queries=shape[1])
+    assert gathered_deformable_attention(*inputs).shape == (*shape, 16)
+
+
+@pytest.mark.parametrize(
+    ("queries", "gradients", "gathers"), [(1999, False, False), (2000, False, True), (2000, True, False)]
+)
+def test_a_cpu_gathers_for_many_queries_without_gradients(monkeypatch, queries, gradients, gathers):
+    seen = []
+    monkeypatch.setattr(
+        dispatch,
+        "gathered_deformable_attention",
+        lambda *inputs: seen.append(1) or gathered_deformable_attention(*inputs),
+    )
+    layer = MultiScaleDeformableAttention(hidden_dim=16, num_levels=1, num_heads=2, num_points=1)
+    with torch.set_grad_enabled(gradients):
+        layer(torch.zeros(1, queries, 16), torch.rand(1, queries, 1, 2), torch.zeros(1, 12, 16), ((3, 4),))
+    assert bool(seen) == gathers
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="none of auto, pytorch, triton"):
+        set_implementation("cuda")
+
+
+def test_triton_on_a_cpu_says_what_it_needs(choice):
+    set_implementation("triton")
+    module, arguments, _ = golden_module()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        module(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 24}, "24 channels"),
+        ({"levels": 9}, "more than 8 levels"),
+        ({"value_dtype": torch.float64}, "no kernel for torch.float64"),
+        ({"device_type": "mps"}, "device type mps"),
+        ({}, None),
+    ],
+)
+def test_what_the_kernel_takes(monkeypatch, change, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    found = dispatch._missing(CALL._replace(**change))
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_an_old_device_keeps_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "older than compute capability 8.0" in dispatch._missing(CALL)
+
+
+def broken_compiler(call):
+    raise OSError("no C compiler")
+
+
+@pytest.mark.parametrize("trial", [broken_compiler, lambda call: "its output is off by 7.0% of the largest"])
+def test_a_kernel_that_fails_its_trial_is_left_out_with_one_warning(monkeypatch, trial):
+    monkeypatch.setattr(dispatch, "_missing", lambda call: None)
+    monkeypatch.setattr(dispatch, "_try", trial)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    dispatch._trouble_with.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"failed its trial on a device \((OSError: no C|its output)"):
+            assert dispatch._trouble_with(CALL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch._trouble_with(CALL)
+    finally:
+        dispatch._trouble_with.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend):
+    module, arguments, golden = golden_module()
+    out = torch.compile(module, fullgraph=True, backend=backend)(*arguments, golden["module_padding_mask"])
+    torch.testing.assert_close(out, golden["module_ref2_output"], atol=1e-5, rtol=1e-5)
+    out.backward(golden["core_grad_output"])
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, golden[f"module_ref2_gradparam_{name}"], atol=2e-5, rtol=1e-5)
+
+
+def test_exported():
+    module, arguments, golden = golden_module()
+    program = torch.export.export(module, (*arguments, golden["module_padding_mask"]))
+    out = program.module()(*arguments, golden["module_padding_mask"])
+    torch.testing.assert_close(out, golden["module_ref2_output"], atol=1e-5, rtol=1e-5)
+
+
+def gpu_inputs(queries, coordinates, dtype, batch=2):
+    draws = torch.Generator().manual_seed(4)
+    tokens = sum(height * width for height, width in ENCODER)
+    normal = {
+        "value": (batch, tokens, 8, 32),
+        "offsets": (batch, queries, 8, 4, 4, 2),
+        "logits": (batch, queries, 8, 16),
+    }
+    inputs = {name: torch.randn(shape, generator=draws).to("cuda", dtype) for name, shape in normal.items()}
+    inputs["reference"] = torch.rand((batch, queries, 4, coordinates), generator=draws).cuda()
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def outcome(implementation, inputs, grad):
+    set_implementation(implementation)
+    out = dispatch.sample(inputs["value"], ENCODER, inputs["reference"], inputs["offsets"], inputs["logits"])
+    return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "coordinates"), [(17821, 2), (1100, 4)], ids=["encoder", "decoder"])
+def test_kernel_on_a_device(choice, queries, coordinates, dtype):
+    inputs = gpu_inputs(queries, coordinates, dtype)
+    grad = torch.randn((2, queries, 256), generator=torch.Generator().manual_seed(6)).to("cuda", dtype)
+    actual, expected = (outcome(implementation, inputs, grad) for implementation in ("triton", "pytorch"))
+    # Sums in another order, and places that differ by 2^-24 of a side; in half precision a rounding at the end as well.
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    for name, target in expected.items():
+        assert actual[name].dtype == target.dtype
+        scale = target.float().abs().max()
+        off = (actual[name].float() - target.float()).abs() > tolerance * (target.float().abs() + 0.1 * scale)
+        # A place on the line between two cells may count for either; the gradients of places differ there by a step.
+        assert off.float().mean() <= (1e-4 if name in ("offsets", "reference") else 0.0), name
+
+
+@pytest.mark.gpu
+def test_a_device_takes_the_kernel_and_never_waits():
+    module = MultiScaleDeformableAttention(hidden_dim=256, num_levels=4, num_heads=8, num_points=4).cuda()
+    tokens = sum(height * width for height, width in ENCODER)
+    source = torch.randn(1, tokens, 256, device="cuda")
+    query, reference = torch.randn(1, 300, 256, device="cuda"), torch.rand(1, 300, 4, 4, device="cuda")
+
+    def step(shapes=ENCODER):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(query, reference, source, shapes)
+        out.float().square().mean().backward()
+        return out
+
+    half = torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+        assert dispatch._trouble_with(dispatch.Call("cuda", 0, half, half, half, 8, 32, 4, 4, 4)) is None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        step(((134, 100), (67, 50), (34, 25), (17, 13)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_device():
+    module = MultiScaleDeformableAttention(hidden_dim=256, num_levels=4, num_heads=8, num_points=4).cuda()
+    tokens = sum(height * width for height, width in ENCODER)
+    source = torch.randn(1, tokens, 256, device="cuda")
+    query, reference = torch.randn(1, 300, 256, device="cuda"), torch.rand(1, 300, 4, 4, device="cuda")
+    out = torch.compile(module, fullgraph=True)(query, reference, source, ENCODER)
+    torch.testing.assert_close(out, module(query, reference, source, ENCODER), atol=1e-3, rtol=1e-3)
+    out.sum().backward()
