@@ -50,6 +50,8 @@ class DINOModule(lightning.LightningModule):
         clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
         lr_drop_epochs: after how many epochs the learning rate drops; by default once, after 11/12 of the epochs.
         lr_drop_factor: what the learning rate is multiplied with at each drop.
+        compile: compile the layers of encoder and decoder, which takes minutes at the start, and again for new shapes
+            of batches until the compiler gives up on fixed ones; best with the data's `fixed_size`. Needs a C compiler.
         max_detections: detections kept for each image.
         image_size: short side in pixels to which `detect` resizes; the data's by default.
         max_size: limit of the long side in `detect`; the data's by default.
@@ -76,6 +78,7 @@ class DINOModule(lightning.LightningModule):
         clip_grad_norm: float = 0.1,
         lr_drop_epochs: list[int] | None = None,
         lr_drop_factor: float = 0.1,
+        compile: bool = False,
         max_detections: int = 300,
         image_size: int | None = None,
         max_size: int | None = None,
@@ -141,6 +144,11 @@ class DINOModule(lightning.LightningModule):
                 "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
                 "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
             )
+
+    def on_fit_start(self) -> None:
+        """Compile, where that is wanted; the model is on its device by now."""
+        if self.hparams["compile"]:
+            self.model.compile_layers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, fused into one kernel for each group, and a learning rate that drops at given epochs."""

@@ -121,6 +121,21 @@ class DINO(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255, persistent=False)
         self._reset_parameters()
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile the layers of encoder and decoder at their first use; names of parameters stay as they are.
+
+        They have many small operations between the large ones; the backbone, made of large ones, gains nothing.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        if self.level_embedding.device.type == "cpu":
+            for module in self.modules():
+                if isinstance(module, MultiScaleDeformableAttention):
+                    module.keep_sampling_out_of_compilation()
+        for layer in (*self.encoder.layers, *self.decoder.layers):
+            layer.compile(backend=backend)
+
     def _reset_parameters(self) -> None:
         """Xavier for the transformer's matrices; heads and deformable attention keep the start they gave themselves."""
         for part in (self.encoder, self.decoder.layers, self.decoder.query_position_head):

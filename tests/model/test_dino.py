@@ -157,3 +157,35 @@ def test_options_of_speed_and_memory_change_no_loss_and_no_gradient(option):
         torch.testing.assert_close(losses[name], other_losses[name], rtol=1e-5, atol=1e-6, msg=name)
     for name in gradients:
         torch.testing.assert_close(gradients[name], other_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_compiled_layers_keep_names_losses_and_gradients():
+    """With the compiler's front half; what its back half makes of a graph is checked by the test marked slow."""
+    check_compiled("aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code():
+    check_compiled("inductor")
+
+
+def check_compiled(backend):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = DINO(num_classes=3, **TINY_SIZES).train()
+        if compiled:
+            model.compile_layers(backend)
+        torch.manual_seed(1)
+        batch = random_batch([(64, 96), (80, 48)], [3, 1])
+        losses = Criterion()(model(batch), batch.targets)
+        losses["loss"].backward()
+        results.append((losses, {name: parameter.grad for name, parameter in model.named_parameters()}, model))
+    (losses, gradients, _), (other_losses, other_gradients, compiled_model) = results
+    assert gradients.keys() == other_gradients.keys()
+    assert not any("_orig_mod" in name for name in compiled_model.state_dict())
+    for name in losses:
+        torch.testing.assert_close(losses[name], other_losses[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-3, atol=1e-5, msg=name)

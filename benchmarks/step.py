@@ -1,0 +1,314 @@
+"""A whole training step: `python -m benchmarks.step --size 480x640`.
+
+Detector, losses, backward pass, clipping and optimizer on random images with random boxes: images per second, share of
+the peak, memory, and where the time goes. With `--against transformers` beside the Deformable DETR of that library: two
+stages, box refinement, the same backbone, depth, width and number of queries, but no denoising queries, so its step has
+less to do. With `--baseline module:callable` beside anything else: the callable takes height, width, batch size and
+device, and returns a function of no arguments that does one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import environment, interleaved, save, table
+from dino_lightning.losses import Criterion
+from dino_lightning.model import DINO
+from dino_lightning.optim import parameter_groups
+from dino_lightning.structures import Batch
+
+CLASSES, BOXES = 80, 8
+COCO_MIX = ((640, 852), (800, 1066), (544, 725), (1066, 800), (736, 1100), (480, 640))
+
+
+def random_batch(height: int, width: int, size: int, device: str) -> Batch:
+    """Noise with boxes."""
+    generator = torch.Generator().manual_seed(height * width + size)
+    images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator) for _ in range(size)]
+    targets = []
+    for _ in range(size):
+        centre, extent = (
+            torch.rand(BOXES, 2, generator=generator) * 0.6 + 0.2,
+            torch.rand(BOXES, 2, generator=generator),
+        )
+        boxes = torch.cat((centre, extent * 0.3 + 0.02), dim=1)
+        targets.append((boxes, torch.randint(CLASSES, (BOXES,), generator=generator)))
+    return Batch.from_images(images, targets=targets).to(device)
+
+
+class OurStep:
+    """DINO R50 4-scale and its recipe."""
+
+    def __init__(self, batches: list[Batch], device: str, precision: str, compiled: bool) -> None:
+        torch.manual_seed(0)
+        self.model = DINO(num_classes=CLASSES).train().to(device)
+        if compiled:
+            self.model.compile_layers()
+        self.criterion = Criterion()
+        groups = parameter_groups(self.model, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.batches, self.device, self.number = batches, device, 0
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def __call__(self) -> None:
+        """One step."""
+        loss = self.forward()
+        loss.backward()
+        self.update()
+
+    def forward(self) -> torch.Tensor:
+        """The loss of the next batch."""
+        batch = self.batches[self.number % len(self.batches)]
+        self.number += 1
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+            output = self.model(batch)
+        loss: torch.Tensor = self.criterion(output, batch.targets)["loss"]
+        return loss
+
+    def update(self) -> None:
+        """Clip and change the weights."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def transformers_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
+    """A step of transformers' Deformable DETR, made as large as DINO."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    torch.manual_seed(0)
+    config = DeformableDetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+        num_queries=900,
+        two_stage=True,
+        two_stage_num_proposals=900,
+        with_box_refine=True,
+        encoder_ffn_dim=2048,
+        decoder_ffn_dim=2048,
+        num_labels=CLASSES,
+    )
+    model = DeformableDetrForObjectDetection(config).train().to(device)
+    for name, parameter in model.named_parameters():  # as in DINO: stem and first stage are fixed
+        if "backbone" in name and ("embedder" in name or "stages.0" in name):
+            parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    batch = random_batch(height, width, size, device)
+    assert batch.targets is not None
+    pixels = (batch.images.float() - 118) / 58
+    labels = [
+        {"class_labels": batch.targets.labels[index], "boxes": batch.targets.boxes_cxcywh[index]}
+        for index in range(size)
+    ]
+
+    def step() -> None:
+        loss = model(pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call, and the wait for the device to have done it."""
+
+    def timed() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return timed
+
+
+@contextmanager
+def phases(step: OurStep) -> Iterator[dict[str, float]]:
+    """Seconds spent in the parts of the forward pass, by hooks that wait for the device."""
+    seconds: dict[str, float] = defaultdict(float)
+    started: dict[str, float] = {}
+
+    def now() -> float:
+        if step.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    handles = []
+    parts: dict[str, nn.Module] = {
+        "backbone": step.model.backbone,
+        "encoder": step.model.encoder,
+        "query selection": step.model.query_selection,
+        "decoder": step.model.decoder,
+        "match": step.criterion.matcher,
+        "criterion": step.criterion,
+    }
+
+    def watch(name: str, part: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            started[name] = now()
+
+        def after(*_: Any) -> None:
+            seconds[name] += now() - started[name]
+
+        handles.extend([part.register_forward_pre_hook(before), part.register_forward_hook(after)])
+
+    for name, part in parts.items():
+        watch(name, part)
+    denoise = step.model._denoising_queries
+
+    def timed_denoise(*arguments: Any) -> Any:
+        start = now()
+        made = denoise(*arguments)
+        seconds["denoising"] += now() - start
+        return made
+
+    step.model._denoising_queries = timed_denoise  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        del step.model._denoising_queries
+        for handle in handles:
+            handle.remove()
+
+
+def breakdown(step: OurStep, rounds: int) -> dict[str, float]:
+    """Seconds of each phase of a step, on average."""
+    totals: dict[str, float] = defaultdict(float)
+    wait = torch.cuda.synchronize if step.device == "cuda" else (lambda: None)
+    for _ in range(rounds):
+        with phases(step) as seconds:
+            start = time.perf_counter()
+            loss = step.forward()
+            wait()
+            forward = time.perf_counter() - start
+        for name, value in seconds.items():
+            totals[name] += value
+        named = sum(seconds[name] for name in ("backbone", "encoder", "query selection", "decoder", "denoising"))
+        totals["rest of forward"] += forward - named - seconds["criterion"]
+        for name, call in (("backward", loss.backward), ("optimizer", step.update)):
+            start = time.perf_counter()
+            call()
+            wait()
+            totals[name] += time.perf_counter() - start
+    totals["loss"] = totals.pop("criterion") - totals["match"]
+    return {name: value / rounds for name, value in totals.items()}
+
+
+def launches(step: OurStep) -> dict[str, float]:
+    """Kernels of a step and the share of the time in which one was running (CUDA only)."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return {"kernels": len(kernels), "busy": sum(event.device_time for event in kernels) / 1e6 / seconds}
+
+
+def main() -> None:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="480x640", help="height x width, or coco-mix")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--against", choices=("transformers",), help="a peer to measure beside")
+    parser.add_argument("--baseline", help="module:callable, see above")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--peak_tflops", type=float, help="of the device in this precision, for the share of the peak")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    sizes = COCO_MIX if options.size == "coco-mix" else (tuple(int(side) for side in options.size.split("x")),)
+    batches = [random_batch(height, width, options.batch_size, device) for height, width in sizes]
+    step = OurStep(batches, device, options.precision, options.compile)
+
+    def ours() -> None:
+        for _ in batches:
+            step()
+
+    contestants = {"dino_lightning": synchronized(ours, device)}
+    for name in (options.against, options.baseline):
+        if name is None:
+            continue
+        module, _, attribute = name.partition(":")
+        make = transformers_step if name == "transformers" else getattr(importlib.import_module(module), attribute)
+        steps = [make(height, width, options.batch_size, device) for height, width in sizes]
+        contestants[name] = synchronized(lambda steps=steps: [one() for one in steps], device)  # type: ignore[misc]
+    timings = interleaved(contestants, rounds=options.rounds)
+
+    images = len(batches) * options.batch_size
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    flops = counter.get_total_flops()  # of matrix products and convolutions: 2 for each multiply-add
+    seconds = timings["dino_lightning"].median
+    parts = breakdown(step, len(batches))
+    result: dict[str, Any] = {
+        "settings": {**vars(options), "output": None, "device": device},
+        "images per second": {name: images / timing.median for name, timing in timings.items()},
+        "ratio": {name: timing.median / seconds for name, timing in timings.items()},
+        "seconds": {name: timing.as_json() for name, timing in timings.items()},
+        "flops per image": flops / images,
+        "flops per second": flops / seconds,
+        "seconds by phase": parts,
+    }
+    if options.peak_tflops:
+        result["share of peak"] = flops / seconds / (options.peak_tflops * 1e12)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        ours()
+        result["peak memory in bytes"] = torch.cuda.max_memory_allocated()
+        result |= launches(step)
+    else:
+        result["peak memory in bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    print(f"{options.size}, batch {options.batch_size}, {options.precision}, {device}, {options.rounds} rounds\n")
+    rows = [("", "images/s", "seconds/step", "spread", "time, ours = 1")]
+    for name, timing in timings.items():
+        per_step = timing.median / len(batches)
+        rows.append(
+            (
+                name,
+                f"{images / timing.median:.3f}",
+                f"{per_step:.3f}",
+                f"{timing.spread:.0%}",
+                f"{timing.median / seconds:.2f}",
+            )
+        )
+    print(table(rows))
+    print(f"\n{flops / images / 1e12:.3f} TFLOP an image, {flops / seconds / 1e12:.3f} TFLOP/s", end="")
+    print(f", {result['share of peak']:.1%} of {options.peak_tflops} TFLOP/s" if options.peak_tflops else "")
+    print(f"peak memory {result['peak memory in bytes'] / 2**30:.2f} GiB" + ("" if device == "cuda" else " (process)"))
+    if "kernels" in result:
+        print(f"{result['kernels']} kernels a step, busy {result['busy']:.0%} of the time (while profiled)")
+    whole = sum(parts.values())
+    print()
+    print(table([("phase", "seconds", "share"), *((n, f"{v:.4f}", f"{v / whole:.1%}") for n, v in parts.items())]))
+    if options.output is not None:
+        save(options.output, {"environment": environment(), "result": result})
+
+
+if __name__ == "__main__":
+    main()
