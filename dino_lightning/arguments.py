@@ -128,7 +128,7 @@ def known_options() -> list[str]:
     parser.add_lightning_class_args(DINOModule, "model")
     parser.add_class_arguments(Trainer, "trainer")
     own = [action.dest for action in parser._actions if action.dest not in ("help", "data", "model", "trainer")]
-    return [*own, "config", "seed_everything", "run_dir", "ckpt_path", "data", "model", "trainer"]
+    return [*own, "config", "seed_everything", "run_dir", "ckpt_path", "compress_gradients", "data", "model", "trainer"]
 
 
 def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:

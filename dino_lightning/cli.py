@@ -13,7 +13,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from dino_lightning.arguments import (
     FROM_DATA,
@@ -60,6 +62,12 @@ class DINOCLI(LightningCLI):
             default=None,
             help="Folder for this run's files; a new one in runs/ by default.",
         )
+        parser.add_argument(
+            "--compress_gradients",
+            type=bool,
+            default=False,
+            help="With strategy ddp on GPUs: send gradients as bfloat16, half the bytes over the network.",
+        )
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -96,6 +104,13 @@ class DINOCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         """The Trainer with this run's loggers, checkpoints and pictures, unless the user has others."""
         checkpoints = self.run_dir / "checkpoints"
+        if config.get("strategy") == "ddp":
+            # Gradients live in the buffers that are sent: a copy less. No static_graph: which queries are denoised, and
+            # so how often a weight is used, differs from batch to batch.
+            compress = self.config[self.subcommand].compress_gradients
+            config["strategy"] = DDPStrategy(
+                gradient_as_bucket_view=True, ddp_comm_hook=bf16_compress_hook if compress else None
+            )
         if config.get("logger") in (None, True):
             config["logger"] = [
                 CSVLogger(save_dir=str(self.run_dir), name="", version=""),

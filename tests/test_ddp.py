@@ -110,13 +110,15 @@ def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
     assert all(loss > 0 for loss in losses)
 
 
-def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path):
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path, compress):
     command = [sys.executable, "-m", "dino_lightning.fit", "--data.root", str(rooms), *TINY_ARGS]
     command += [
         "--trainer.max_epochs=2",
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         "--data.batch_size=2",
+        f"--compress_gradients={compress}",
     ]
     done = run_in(tmp_path, command)
     (run,) = (tmp_path / "runs").iterdir()
