@@ -1,4 +1,4 @@
-"""Images per second and core, from the file to what goes to the device: `python -m benchmarks.data`.
+"""Images per second and core, from the file to what goes to the device: `python -m benchmarks data`.
 
 The training pipeline without augmentation beside two others, each reading the same files from disk:
 
@@ -135,7 +135,7 @@ def largest_difference(paths: list[Path], samples: CocoDetection) -> float:
 
 def main() -> None:
     """Measure and show."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=4, help="images of each kind")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")

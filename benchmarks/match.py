@@ -1,4 +1,4 @@
-"""Matching and losses of a training step, forward and backward: `python -m benchmarks.match`.
+"""Matching and losses of a training step, forward and backward: `python -m benchmarks match`.
 
 `Criterion` (all layers at once, one copy to the host) beside the published way, layer by layer (`benchmarks.plain`).
 Both must give the same loss and the same gradients, or there is no result.
@@ -81,7 +81,7 @@ def published(output: ModelOutput, targets: Targets) -> tuple[Tensor, ...]:
 
 def main() -> None:
     """Measure and show."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.match", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks match", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")

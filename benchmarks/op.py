@@ -1,4 +1,4 @@
-"""Deformable attention, alone: `python -m benchmarks.op`.
+"""Deformable attention, alone: `python -m benchmarks op`.
 
 At 800 x 1066 pixels with 8 heads of 32 channels, 4 levels and 4 points; the encoder asks for every cell (17,821 queries
 with reference points at their centres), the decoder for 900 + 200 queries with boxes. All contestants start from raw
@@ -222,7 +222,7 @@ def measure(case: str, options: argparse.Namespace, device: str, dtype: torch.dt
 
 def main() -> None:
     """Measure and show."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.op", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks op", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=10, help="calls in each round, on a GPU")
     parser.add_argument("--batch", type=int, default=1, help="images")

@@ -1,4 +1,4 @@
-"""A whole training step: `python -m benchmarks.step --size 480x640`.
+"""A whole training step: `python -m benchmarks step --size 480x640`.
 
 Detector, losses, backward pass, clipping and optimizer on random images with random boxes: images per second, share of
 the peak, memory, and where the time goes. With `--against transformers` beside the Deformable DETR of that library: two
@@ -225,7 +225,7 @@ def launches(step: OurStep) -> dict[str, float]:
 def main() -> None:
     """Measure and show."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="480x640", help="height x width, or coco-mix")
     parser.add_argument("--batch_size", type=int, default=1)

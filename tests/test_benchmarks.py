@@ -1,0 +1,77 @@
+"""The measurements run, small; what they compare agrees, or they refuse to measure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import match, plain
+from dino_lightning.losses import Criterion
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("count", [1, 10, 60])
+def test_the_losses_equal_those_computed_layer_by_layer(count):
+    output, targets = match.example(count, "cpu")
+    one, other = match.published(output, targets), match.ours(Criterion(), output, targets)
+    torch.testing.assert_close(other[0], one[0], rtol=1e-5, atol=0)
+    for ours, theirs in zip(other[1:], one[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=float(1e-5 * theirs.abs().max()))
+
+
+def test_the_baseline_notices_a_difference():
+    output, targets = match.example(10, "cpu")
+    assert not torch.isclose(plain.total_loss(output, targets), Criterion(weight_bbox=5.1)(output, targets)["loss"])
+
+
+def run(tmp_path, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sync", "--size", "96x96", "--batch_size", "1"),
+        ("eval", "--images", "20", "--detections", "30", "--classes", "3"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_small_measurement_writes_its_settings_and_versions(tmp_path, arguments):
+    path = tmp_path / "figures.json"
+    printed = run(tmp_path, *arguments, "--output", str(path))
+    figures = json.loads(path.read_text())
+    assert printed and figures["results"]
+    assert figures["environment"]["versions"]["torch"] == torch.__version__
+    if arguments[0] == "sync":
+        assert figures["results"]["dino_lightning"]["waits"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("match", "--rounds", "5"),
+        ("step", "--size", "96x96"),
+        ("ddp", "--rounds", "1", "--steps", "1", "--side", "96", "--batch_size", "1"),
+        ("data", "--rounds", "5", "--images", "1"),
+        ("op", "--rounds", "5"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_longer_measurements_run(tmp_path, arguments):
+    assert run(tmp_path, *arguments)
