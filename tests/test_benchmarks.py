@@ -56,7 +56,7 @@ def test_a_small_measurement_writes_its_settings_and_versions(tmp_path, argument
     printed = run(tmp_path, *arguments, "--output", str(path))
     figures = json.loads(path.read_text())
     assert printed and figures["results"]
-    assert figures["environment"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(figures["environment"]["versions"]["torch"])
     if arguments[0] == "sync":
         assert figures["results"]["dino_lightning"]["waits"] == 1
 
