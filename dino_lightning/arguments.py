@@ -62,7 +62,7 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
         args += ["--ckpt_path", checkpoint]
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
-    args = [_packaged_config(previous, arg) for previous, arg in zip(["", *args], args, strict=False)]
+    args = with_packaged_configs(args)
     folder = folder or RUNS / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return args, folder
@@ -177,8 +177,12 @@ def _stored_arguments(origin: Path, content: Any) -> list[str]:
     ]
 
 
-def _packaged_config(previous: str, arg: str) -> str:
+def with_packaged_configs(args: Sequence[str]) -> list[str]:
     """Let `--config configs/NAME.yaml` work from any directory for the files that come with the package."""
+    return [_packaged_config(previous, arg) for previous, arg in zip(["", *args], args, strict=False)]
+
+
+def _packaged_config(previous: str, arg: str) -> str:
     option, _, value = arg.partition("=") if arg.startswith("--config=") else (previous, "", arg)
     if option not in ("--config", "-c") or Path(value).is_file():
         return arg

@@ -22,6 +22,7 @@ from dino_lightning.arguments import (
     UsageError,
     explain_argument_error,
     prepare,
+    with_packaged_configs,
 )
 from dino_lightning.callbacks import KeptMetrics, PredictionImages, RunReport
 from dino_lightning.checkpoint import CheckpointError
@@ -227,7 +228,7 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ArgumentError: an option or a configuration file that does not parse; `explain` makes a sentence of it.
     """
-    parsed: dict[str, Any] = _ParseOnly(["fit", *args], Path()).config.fit.as_dict()
+    parsed: dict[str, Any] = _ParseOnly(["fit", *with_packaged_configs(args)], Path()).config.fit.as_dict()
     return parsed
 
 

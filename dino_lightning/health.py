@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError
 
 from dino_lightning.cli import explain, parse_fit
 from dino_lightning.data.coco import DataError
 from dino_lightning.data.health import inspect_dataset
+from dino_lightning.data.health_checks import Limits
 from dino_lightning.data.health_page import as_html
 from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.files import written_whole
+from dino_lightning.metrics.backends import MAX_DETECTIONS
 
 DESCRIPTION = """Read all annotations and decode all images of a dataset, and say what is wrong with them.
 
@@ -46,13 +49,8 @@ def run(args: Sequence[str]) -> int:
             Path(data["root"]),
             {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
         )
-        report = inspect_dataset(
-            files,
-            num_queries=fit["model"].get("num_queries", 900),
-            image_size=data["image_size"],
-            max_size=data["max_size"],
-        )
-        print(as_text(report))
+        report = inspect_dataset(files, limits=_limits(data, fit["model"]))
+        _say(as_text(report))
         places = {
             options.output / "health.html": as_html(report, str(data["root"])),
             options.output / "health.json": json.dumps(as_json(report), indent=1),
@@ -66,6 +64,31 @@ def run(args: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: {options.output}: the report cannot be written ({error.strerror}).", file=sys.stderr)
         return 1
-    print("\nreport   " + "\ndetails  ".join(str(path) for path in places))
+    _say("\nreport   " + "\ndetails  ".join(str(path) for path in places))
     failed = report.count("error") > 0 or (options.strict and report.count("warning") > 0)
     return 1 if failed else 0
+
+
+def _say(text: str) -> None:
+    """Print, with question marks for characters that the terminal does not have."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
+
+
+def _limits(data: Mapping[str, Any], model: Mapping[str, Any]) -> Limits:
+    """What training and evaluation will do with the dataset, by the options of `fit`."""
+    image_size, max_size, fixed_size = data["image_size"], data["max_size"], data["fixed_size"]
+    for name, value in (("image_size", image_size), ("max_size", max_size), ("fixed_size", fixed_size)):
+        if value is not None and value < 1:
+            raise ArgumentError(None, f"{name} is {value}; it must be at least 1.")
+    if fixed_size is not None and data["fixed_size_mode"] == "pad":
+        image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
+    elif fixed_size is not None:
+        image_size = max_size = fixed_size
+    return Limits(
+        num_queries=model.get("num_queries", Limits.num_queries),
+        max_detections=model["max_detections"],
+        max_detections_of_class=MAX_DETECTIONS,
+        image_size=image_size,
+        max_size=max_size,
+    )

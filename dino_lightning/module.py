@@ -19,7 +19,7 @@ from torch import Tensor
 from dino_lightning.checkpoint import CheckpointError, load_weights
 from dino_lightning.data.images import read_image
 from dino_lightning.data.sampling import derive_seed
-from dino_lightning.data.transforms import LabelledImage, Stretch, eval_transform
+from dino_lightning.data.transforms import Canvas, LabelledImage, eval_transform
 from dino_lightning.losses import Criterion
 from dino_lightning.metrics import ClassResult, CocoMetric
 from dino_lightning.model import DINO, postprocess
@@ -329,11 +329,12 @@ class DINOModule(lightning.LightningModule):
             ValueError: an image that cannot be read.
         """
         threshold = self.score_threshold if threshold is None else threshold
+        stretch_to = self.hparams["stretch_to"] if image_size is None and max_size is None else None
         transform = eval_transform(
-            image_size or self.hparams["image_size"] or 800, max_size or self.hparams["max_size"] or 1333
+            image_size or self.hparams["image_size"] or 800,
+            max_size or self.hparams["max_size"] or 1333,
+            None if stretch_to is None else Canvas(stretch_to, "stretch"),
         )
-        if self.hparams["stretch_to"] is not None and image_size is None and max_size is None:
-            transform = Stretch(transform, self.hparams["stretch_to"])
         was_training = self.training
         self.eval()
         detections = []

@@ -29,7 +29,7 @@ ALLOWED = {
     "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "module"},
     "fit": {"arguments", "cli", "data"},
     "health": {"cli", "data", "files", "metrics"},
-    "preview": {"callbacks", "cli", "data", "structures"},
+    "preview": {"boxes", "callbacks", "cli", "data", "structures"},
     "__main__": {"cli", "fit", "data", "health", "preview"},
     "predict": {"checkpoint", "module"},
     "__init__": {"data", "losses", "metrics", "model", "module", "predict", "structures"},

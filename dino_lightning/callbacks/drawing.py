@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import colorsys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -17,6 +19,21 @@ from dino_lightning.files import written_whole
 
 TRUTH_COLOUR = "#2a9d4a"
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#5f4bb6", "#ef7b45", "#1b998b", "#8d6a9f", "#3a506b")
+GOLDEN_RATIO = 0.618034
+STRIPES = (215, 240)  # greys of padding, which paper could be mistaken for if it were plain
+STRIPE = 0.06  # inches
+
+# In inches, at 110 pixels each.
+CELL = 4.4  # mean width of a panel
+GAP = 0.12
+HEADING = 0.45
+LINE = 0.145  # of a title
+TALLEST = 7.0
+NARROWEST, WIDEST = 0.55, 3.0  # width / height of the place for a panel; what exceeds them is drawn smaller
+CHARACTER, CAPTION = 0.055, 0.115  # width of a character and height of a caption
+MANY_BOXES = 25  # are drawn with thinner lines
+
+Place = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -27,9 +44,10 @@ class Panel:
         pixels: (h, w, 3) uint8.
         boxes_xyxy: (N, 4) detections, in pixels of `pixels`.
         labels: (N,) their labels.
-        captions: N short texts.
+        captions: N short texts; where there is no room for all, those of later boxes are left out.
         truth_xyxy: (M, 4) true boxes.
-        title: what stands above.
+        title: what stands above; one line or several.
+        image_size: (height, width) of `pixels` without its padding, which is drawn as stripes; None: it has none.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -38,52 +56,44 @@ class Panel:
     captions: Sequence[str]
     truth_xyxy: npt.NDArray[np.float64]
     title: str
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Width / height."""
+        height, width, _ = self.pixels.shape
+        return float(width) / float(height)
 
 
 def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
-    """A contact sheet: detections in colour with their captions, true boxes as thin dashed green lines."""
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    tallest = max(panel.pixels.shape[0] / panel.pixels.shape[1] for panel in panels)
-    figure = Figure(figsize=(4.6 * columns, (4.6 * min(tallest, 2.0) + 0.3) * rows + 0.5), layout="constrained")
+    """A contact sheet: detections in colour with their captions, true boxes as thin dashed green lines.
+
+    The panels of a row have one height and fill its width together, so that little of the sheet stays empty.
+    """
+    columns = min(len(panels), max(3, round(len(panels) ** 0.5)))
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    width = columns * (CELL + GAP) + GAP
+    heights = [_row_height(row, columns) for row in rows]
+    titles = [LINE * max(panel.title.count("\n") + 1 for panel in row) + GAP for row in rows]
+    height = HEADING + sum(heights) + sum(titles) + GAP
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(heading, fontsize=11)
-    for index in range(rows * columns):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_axis_off()
-        if index >= len(panels):
-            continue
-        panel = panels[index]
-        axes.imshow(panel.pixels)
-        axes.set_title(panel.title, fontsize=8)
-        for x1, y1, x2, y2 in panel.truth_xyxy:
-            axes.add_patch(
-                Rectangle(
-                    (x1, y1),
-                    x2 - x1,
-                    y2 - y1,
-                    fill=False,
-                    edgecolor=TRUTH_COLOUR,
-                    linewidth=1.2,
-                    linestyle="--",
-                )
+    figure.text(0.5, 1 - 0.5 * HEADING / height, heading, fontsize=11, ha="center", va="center", parse_math=False)
+    top = HEADING
+    for row, row_height, title in zip(rows, heights, titles, strict=True):
+        top += title
+        left = GAP
+        for panel in row:
+            drawn_width = min(_slot_ratio(panel), panel.ratio) * row_height
+            drawn_height = drawn_width / panel.ratio
+            axes = figure.add_axes(
+                (left / width, 1 - (top + drawn_height) / height, drawn_width / width, drawn_height / height)
             )
-        for (x1, y1, x2, y2), label, caption in zip(panel.boxes_xyxy, panel.labels, panel.captions, strict=True):
-            colour = PALETTE[label % len(PALETTE)]
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
-            axes.text(
-                x1 + 1,
-                y1 + 1,
-                caption,
-                fontsize=6,
-                color="white",
-                va="top",
-                clip_on=True,
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-            )
-        height, width = panel.pixels.shape[:2]
-        axes.set_xlim(0, width)
-        axes.set_ylim(height, 0)
+            axes.set_axis_off()
+            figure.text(left / width, 1 - (top - 0.04) / height, panel.title, fontsize=8, va="bottom", parse_math=False)
+            _draw(axes, panel, drawn_width / panel.pixels.shape[1])
+            left += _slot_ratio(panel) * row_height + GAP
+        top += row_height
     return figure
 
 
@@ -91,3 +101,81 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG; a half-written picture is never seen."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def _slot_ratio(panel: Panel) -> float:
+    return min(max(panel.ratio, NARROWEST), WIDEST)
+
+
+def _row_height(row: Sequence[Panel], columns: int) -> float:
+    """Such that the panels fill the width; those of a last row with fewer are as large as if it were full."""
+    filled = sum(_slot_ratio(panel) for panel in row) * columns / len(row)
+    return min(CELL * columns / filled, TALLEST)
+
+
+def _draw(axes: Axes, panel: Panel, inches: float) -> None:
+    """One panel, at so many inches for each pixel."""
+    pixels = panel.pixels
+    if panel.image_size is not None:
+        rows, columns, _ = np.indices((*pixels.shape[:2], 1), sparse=True)
+        striped = np.array(STRIPES, dtype=np.uint8)[(rows + columns) // max(1, round(STRIPE / inches)) % 2]
+        height, width = panel.image_size
+        pixels = np.repeat(striped, 3, axis=2)
+        pixels[:height, :width] = panel.pixels[:height, :width]
+    axes.imshow(pixels, aspect="auto")
+    line_width = 1.6 if len(panel.boxes_xyxy) <= MANY_BOXES else 1.0
+    for x1, y1, x2, y2 in panel.truth_xyxy:
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=TRUTH_COLOUR, linewidth=1.2, linestyle="--")
+        )
+    for (x1, y1, x2, y2), label in zip(panel.boxes_xyxy, panel.labels, strict=True):
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_colour(label), linewidth=line_width)
+        )
+    taken: list[Place] = []
+    for box, label, caption in zip(panel.boxes_xyxy, panel.labels, panel.captions, strict=True):
+        size = (len(caption) * CHARACTER / inches, CAPTION / inches)
+        room = next((place for place in _places(box, size, pixels.shape) if not _overlaps(place, taken)), None)
+        if not caption or room is None:
+            continue
+        taken.append(room)
+        colour = _colour(label)
+        axes.text(
+            room[0] + 0.015 / inches,
+            room[1] + 0.015 / inches,
+            caption,
+            fontsize=6,
+            color="black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.6 else "white",
+            va="top",
+            clip_on=True,
+            parse_math=False,
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+        )
+    height, width = pixels.shape[:2]
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+
+
+def _places(box: npt.NDArray[np.float64], size: tuple[float, float], canvas: tuple[int, ...]) -> Iterator[Place]:
+    """Where a caption of (width, height) may stand, best first; all within the picture."""
+    x1, y1, x2, y2 = box.tolist()
+    width, height = size
+    inside, above, below, beside = (x1, y1), (x1, y1 - height), (x1, y2), (x2, y1)
+    # in a small box, it would hide what the box is about
+    corners = [inside, above] if x2 - x1 > width and y2 - y1 > 2.5 * height else [above, below, beside, inside]
+    for left, top in [*corners, (x1, y2 - height), (x2 - width, y1)]:
+        left = max(0.0, min(left, canvas[1] - width))
+        if 0 <= top <= canvas[0] - height:
+            yield left, top, left + width, top + height
+
+
+def _overlaps(place: Place, taken: Sequence[Place]) -> bool:
+    left, top, right, bottom = place
+    return any(left < x2 and right > x1 and top < y2 and bottom > y1 for x1, y1, x2, y2 in taken)
+
+
+def _colour(label: int) -> str | tuple[float, float, float]:
+    """The colour of a class; those of many classes follow the circle of hues in steps that never meet."""
+    if label < len(PALETTE):
+        return PALETTE[label]
+    return colorsys.hsv_to_rgb(label * GOLDEN_RATIO % 1.0, 0.85, (0.55, 0.75, 0.95)[label % 3])

@@ -1,8 +1,9 @@
 """COCO files in, batches out."""
 
+from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.classes import Classes, check_classes, classes_of
-from dino_lightning.data.coco import AnnotationSummary, CocoAnnotations, DataError, load_coco
+from dino_lightning.data.coco import AnnotationSummary, CocoAnnotations, DataError
 from dino_lightning.data.collate import collate
 from dino_lightning.data.datamodule import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection, Sample

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dino_lightning.data.ink import blur, fade, save_as_jpeg, shade, speckle, thicken
+from dino_lightning.data.ink import blur, fade, save_as_jpeg, shade, speckle, thicken, thin
 from dino_lightning.data.transforms import (
+    Canvas,
     LabelledImage,
     Resize,
     Transform,
@@ -22,6 +23,7 @@ from dino_lightning.data.transforms import (
     flip_vertical,
     quarter_turns,
     resize,
+    resize_by_rule,
     resized_size,
     rotate,
     visible_part,
@@ -37,11 +39,15 @@ CROP_SIDES = (384, 600)
 
 CROP_TRIES = 10
 MOST_ROTATION = 15.0  # degrees; at more than that, boxes round rotated boxes say little
-SIZES = ("image_size", "max_size")  # fields that are no options
+SIZES = ("image_size", "max_size", "canvas")  # fields that are no options
 
 
 def train_transform(
-    preset: Augmentation, image_size: int = 800, max_size: int = 1333, options: Mapping[str, Any] | None = None
+    preset: Augmentation,
+    image_size: int = 800,
+    max_size: int = 1333,
+    options: Mapping[str, Any] | None = None,
+    canvas: Canvas | None = None,
 ) -> Transform:
     """The training augmentation of a preset.
 
@@ -52,6 +58,7 @@ def train_transform(
         image_size: largest short side in pixels; all sizes of a preset scale with it.
         max_size: limit of the long side in pixels.
         options: values for the preset's options, see its class.
+        canvas: the square that all images are put into, or None.
 
     Raises:
         ValueError: an unknown preset or option, or a value out of its range.
@@ -64,7 +71,7 @@ def train_transform(
     if unknown:
         listed = f"those of {preset} are {', '.join(valid)}" if valid else f"{preset} has none"
         raise ValueError(f"There is no augmentation option {', '.join(unknown)}; {listed}.")
-    transform: Transform = presets[preset](image_size=image_size, max_size=max_size, **(options or {}))
+    transform: Transform = presets[preset](image_size=image_size, max_size=max_size, canvas=canvas, **(options or {}))
     return transform
 
 
@@ -75,6 +82,7 @@ class CocoAugmentation:
     Attributes:
         image_size: largest short side in pixels.
         max_size: limit of the long side in pixels.
+        canvas: the square that all images are put into, or None.
         flip: probability of mirroring left to right.
         crop: probability of a crop before the resizing.
         min_scale: smallest short side, as a share of `image_size`.
@@ -82,6 +90,7 @@ class CocoAugmentation:
 
     image_size: int
     max_size: int
+    canvas: Canvas | None = None
     flip: float = 0.5
     crop: float = 0.5
     min_scale: float = 0.6
@@ -104,7 +113,7 @@ class CocoAugmentation:
         step = SHORT_SIDES[1] - SHORT_SIDES[0]
         lowest = round(self.min_scale * REFERENCE_SIZE / step) * step
         short_side = self._scaled(_choice(tuple(range(min(lowest, REFERENCE_SIZE), REFERENCE_SIZE + 1, step))))
-        return resize(example, resized_size(example.size, short_side, self.max_size))
+        return resize_by_rule(example, short_side, self.max_size, self.canvas)
 
     def _scaled(self, pixels: int) -> int:
         return max(1, round(pixels * self.image_size / REFERENCE_SIZE))
@@ -112,14 +121,15 @@ class CocoAugmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class PlansAugmentation:
-    """For drawings: mirrored, turned, scaled, slightly rotated, cropped between the boxes, inked and scanned anew.
+    """For drawings: cropped between the boxes, scaled, mirrored, turned, slightly rotated, inked and scanned anew.
 
-    Colours stay as they are: where a plan has any, they carry meaning. Lines are never made thinner: at training
-    size most of them are one or two pixels wide.
+    Colours stay as they are: where a plan has any, they carry meaning. No line vanishes: at training size most are a
+    pixel or two wide, so the thinner ones get paler instead.
 
     Attributes:
-        image_size: largest short side in pixels.
+        image_size: largest short side in pixels, of the image before the crop.
         max_size: limit of the long side in pixels.
+        canvas: the square that all images are put into, or None. Where images fill it, `min_scale` has no effect.
         flip: probability of mirroring, in each direction.
         quarter_turns: whether to turn by 0, 90, 180 or 270 degrees.
         min_scale: smallest short side, as a share of `image_size`.
@@ -128,16 +138,18 @@ class PlansAugmentation:
         crop: probability of a crop that leaves no box half cut.
         min_crop: smallest side of a crop, as a share of the image's.
         min_visible: share of a box that a crop must show, if it shows any of it.
-        thicken: probability of thicker lines, by a pixel.
+        thicken: probability of lines thicker by a pixel.
+        thin: probability of lines thinner by half a pixel; never together with thicker ones.
         fade: probability of pale ink.
-        shade: probability of paper that is darker on one side.
+        shade: probability of grey paper, darker on one side.
         speckle: probability of dust and dropped-out dots.
-        blur: probability of a slight blur.
+        blur: probability of a slight blur, as of a scan at a lower resolution.
         jpeg: probability of JPEG artefacts.
     """
 
     image_size: int
     max_size: int
+    canvas: Canvas | None = None
     flip: float = 0.5
     quarter_turns: bool = True
     min_scale: float = 0.75
@@ -147,6 +159,7 @@ class PlansAugmentation:
     min_crop: float = 0.5
     min_visible: float = 0.6
     thicken: float = 0.15
+    thin: float = 0.1
     fade: float = 0.2
     shade: float = 0.2
     speckle: float = 0.2
@@ -154,24 +167,22 @@ class PlansAugmentation:
     jpeg: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_shares(
-            self, "flip", "rotate", "crop", "min_visible", "thicken", "fade", "shade", "speckle", "blur", "jpeg"
-        )
+        _check_shares(self, "flip", "rotate", "crop", "min_visible", "thicken", "thin", "fade", "shade", "speckle")
+        _check_shares(self, "blur", "jpeg")
         _check(self, "min_scale", 0.05, 1.0)
         _check(self, "min_crop", 0.05, 1.0)
         _check(self, "rotation", 0.0, MOST_ROTATION)
+        _check_switch(self, "quarter_turns")
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        example = _mirrored_and_turned(example, self.flip, self.quarter_turns)
-        smallest, largest = (max(1, round(scale * self.image_size)) for scale in (self.min_scale, 1.0))
-        example = resize(example, resized_size(example.size, _integer(smallest, largest), self.max_size))
-        if _chance(self.rotate) and self.rotation > 0:
-            example = rotate(example, _uniform(-self.rotation, self.rotation))
-        if _chance(self.crop):
-            example = careful_crop(example, min_crop=self.min_crop, min_visible=self.min_visible)
+        example = self._placed(example)
+        weight = float(torch.rand(()))
+        if weight < self.thicken:
+            example = thicken(example)
+        elif weight >= 1 - self.thin:
+            example = thin(example)
         for change, probability in (
-            (thicken, self.thicken),
             (fade, self.fade),
             (shade, self.shade),
             (speckle, self.speckle),
@@ -182,6 +193,22 @@ class PlansAugmentation:
                 example = change(example)
         return example
 
+    def _placed(self, example: LabelledImage) -> LabelledImage:
+        """The geometry: cropped first and resized once, so that a crop fills a canvas with all that the file has."""
+        smallest, largest = (max(1, round(scale * self.image_size)) for scale in (self.min_scale, 1.0))
+        whole, scaled = example.size, resized_size(example.size, _integer(smallest, largest), self.max_size)
+        if _chance(self.crop):
+            example = careful_crop(example, min_crop=self.min_crop, min_visible=self.min_visible)
+        height, width = (
+            max(1, round(part * to / full)) for part, full, to in zip(example.size, whole, scaled, strict=True)
+        )
+        size = (height, width) if self.canvas is None else self.canvas.fitted(example.size, (height, width))
+        # turned after the crop, so that the result has the orientation asked for
+        example = _mirrored_and_turned(resize(example, size), self.flip, self.quarter_turns)
+        if _chance(self.rotate) and self.rotation > 0:
+            example = rotate(example, _uniform(-self.rotation, self.rotation))
+        return example
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlipsAugmentation:
@@ -190,22 +217,25 @@ class FlipsAugmentation:
     Attributes:
         image_size: short side in pixels.
         max_size: limit of the long side in pixels.
+        canvas: the square that all images are put into, or None.
         flip: probability of mirroring, in each direction.
         quarter_turns: whether to turn by 0, 90, 180 or 270 degrees.
     """
 
     image_size: int
     max_size: int
+    canvas: Canvas | None = None
     flip: float = 0.5
     quarter_turns: bool = True
 
     def __post_init__(self) -> None:
         _check_shares(self, "flip")
+        _check_switch(self, "quarter_turns")
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
         example = _mirrored_and_turned(example, self.flip, self.quarter_turns)
-        return resize(example, resized_size(example.size, self.image_size, self.max_size))
+        return resize_by_rule(example, self.image_size, self.max_size, self.canvas)
 
 
 def careful_crop(example: LabelledImage, *, min_crop: float = 0.5, min_visible: float = 0.6) -> LabelledImage:
@@ -271,3 +301,9 @@ def _check(preset: object, name: str, low: float, high: float) -> None:
     value = getattr(preset, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"The augmentation option {name} is {value!r}; it must lie between {low:g} and {high:g}.")
+
+
+def _check_switch(preset: object, name: str) -> None:
+    value = getattr(preset, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"The augmentation option {name} is {value!r}; it must be true or false.")

@@ -64,7 +64,8 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
     """
     conflicts = class_conflicts(annotations, classes)
     if conflicts:
-        raise DataError(conflicts[0])
+        more = f" (And {len(conflicts) - 1} more such categories.)" if len(conflicts) > 1 else ""
+        raise DataError(conflicts[0] + more)
 
 
 def class_conflicts(annotations: CocoAnnotations, classes: Classes) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +13,17 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
-from dino_lightning.data.classes import classes_of
-from dino_lightning.data.coco import CocoAnnotations, DataError, load_coco
+from dino_lightning.data.classes import check_classes, classes_of
+from dino_lightning.data.coco import CocoAnnotations, DataError
 from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
 from dino_lightning.data.loading import Loader
 from dino_lightning.data.sampling import TrainSampler
-from dino_lightning.data.splits import resolve_split_files, split_images
-from dino_lightning.data.transforms import FitInto, Letterbox, Stretch, Transform, eval_transform
+from dino_lightning.data.splits import is_file, resolve_split_files, split_images
+from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
 from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
@@ -110,7 +110,7 @@ class CocoDataModule(lightning.LightningDataModule):
         max_size: int = 1333,
         augmentation_options: dict[str, Any] | None = None,
         fixed_size: int | None = None,
-        fixed_size_mode: Literal["pad", "letterbox", "stretch"] = "pad",
+        fixed_size_mode: CanvasMode = "pad",
         pad_to_multiple: int = 1,
         aspect_buckets: bool = False,
         cache_dir: str | None = None,
@@ -137,10 +137,9 @@ class CocoDataModule(lightning.LightningDataModule):
             raise ValueError(f"cache_gigabytes is {cache_gigabytes}; it must be more than 0.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
-        if fixed_size_mode not in ("pad", "letterbox", "stretch"):
-            raise ValueError(f"fixed_size_mode is {fixed_size_mode!r}; choose pad, letterbox or stretch.")
         if fixed_size is None and fixed_size_mode != "pad":
             raise ValueError(f"fixed_size_mode={fixed_size_mode} needs a fixed_size.")
+        canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
@@ -167,11 +166,23 @@ class CocoDataModule(lightning.LightningDataModule):
                 _check_images_folder(split)
                 if on_bad_image == "error":
                     _check_files_exist(split)
+            self.classes = classes_of(splits["train"])
+            for split in splits.values():
+                check_classes(split, self.classes)
         except DataError as error:
-            named = f" --data.train_annotations {train_annotations}" if train_annotations else ""
-            see = f"python -m dino_lightning inspect --data.root {shlex.quote(root)}{named}"
+            given = {
+                "root": root,
+                "train_annotations": train_annotations,
+                "train_images": train_images,
+                "val_annotations": val_annotations,
+                "val_images": val_images,
+                "test_annotations": test_annotations,
+                "test_images": test_images,
+            }
+            see = "python -m dino_lightning inspect " + " ".join(
+                f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None
+            )
             raise DataError(f"{error} All that is wrong with the dataset: {see}") from error
-        self.classes = classes_of(splits["train"])
         root_category = self.classes.left_out
         if root_category is not None:
             rank_zero_info(
@@ -194,13 +205,8 @@ class CocoDataModule(lightning.LightningDataModule):
             image_size = max_size = fixed_size
         self.image_size, self.max_size = image_size, max_size
         self.stretch_to = fixed_size if fixed_size_mode == "stretch" else None
-        training: Transform = train_transform(augmentation, image_size, max_size, augmentation_options)
-        evaluation = eval_transform(image_size, max_size)
-        if fixed_size is not None:
-            modes: dict[str, Callable[[Transform, int], Transform]]
-            modes = {"pad": FitInto, "letterbox": Letterbox, "stretch": Stretch}
-            fill = modes[fixed_size_mode]
-            training, evaluation = fill(training, fixed_size), fill(evaluation, fixed_size)
+        training = train_transform(augmentation, image_size, max_size, augmentation_options, canvas)
+        evaluation = eval_transform(image_size, max_size, canvas)
         # what is stretched to a square needs its short side in full
         cached_long_side = max_size if self.stretch_to is None else MAX_ASPECT_RATIO * self.stretch_to
         make = partial(
@@ -358,7 +364,7 @@ def _image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: 
 def _check_images_folder(split: CocoAnnotations) -> None:
     """Raise `DataError` if the image folder is plainly a wrong one: not one of the first files is there."""
     probed = range(min(len(split.images), FILES_TO_PROBE))
-    if not any(split.image_path(index).is_file() for index in probed):
+    if not any(is_file(split.image_path(index)) for index in probed):
         others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
         raise DataError(
             f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the "
@@ -375,7 +381,7 @@ def _check_files_exist(split: CocoAnnotations) -> None:
         if path.parent not in present:
             present[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
         # asked twice where a name is not in the list: the file system may not tell capitals from small letters
-        if path.name not in present[path.parent] and not path.is_file():
+        if path.name not in present[path.parent] and not is_file(path):
             absent.append(index)
     if absent:
         first = split.images[absent[0]]

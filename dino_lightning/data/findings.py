@@ -1,4 +1,9 @@
-"""What can be wrong with a dataset: one name, one severity and one piece of advice for each kind."""
+"""What can be wrong with a dataset: one name, one severity and one piece of advice for each kind.
+
+An error is what `fit` refuses at its defaults (on_bad_image=error), no more and no less. So copies of training images
+in the validation split, which make its figures worthless, are a warning: the training as such is sound.
+`inspect --strict` fails for warnings too.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +42,12 @@ KINDS: dict[str, Kind] = {
     ),
     "box-malformed": Kind(
         "error", "boxes that are not four finite numbers", "Write x, y, width, height in pixels; NaN is no number."
+    ),
+    "segmentation-only": Kind(
+        "error", "outlines without a box", "Write the extent of each segmentation as its bbox: x, y, width, height."
+    ),
+    "too-few-images": Kind(
+        "error", "too few images to hold some out for validation", "Add images, or give a validation split."
     ),
     "file-name-escapes": Kind(
         "error", "file names that leave the image folder", "Use names relative to the image folder, without '..'."
@@ -82,13 +93,24 @@ KINDS: dict[str, Kind] = {
         "more boxes in an image than the model has queries",
         "Those in excess are never learnt. Raise model.num_queries, or cut the images into tiles.",
     ),
+    "beyond-evaluation": Kind(
+        "warning",
+        "more boxes in an image than evaluation counts",
+        "It keeps the best detections of each image, and COCO's figures count 100 of each class, so recall cannot be "
+        "full. Raise model.max_detections where an image has more boxes than that, or cut the images into tiles.",
+    ),
+    "area-malformed": Kind(
+        "warning",
+        "areas that are no number or negative",
+        "Width times height is taken. The area decides whether evaluation counts a box as small, medium or large.",
+    ),
     "same-file": Kind("warning", "image files listed under two ids", "Merge their annotations under one id."),
     "duplicate-image": Kind(
         "warning", "copies of the same image", "Their annotations may contradict each other. Keep one."
     ),
     "leak": Kind(
         "warning",
-        "training images that are also in another split",
+        "images that are also in another split",
         "Results on them measure memory, not skill. Take them out of one of the splits.",
     ),
     "leak-near": Kind(
@@ -104,6 +126,11 @@ KINDS: dict[str, Kind] = {
     ),
     "animated": Kind("warning", "animated or multi-page images", "Only the first frame or page is read."),
     "near-duplicate": Kind("note", "images nearly the same as another", "Scaled or saved again? Keep one of them."),
+    "near-unfinished": Kind(
+        "note",
+        "not all images were compared for likeness",
+        "Too many of them look alike at a small size. Exact copies were found all the same.",
+    ),
     "category-missing": Kind("note", "training classes without a box in this split", "They get no figures here."),
     "root-category": Kind(
         "note",
@@ -118,6 +145,7 @@ KINDS: dict[str, Kind] = {
     "sixteen-bit": Kind("note", "16-bit images", "Scaled to 8 bits: 65535 becomes 255."),
     "palette": Kind("note", "palette images", "Read as RGB."),
     "transparent": Kind("note", "images with transparency", "Laid on white."),
+    "crowd-odd": Kind("note", "values of iscrowd that are no number", "Read as 0: an ordinary box. Write 0 or 1."),
     "cmyk": Kind("note", "CMYK images", "Converted to RGB."),
     "name-unlike-format": Kind("note", "file names unlike the format", "Read by content; other tools go by the name."),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,19 +12,26 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from dino_lightning.data.coco import DataError
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
-from dino_lightning.data.health import HealthReport, SplitHealth
-from dino_lightning.data.health_text import CLASSES_SHOWN, class_rows, describe, splits_rows
+from dino_lightning.data.health_report import HealthReport, SplitHealth
+from dino_lightning.data.health_text import CLASSES_SHOWN, SPREAD, class_rows, describe, shown, splits_rows
 from dino_lightning.data.images import read_image
 
 CASES_SHOWN = 200  # of each finding
+CASE_LENGTH = 400  # characters
+CLASSES_LISTED = 1000
+PICTURE_BYTES = 5_000_000  # of all pictures together, as base64; beyond it there are none
 PICTURES_SHOWN = 6  # of each finding
 SAMPLES_SHOWN = 12  # of each split
 PICTURE_SIDE = 300  # pixels
+LARGEST_SCALE = 4.0
+SURROUNDINGS = 10  # times the longer side of a box
+NAME_LENGTH = 24  # characters of a class name in a plot
 MOST_BOXES = 300  # drawn on one picture
 BOX_COLOUR, CASE_COLOUR = "#00798c", "#d1495b"
 WITHOUT_PICTURES = {"image-missing", "image-undecodable", "not-listed", "no-boxes"}
@@ -48,22 +56,38 @@ def as_html(report: HealthReport, root: str) -> str:
     template = environment.from_string(
         resources.files("dino_lightning.data").joinpath("health.html.jinja").read_text(encoding="utf-8")
     )
-    return template.render(
-        root=root,
+    rows = class_rows(report)
+    for row in rows:
+        row["name"] = shown(row["name"], CASE_LENGTH)
+    page = template.render(
+        root=shown(root, CASE_LENGTH),
+        spread=SPREAD,
         severities=SEVERITIES,
         counts={severity: report.count(severity) for severity in SEVERITIES},
-        findings=[_finding(report, finding) for finding in report.findings],
+        findings=_within_budget([_finding(report, finding) for finding in report.findings]),
         split_rows=splits_rows(report),
-        classes=class_rows(report),
+        classes=rows[:CLASSES_LISTED],
+        classes_hidden=max(0, len(rows) - CLASSES_LISTED),
         class_splits=[split.name for split in report.splits.values() if split.counts],
         plots=_plots(report),
         samples={name: _samples(split) for name, split in report.splits.items() if split.annotations is not None},
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no UTF-8
+
+
+def _within_budget(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The findings, the last of them without pictures once there are too many bytes of these."""
+    left = PICTURE_BYTES
+    for finding in findings:
+        left -= sum(len(picture.source) for picture in finding["pictures"])
+        if left < 0:
+            finding["pictures"] = []
+    return findings
 
 
 def _finding(report: HealthReport, finding: Finding) -> dict[str, Any]:
     kind = KINDS[finding.kind]
-    cases = [text for text in map(describe, finding.cases[:CASES_SHOWN]) if text]
+    cases = [shown(text, CASE_LENGTH) for text in map(describe, finding.cases[:CASES_SHOWN]) if text]
     pictures = []
     if finding.kind not in WITHOUT_PICTURES:
         for case in _one_for_each_image(finding.cases):
@@ -111,29 +135,49 @@ def _picture_of(split: SplitHealth, case: Case) -> Picture | None:
 
 
 def _draw(split: SplitHealth, index: int, case: Case | None) -> Picture | None:
-    """The image with its boxes; that of the case stands out, with its surroundings."""
+    """The image with its boxes; that of the case stands out, and is seen from near if it is small."""
     source = split.annotations
     assert source is not None
     entry = source.images[index]
     try:
         pixels = read_image(source.image_path(index)).permute(1, 2, 0).numpy()
-    except DataError:  # it could be read a moment ago
+    except (DataError, MemoryError):  # it could be read a moment ago
         return None
     image = Image.fromarray(pixels)
-    scale = min(1.0, PICTURE_SIDE / max(image.size))
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    canvas = ImageDraw.Draw(image)
     rows = range(int(source.offsets[index]), int(source.offsets[index + 1]))
     marked = [row for row in rows if case is not None and source.annotation_ids[row] == case.annotation_id]
+    left, top, right, bottom = _view(image.size, source.boxes_xyxy[marked])
+    scale = min(1.0 if not marked else LARGEST_SCALE, PICTURE_SIDE / max(right - left, bottom - top))
+    size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    image = image.resize(size, box=(left, top, right, bottom))
+    canvas = ImageDraw.Draw(image)
     for row in [row for row in rows if row not in marked][:MOST_BOXES] + marked:
-        x1, y1, x2, y2 = (source.boxes_xyxy[row] * scale).clip(-10, 10 + max(image.size)).tolist()
+        corners = (source.boxes_xyxy[row] - [left, top, left, top]) * scale
+        x1, y1, x2, y2 = corners.clip(-10, 10 + max(size)).tolist()
         box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         canvas.rectangle(box, outline=CASE_COLOUR if row in marked else BOX_COLOUR, width=3 if row in marked else 1)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     caption = f"image {entry.id}: {entry.file_name}, {entry.size[1]} x {entry.size[0]}"
     detail = case.detail if case is not None else f"{len(rows)} boxes"
-    return Picture(_data_uri("jpeg", buffer.getvalue()), f"{caption}. {detail}" if detail else caption)
+    return Picture(
+        _data_uri("jpeg", buffer.getvalue()), shown(f"{caption}. {detail}" if detail else caption, CASE_LENGTH)
+    )
+
+
+def _view(size: tuple[int, int], boxes_xyxy: npt.NDArray[np.float64]) -> tuple[int, int, int, int]:
+    """What to show of an image of (width, height): a window round the first box if that is small, else all of it."""
+    width, height = size
+    if len(boxes_xyxy) == 0:
+        return 0, 0, width, height
+    x1, y1, x2, y2 = boxes_xyxy[0].clip(0, [width, height, width, height]).tolist()
+    side = round(max(abs(x2 - x1), abs(y2 - y1), 8.0)) * SURROUNDINGS
+    if side >= max(width, height):
+        return 0, 0, width, height
+    window_width, window_height = min(side, width), min(side, height)
+    left = min(max(0, round((x1 + x2 - window_width) / 2)), width - window_width)
+    top = min(max(0, round((y1 + y2 - window_height) / 2)), height - window_height)
+    return left, top, left + window_width, top + window_height
 
 
 def _plots(report: HealthReport) -> list[dict[str, str]]:
@@ -145,7 +189,9 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
 
     def add(figure: Figure, title: str) -> None:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a script that the font does not have; it is in the table
+            figure.savefig(buffer, format="png", dpi=100)
         plots.append({"source": _data_uri("png", buffer.getvalue()), "title": title})
 
     figure, axes = _figure("Boxes in an image")
@@ -194,8 +240,8 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
             values = np.array([row["boxes"][name] for row in rows])
             axes.barh(range(len(rows)), values, left=left, label=name)
             left += values
-        labels = [row["name"] if len(row["name"]) <= 24 else row["name"][:21] + "..." for row in rows]
-        axes.set_yticks(range(len(rows)), [label.replace("$", r"\$") for label in labels], fontsize=8)
+        labels = [shown(row["name"], NAME_LENGTH).replace("$", r"\$") for row in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("boxes")
         axes.legend()
@@ -204,7 +250,10 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
 
 
 def _figure(title: str, rows: int = 0) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.4, max(3.6, 0.22 * rows + 1)), layout="constrained")
+    height = max(3.6, 0.22 * rows + 1)
+    figure = Figure(figsize=(5.4, height))
+    # by hand: matplotlib's own layout draws everything twice
+    figure.subplots_adjust(left=0.34 if rows else 0.13, right=0.97, bottom=0.55 / height, top=1 - 0.35 / height)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case
-from dino_lightning.data.health import HealthReport, SplitHealth
+from dino_lightning.data.health_report import HealthReport, SplitHealth
 
 CASES_SHOWN = 3
+CASE_LENGTH = 170  # columns, on two or three lines
 CLASSES_SHOWN = 30
 SMALL, LARGE = 32.0**2, 96.0**2  # square pixels, COCO's limits
+RELATIVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the square root of the image's area
 WIDTH = 100
+SPREAD = "sizes in pixels; three numbers are least / median / most"
 
 
 def as_text(report: HealthReport) -> str:
     """Tables of at most 100 columns: the splits, the classes, the findings."""
-    return "\n\n".join([_aligned(splits_rows(report)), _class_table(report), _findings_text(report)])
+    rows = splits_rows(report)
+    return "\n\n".join([_aligned(rows) + f"\n({SPREAD})", _class_table(report), _findings_text(report)])
 
 
 def as_json(report: HealthReport) -> dict[str, Any]:
@@ -71,15 +77,33 @@ def split_figures(split: SplitHealth) -> dict[str, Any]:
         "box_width": _spread(boxes[:, 0].tolist()),
         "box_height": _spread(boxes[:, 1].tolist()),
         "box_aspect_ratio": _spread((boxes[:, 0] / boxes[:, 1]).tolist() if len(boxes) else []),
+        "box_relative_size": _spread(split.relative_box_sizes().tolist()),
         "boxes_small": int((areas < SMALL).sum()),
         "boxes_medium": int(((areas >= SMALL) & (areas < LARGE)).sum()),
         "boxes_large": int((areas >= LARGE).sum()),
         "image_width": _spread(sizes[:, 1].tolist()),
         "image_height": _spread(sizes[:, 0].tolist()),
         "image_aspect_ratio": _spread((sizes[:, 1] / sizes[:, 0]).tolist() if len(sizes) else []),
+        "boxes_per_image_histogram": boxes_per_image_histogram(split),
         "box_size_histogram": box_size_histogram(split),
+        "box_relative_size_histogram": box_relative_size_histogram(split),
     }
     return figures
+
+
+def boxes_per_image_histogram(split: SplitHealth) -> dict[str, int]:
+    """How many images there are with each number of boxes."""
+    numbers, counts = np.unique(split.boxes_per_image(), return_counts=True)
+    return {str(number): count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
+
+
+def box_relative_size_histogram(split: SplitHealth) -> list[dict[str, float]]:
+    """How many boxes take which share of their image, as the ratio of the square roots of the areas."""
+    counts = np.histogram(split.relative_box_sizes(), RELATIVE)[0]
+    return [
+        {"from": low, "to": high, "boxes": int(count)}
+        for low, high, count in zip(RELATIVE[:-1], RELATIVE[1:], counts, strict=True)
+    ]
 
 
 def box_size_histogram(split: SplitHealth) -> list[dict[str, float]]:
@@ -115,10 +139,10 @@ def class_rows(report: HealthReport) -> list[dict[str, Any]]:
 
 def describe(case: Case) -> str:
     """Where a case is, and what is particular about it."""
-    where = []
-    if case.annotation_id is not None:
+    where = []  # as far as the detail does not begin with it
+    if case.annotation_id is not None and not case.detail.startswith(f"annotation {case.annotation_id} "):
         where.append(f"annotation {case.annotation_id}")
-    if case.image_id is not None:
+    if case.image_id is not None and not case.detail.startswith(f"image {case.image_id} "):
         where.append(f"image {case.image_id}")
     if case.file_name is not None:
         where.append(case.file_name)
@@ -126,9 +150,44 @@ def describe(case: Case) -> str:
 
 
 def shown(text: str, width: int) -> str:
-    """The text on one line of at most so many characters, with nothing in it that would move the cursor."""
-    line = "".join(character if character.isprintable() else "?" for character in text)
-    return line if len(line) <= width else line[: width - 3] + "..."
+    """The text on one line of at most so many columns, with nothing in it that would move the cursor."""
+    used, fits = 0, 0
+    for position, character in enumerate(text):
+        used += _columns_of(character)
+        if used > width or position == 4 * width:  # the latter: accents without end
+            return _printable(text[:fits]) + "..."
+        if used <= width - 3:
+            fits = position + 1
+    return _printable(text)
+
+
+def columns(text: str) -> int:
+    """How wide the text is in a terminal, where Chinese characters take two columns and accents none."""
+    return len(text) if text.isascii() else sum(map(_columns_of, text))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most so many columns, broken at spaces where there are any."""
+    lines = []
+    while columns(text) > width:
+        end, used = 0, 0
+        while used + _columns_of(text[end]) <= width:
+            used += _columns_of(text[end])
+            end += 1
+        space = text.rfind(" ", 0, end + 1)
+        lines.append(text[: space if space > 0 else end])
+        text = text[len(lines[-1]) :].lstrip(" ")
+    return [*lines, text]
+
+
+def _columns_of(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -165,19 +224,25 @@ def splits_rows(report: HealthReport) -> list[list[str]]:
         "boxes per image": "boxes_per_image",
         "box width": "box_width",
         "box height": "box_height",
-        "box aspect ratio": "box_aspect_ratio",
+        "box / image size": "box_relative_size",
+        "box width / height": "box_aspect_ratio",
         "image width": "image_width",
         "image height": "image_height",
-        "image aspect ratio": "image_aspect_ratio",
+        "image width / height": "image_aspect_ratio",
     }
     for title, key in spreads.items():
         cells = []
         for name in names:
             spread = figures[name].get(key)
             cells.append(
-                "-" if spread is None else " / ".join(f"{spread[part]:.4g}" for part in ("min", "median", "max"))
+                "-"
+                if spread is None
+                else " / ".join(
+                    f"{spread[part]:.3g}" if spread[part] < 100 else f"{spread[part]:.0f}"
+                    for part in ("min", "median", "max")
+                )
             )
-        rows.append([f"{title} (min / median / max)", *cells])
+        rows.append([title, *cells])
     return rows
 
 
@@ -189,9 +254,9 @@ def _class_table(report: HealthReport) -> str:
     rows = [["category_id", "label", "name", *(f"{name} boxes" for name in splits)]]
     rows += [
         [
-            str(row["category_id"]),
+            shown(str(row["category_id"]), 20),
             str(row["label"]),
-            shown(row["name"], 40),
+            shown(row["name"], 30),
             *(str(row["boxes"][name]) for name in splits),
         ]
         for row in rows_of_classes[:CLASSES_SHOWN]
@@ -206,21 +271,24 @@ def _findings_text(report: HealthReport) -> str:
     for finding in report.findings:
         kind = KINDS[finding.kind]
         lines.append(f"\n{finding.severity.upper():<8}{finding.split}: {len(finding.cases)} x {kind.title}")
-        lines.append(f"        {kind.advice}")
+        lines += textwrap.wrap(kind.advice, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
         for case in finding.cases[:CASES_SHOWN]:
             text = describe(case)
             if text:
-                lines.append("        - " + shown(text, WIDTH - 10))
+                first, *rest = _wrapped(shown(text, CASE_LENGTH), WIDTH - 10)
+                lines += ["        - " + first, *(" " * 10 + line for line in rest)]
         if len(finding.cases) > CASES_SHOWN:
             lines.append(f"        - ... and {len(finding.cases) - CASES_SHOWN} more")
     return "\n".join(lines)
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            f"{cell:<{width}}" if column == 0 or rows[0][column] == "name" else f"{cell:>{width}}"
+            cell + " " * (width - columns(cell))
+            if column == 0 or rows[0][column] == "name"
+            else " " * (width - columns(cell)) + cell
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

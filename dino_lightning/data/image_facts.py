@@ -59,7 +59,8 @@ def image_facts(path: Path) -> ImageFacts:
     try:
         content = read_bytes(path)
     except DataError as error:
-        return ImageFacts(not path.exists(), str(error), (0, 0), (), False, b"", nothing)
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return ImageFacts(missing, str(error), (0, 0), (), False, b"", nothing)
     digest = hashlib.blake2b(content, digest_size=16).digest()
     notes, turned = _how_it_is_stored(content, path.suffix.lower())
     try:
@@ -77,7 +78,11 @@ def facts_of_all(paths: Sequence[Path], name: str, *, progress: bool = True) -> 
     """The facts of many files, read by as many threads as there are cores, in the order given."""
     with ThreadPoolExecutor(available_cores()) as pool:  # decoders work outside Python's global lock
         results = pool.map(image_facts, paths)
-        return list(tqdm(results, f"Reading {name}", len(paths), unit="image", disable=not progress))
+        try:
+            return list(tqdm(results, f"Reading {name}", len(paths), unit="image", disable=not progress))
+        except BaseException:  # Ctrl-C would otherwise wait for all the rest
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _how_it_is_stored(content: bytes, suffix: str) -> tuple[list[str], bool]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from scipy.spatial import cKDTree
 
 from dino_lightning.data.image_facts import ImageFacts
@@ -15,7 +16,7 @@ BLOCK_DISTANCE = 1.5  # grey levels, in every block
 PIXEL_DISTANCE = 2.0  # grey levels, on average over the thumbnail
 ASPECT_DISTANCE = 0.02
 LEAST_CONTRAST = 3.0  # grey levels; blank pages resemble each other without being copies
-MOST_CANDIDATES = 200_000
+MOST_COMPARED = 2_000_000  # pairs; half a minute
 
 
 def same_images(facts: Sequence[ImageFacts]) -> list[list[int]]:
@@ -27,10 +28,13 @@ def same_images(facts: Sequence[ImageFacts]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def similar_images(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
+def similar_images(facts: Sequence[ImageFacts]) -> tuple[list[tuple[int, int]], bool]:
     """Pairs of indices of files that differ in content but hardly in what they show, at whatever size.
 
     Strict on purpose: drawings on white paper are alike everywhere but in their lines.
+
+    Returns:
+        Pairs of an image and a later one like it, each later one once; and whether all were compared.
     """
     seen: set[bytes] = set()
     indices = []
@@ -39,24 +43,37 @@ def similar_images(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
             seen.add(fact.digest)
             indices.append(index)
     if len(indices) < 2:
-        return []
-    thumbnails = np.stack([facts[index].thumbnail for index in indices]).astype(np.float32)
-    side = thumbnails.shape[1] // BLOCKS
-    blocks = thumbnails.reshape(len(indices), BLOCKS, side, BLOCKS, side).mean((2, 4)).reshape(len(indices), -1)
+        return [], True
+    blocks = np.stack([_block_means(facts[index].thumbnail) for index in indices])
     tree = cKDTree(blocks)
     pairs: list[tuple[int, int]] = []
-    candidates = 0
-    for first, others in enumerate(tree.query_ball_point(blocks, BLOCK_DISTANCE, p=np.inf)):
-        for second in others:
-            if second <= first:
-                continue
-            candidates += 1
-            if candidates > MOST_CANDIDATES:
-                return pairs
-            one, other = facts[indices[first]], facts[indices[second]]
-            aspects = one.size[1] / one.size[0], other.size[1] / other.size[0]
-            if abs(aspects[0] / aspects[1] - 1) > ASPECT_DISTANCE:
-                continue
-            if np.abs(thumbnails[first] - thumbnails[second]).mean() <= PIXEL_DISTANCE:
-                pairs.append((indices[first], indices[second]))
-    return pairs
+    matched: set[int] = set()
+    compared = 0
+    for first in range(len(indices)):  # one by one: the lists of all at once may be as long as their square
+        if first in matched:
+            continue
+        near = tree.query_ball_point(blocks[first], BLOCK_DISTANCE, p=np.inf)
+        others = [other for other in sorted(near) if other > first and other not in matched]
+        compared += len(others)
+        if compared > MOST_COMPARED:
+            return pairs, False
+        for other in others:
+            if _alike(facts[indices[first]], facts[indices[other]]):
+                matched.add(other)
+                pairs.append((indices[first], indices[other]))
+    return pairs, True
+
+
+def _alike(one: ImageFacts, other: ImageFacts) -> bool:
+    """Whether two images show the same, by their proportions and thumbnails."""
+    aspects = one.size[1] / one.size[0], other.size[1] / other.size[0]
+    if abs(aspects[0] / aspects[1] - 1) > ASPECT_DISTANCE:
+        return False
+    return bool(np.abs(one.thumbnail.astype(np.float32) - other.thumbnail).mean() <= PIXEL_DISTANCE)
+
+
+def _block_means(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(64,) mean grey level of each of the 8 x 8 blocks."""
+    side = thumbnail.shape[0] // BLOCKS
+    blocks: npt.NDArray[np.float32] = thumbnail.reshape(BLOCKS, side, BLOCKS, side).mean((1, 3), dtype=np.float32)
+    return blocks.ravel()

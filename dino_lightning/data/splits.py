@@ -107,7 +107,15 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path]) -> Path:
     if len(folders) <= 1:
         return folders[0] if folders else candidates[0]
     names = _first_file_names(annotations)
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in names))
+    return max(folders, key=lambda folder: sum(is_file(folder / name) for name in names))
+
+
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, and False for a name too long for the file system, at which that raises."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def split_images(annotations: CocoAnnotations, fraction: float, seed: int) -> tuple[CocoAnnotations, CocoAnnotations]:
@@ -158,7 +166,7 @@ def _first_match(root: Path, layouts: Sequence[Layout], names: Sequence[str], ye
     for layout in layouts:
         for name in names:
             annotations = root / layout.annotations.format(split=name, year=year)
-            if annotations.is_file():
+            if is_file(annotations):
                 folders = [root / folder.format(split=name, year=year) for folder in layout.images]
                 return SplitFiles(annotations, choose_image_folder(annotations, folders))
     return None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_lightning.data import CocoDetection, DataError, check_classes, classes_of, load_coco
+from dino_lightning.data import CocoDataModule, CocoDetection, DataError, check_classes, classes_of, load_coco
 from tests.data.small_coco import annotation, document, write_images, write_json
 
 HUGE = 10**30
@@ -186,6 +186,29 @@ def test_a_file_name_must_not_leave_the_image_folder(tmp_path, name):
     content["images"][1]["file_name"] = name
     with pytest.raises(DataError, match=r"some\.json: image 2 has file_name .* leaves the image folder"):
         load(tmp_path, content)
+
+
+def test_a_message_stays_one_line_of_bounded_length(tmp_path):
+    content = document()
+    content["images"][1]["file_name"] = "/" + "\n\x1b[2J" * 2000
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, content)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
+    message = str(DataError("start\n\x1b[2J " + "x" * 9000 + " end"))
+    assert message.startswith("start ?[2J xxx") and message.endswith("xxx end") and len(message) < 1500
+
+
+def test_all_that_is_wrong_is_counted_and_the_command_named(tmp_path):
+    content = document()
+    for entry in content["annotations"][:3]:
+        entry["bbox"] = None
+    content["annotations"][3]["area"] = -1  # odd, but no reason to refuse
+    with pytest.raises(DataError, match=r"has no bbox; .* \(And 2 more problems in this file\.\)"):
+        load(tmp_path, content)
+    write_json(tmp_path / "train.json", content)
+    with pytest.raises(DataError, match=r"And 2 more .* python -m dino_lightning inspect --data\.root ") as caught:
+        CocoDataModule(root=str(tmp_path))
+    assert str(caught.value).endswith(f"inspect --data.root {tmp_path}")
 
 
 def test_file_names_written_on_windows_are_found(tmp_path):

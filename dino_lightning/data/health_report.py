@@ -1,0 +1,90 @@
+"""What the inspection of a dataset gives: the figures of each split, and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dino_lightning.data.classes import Classes
+from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.findings import Finding, Severity
+from dino_lightning.data.image_facts import ImageFacts
+from dino_lightning.data.splits import SplitFiles
+
+
+@dataclass(frozen=True)
+class SplitHealth:
+    """One split.
+
+    Attributes:
+        name: "train", "val" or "test".
+        files: the annotation file and the image folder.
+        annotations: what could be read of the annotations, or None.
+        facts: one for each image in `annotations`.
+        counts: boxes to learn from, by label of the training classes.
+    """
+
+    name: str
+    files: SplitFiles
+    annotations: CocoAnnotations | None
+    facts: Sequence[ImageFacts]
+    counts: Sequence[int]
+
+    def boxes_per_image(self) -> npt.NDArray[np.int64]:
+        """(images,) boxes to learn from in each image."""
+        if self.annotations is None:
+            return np.zeros(0, np.int64)
+        learnable = self.annotations.usable & ~self.annotations.iscrowd
+        return np.diff(np.concatenate(([0], np.cumsum(learnable)))[self.annotations.offsets])
+
+    def box_sizes(self) -> npt.NDArray[np.float64]:
+        """(boxes, 2) width and height in pixels of the boxes to learn from, as clipped to their images."""
+        if self.annotations is None:
+            return np.zeros((0, 2))
+        source = self.annotations
+        rows = source.usable & ~source.iscrowd
+        boxes = clipped_boxes(source)[rows]
+        return boxes[:, 2:] - boxes[:, :2]
+
+    def relative_box_sizes(self) -> npt.NDArray[np.float64]:
+        """(boxes,) square root of the area of each box to learn from, divided by that of its image; 0-1."""
+        if self.annotations is None:
+            return np.zeros(0)
+        areas = np.array([image.size[0] * image.size[1] for image in self.annotations.images], dtype=np.float64)
+        ratios: npt.NDArray[np.float64] = np.sqrt(
+            self.box_sizes().prod(axis=1) / np.repeat(areas, self.boxes_per_image())
+        )
+        return ratios
+
+    def image_sizes(self) -> npt.NDArray[np.int64]:
+        """(images, 2) height and width in pixels of the images that could be decoded."""
+        return np.array([fact.size for fact in self.facts if not fact.error], dtype=np.int64).reshape(-1, 2)
+
+
+@dataclass
+class HealthReport:
+    """What `inspect_dataset` found.
+
+    Attributes:
+        splits: by name.
+        classes: the training classes, or None if the training file cannot be used.
+        findings: the worst first.
+    """
+
+    splits: dict[str, SplitHealth]
+    classes: Classes | None
+    findings: list[Finding] = field(default_factory=list)
+
+    def count(self, severity: Severity) -> int:
+        """How many cases there are of a severity."""
+        return sum(len(finding.cases) for finding in self.findings if finding.severity == severity)
+
+
+def clipped_boxes(source: CocoAnnotations) -> npt.NDArray[np.float64]:
+    """(A, 4) the boxes within their images, corners in pixels."""
+    owners = np.repeat(np.arange(len(source.images)), np.diff(source.offsets))
+    sizes = np.array([image.size for image in source.images], dtype=np.float64)[owners]
+    return np.clip(source.boxes_xyxy, 0, sizes[:, [1, 0, 1, 0]])
