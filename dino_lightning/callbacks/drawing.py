@@ -5,14 +5,16 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from dino_lightning.files import written_whole
@@ -30,7 +32,9 @@ HEADING = 0.45
 LINE = 0.145  # of a title
 TALLEST = 7.0
 NARROWEST, WIDEST = 0.55, 3.0  # width / height of the place for a panel; what exceeds them is drawn smaller
-CHARACTER, CAPTION = 0.055, 0.115  # width of a character and height of a caption
+FONT_SIZE = 6  # of captions, in points
+CAPTION = 0.115  # height of a caption
+MARGIN = 0.015  # round it
 MANY_BOXES = 25  # are drawn with thinner lines
 
 Place = tuple[float, float, float, float]  # left, top, right, bottom
@@ -134,17 +138,17 @@ def _draw(axes: Axes, panel: Panel, inches: float) -> None:
         )
     taken: list[Place] = []
     for box, label, caption in zip(panel.boxes_xyxy, panel.labels, panel.captions, strict=True):
-        size = (len(caption) * CHARACTER / inches, CAPTION / inches)
+        size = (_caption_width(caption) / inches, CAPTION / inches)
         room = next((place for place in _places(box, size, pixels.shape) if not _overlaps(place, taken)), None)
         if not caption or room is None:
             continue
         taken.append(room)
         colour = _colour(label)
         axes.text(
-            room[0] + 0.015 / inches,
-            room[1] + 0.015 / inches,
+            room[0] + MARGIN / inches,
+            room[1] + MARGIN / inches,
             caption,
-            fontsize=6,
+            fontsize=FONT_SIZE,
             color="black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.6 else "white",
             va="top",
             clip_on=True,
@@ -154,6 +158,16 @@ def _draw(axes: Axes, panel: Panel, inches: float) -> None:
     height, width = pixels.shape[:2]
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
+
+
+@lru_cache(maxsize=4096)
+def _caption_width(caption: str) -> float:
+    """In inches."""
+    resolution = 72  # dots per inch
+    renderer = RendererAgg(1, 1, resolution)  # type: ignore[no-untyped-call]  # matplotlib has no types here
+    font = FontProperties(size=FONT_SIZE)
+    width, _, _ = renderer.get_text_width_height_descent(caption, font, ismath=False)  # type: ignore[no-untyped-call]
+    return float(width) / resolution + 2 * MARGIN
 
 
 def _places(box: npt.NDArray[np.float64], size: tuple[float, float], canvas: tuple[int, ...]) -> Iterator[Place]:

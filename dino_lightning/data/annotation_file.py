@@ -153,7 +153,8 @@ def _parse_images(path: Path, entries: list[dict[str, Any]], report: Report) -> 
             height, width = _integer(path, what, entry, "height"), _integer(path, what, entry, "width")
             if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
                 raise DataError(
-                    f"{path}: {what} has width {_shown(width)} and height {_shown(height)}. Give its size in pixels."
+                    f"{path}: {what} has width {shown_value(width)} and height {shown_value(height)}. "
+                    "Give its size in pixels."
                 )
             safe_name = _safe_file_name(path, what, given)
         except UnsafeNameError as error:
@@ -179,7 +180,7 @@ def _safe_file_name(path: Path, what: str, name: object) -> str:
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
         raise UnsafeNameError(
-            f"{path}: {what} has file_name {_shown(name)}, which leaves the image folder. "
+            f"{path}: {what} has file_name {shown_value(name)}, which leaves the image folder. "
             "File names must be relative to the image folder, without '..'."
         )
     return windows.as_posix()
@@ -212,22 +213,22 @@ def _parse_annotations(
         if type(image_id) is not int or image_id not in index_of_image:
             problem = (
                 "unknown-image",
-                f"has image_id {_shown(image_id)}, which no image has. Add the image, or remove the annotation.",
+                f"has image_id {shown_value(image_id)}, which no image has. Add the image, or remove the annotation.",
             )
         elif type(category_id) is not int or category_id not in index_of_category:
             problem = (
                 "unknown-category",
-                f"has category_id {_shown(category_id)}, which no category has. Add the category, or remove the "
+                f"has category_id {shown_value(category_id)}, which no category has. Add the category, or remove the "
                 "annotation.",
             )
         elif not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
             only_segmentation = box is None and bool(entry.get("segmentation"))
-            found = "no bbox" if box is None else f"bbox {_shown(box)}"
+            found = "no bbox" if box is None else f"bbox {shown_value(box)}"
             found = "a segmentation but no bbox" if only_segmentation else found
             kind = "segmentation-only" if only_segmentation else "box-malformed"
             problem = (kind, f"has {found}; it needs four finite numbers: x, y, width, height.")
         elif crowd not in (0, 1):
-            problem = ("entry-malformed", f"has iscrowd {_shown(crowd)}; it must be 0 or 1.")
+            problem = ("entry-malformed", f"has iscrowd {shown_value(crowd)}; it must be 0 or 1.")
         if problem is not None:
             message = f"{path}: {_annotation(entry, position)} {problem[1]}"
             known = image_id if type(image_id) is int and image_id in index_of_image else None
@@ -242,9 +243,10 @@ def _parse_annotations(
         else:
             area.append(box[2] * box[3])
             if given_area is not None:
-                odd.append(("area-malformed", f"has area {_shown(given_area)}; width times height is taken instead."))
+                detail = f"has area {shown_value(given_area)}; width times height is taken instead."
+                odd.append(("area-malformed", detail))
         if entry.get("iscrowd") is not None and not isinstance(entry["iscrowd"], (int, float)):
-            odd.append(("crowd-odd", f"has iscrowd {_shown(entry['iscrowd'])}; it is read as 0."))
+            odd.append(("crowd-odd", f"has iscrowd {shown_value(entry['iscrowd'])}; it is read as 0."))
         for kind, sentence in odd:
             message = f"{path}: {_annotation(entry, position)} {sentence}"
             name = images[index_of_image[image_id]].file_name
@@ -284,7 +286,7 @@ def _parse_annotations(
 
 
 def _annotation(entry: dict[str, Any], position: int) -> str:
-    return f"annotation {_shown(entry['id'])}" if "id" in entry else f"annotation number {position} (without id)"
+    return f"annotation {shown_value(entry['id'])}" if "id" in entry else f"annotation number {position} (without id)"
 
 
 def _id_or_none(value: object) -> int | None:
@@ -296,7 +298,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
     """A faulty value as a message repeats it."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
@@ -305,7 +307,7 @@ def _shown(value: object) -> str:
 def _integer(path: Path, what: str, entry: dict[str, Any], key: str) -> int:
     value = entry.get(key)
     if type(value) is not int:
-        found = "is missing" if key not in entry else f"is {_shown(value)}, {_kind(value)}"
+        found = "is missing" if key not in entry else f"is {shown_value(value)}, {_kind(value)}"
         raise DataError(f"{path}: {key!r} of {what} {found}; it must be an integer.")
     return value
 

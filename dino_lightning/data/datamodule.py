@@ -13,7 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.data.annotation_file import load_coco
+from dino_lightning.data.annotation_file import load_coco, shown_value
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import check_classes, classes_of
@@ -387,8 +387,8 @@ def _check_files_exist(split: CocoAnnotations) -> None:
         first = split.images[absent[0]]
         raise DataError(
             f"{split.path}: {len(absent)} of {len(split.images)} images listed do not exist, the first being image "
-            f"{first.id}, {split.image_path(absent[0])}. Restore the files, take the images out of the annotations, or "
-            "set on_bad_image=skip."
+            f"{first.id}, {shown_value(first.file_name)} in {split.images_folder}. Restore the files, take the images out "
+            "of the annotations, or set on_bad_image=skip."
         )
 
 
