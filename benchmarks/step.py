@@ -176,7 +176,7 @@ def phases(step: OurStep) -> Iterator[dict[str, float]]:
         seconds["denoising"] += now() - start
         return made
 
-    step.model._denoising_queries = timed_denoise  # type: ignore[method-assign]
+    step.model._denoising_queries = timed_denoise  # type: ignore[method-assign]  # taken back below
     try:
         yield seconds
     finally:
@@ -256,7 +256,7 @@ def main() -> None:
         module, _, attribute = name.partition(":")
         make = transformers_step if name == "transformers" else getattr(importlib.import_module(module), attribute)
         steps = [make(height, width, options.batch_size, device) for height, width in sizes]
-        contestants[name] = synchronized(lambda steps=steps: [one() for one in steps], device)  # type: ignore[misc]
+        contestants[name] = synchronized(lambda steps=steps: [one() for one in steps], device)  # type: ignore[misc]  # bound now, not in the next round
     timings = interleaved(contestants, rounds=options.rounds)
 
     images = len(batches) * options.batch_size

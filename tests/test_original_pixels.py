@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from dino_lightning import CocoDataModule, DINOModule, load_detector
+from dino_lightning.__main__ import run
 from dino_lightning.structures import Batch, ModelOutput
-from tests.conftest import TINY_SIZES
+from tests.conftest import TINY_ARGS, TINY_SIZES
 from tests.data.small_coco import annotation, write_json
 
 WIDE = {"augmentation": "none", "num_workers": 0}
@@ -131,3 +132,26 @@ def test_a_checkpoint_from_before_there_was_stretching_loads(tmp_path):
     detector = load_detector(tmp_path / "old.ckpt")
     assert detector.hparams["stretch_to"] is None
     assert len(detector.detect([painted(40, 50)[0]], threshold=0.0)[0]) == 12
+
+
+def test_a_run_from_yaml_hands_the_square_to_the_detector(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dataset(tmp_path / "data", [(60, 200), (200, 60), (90, 100)])
+    settings_file = tmp_path / "settings.yaml"
+    settings_file.write_text(
+        "data:\n  root: data\n  augmentation: plans\n  fixed_size: 64\n  fixed_size_mode: stretch\n"
+        "  augmentation_options:\n    rotation: 0.5\n    quarter_turns: false\n"
+    )
+    options = ["--config", str(settings_file), "--run_dir", "run", "--trainer.max_epochs=1", *TINY_ARGS]
+    assert run(["fit", *options]) == 0
+    detector = load_detector("run/checkpoints/last.ckpt")
+    assert detector.hparams["stretch_to"] == 64
+    seen = []
+    detector.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].images.shape))
+    assert detector.detect([painted(50, 90)[0]], threshold=0.0)[0].boxes_xyxy.shape == (12, 4)
+    assert seen == [(1, 3, 64, 64)]
+    stored = Path("run/config.yaml").read_text()
+    assert "rotation: 0.5" in stored and "fixed_size_mode: stretch" in stored
+    capsys.readouterr()
+    assert run(["fit", *options, "--data.augmentation_options.blurr=0.5"]) == 1
+    assert "error: There is no augmentation option blurr; those of plans are flip, " in capsys.readouterr().err

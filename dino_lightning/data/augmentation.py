@@ -1,11 +1,11 @@
 """What training does to its images, by preset.
 
-All random draws come from torch's global generator, which `CocoDetection` seeds for each image, so a run can be
-repeated. The options of a preset are the fields of its class.
+The options of a preset are the fields of its class.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -13,20 +13,25 @@ from typing import Any, Literal, get_args
 import torch
 
 from dino_lightning.data.ink import blur, fade, save_as_jpeg, shade, speckle, thicken, thin
+from dino_lightning.data.random_geometry import (
+    careful_crop,
+    chance,
+    choice,
+    integer,
+    mirrored_and_turned,
+    random_crop,
+    uniform,
+)
 from dino_lightning.data.transforms import (
     Canvas,
     LabelledImage,
     Resize,
     Transform,
-    crop,
     flip_horizontal,
-    flip_vertical,
-    quarter_turns,
     resize,
     resize_by_rule,
     resized_size,
     rotate,
-    visible_part,
 )
 
 Augmentation = Literal["coco", "plans", "flips", "none"]
@@ -37,7 +42,6 @@ SHORT_SIDES = tuple(range(480, 801, 32))
 SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 CROP_SIDES = (384, 600)
 
-CROP_TRIES = 10
 MOST_ROTATION = 15.0  # degrees; at more than that, boxes round rotated boxes say little
 SIZES = ("image_size", "max_size", "canvas")  # fields that are no options
 
@@ -85,7 +89,7 @@ class CocoAugmentation:
         canvas: the square that all images are put into, or None.
         flip: probability of mirroring left to right.
         crop: probability of a crop before the resizing.
-        min_scale: smallest short side, as a share of `image_size`.
+        min_scale: smallest short side, as a share of `image_size`; those in use go up by 1/25 of it.
     """
 
     image_size: int
@@ -101,18 +105,18 @@ class CocoAugmentation:
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        if _chance(self.flip):
+        if chance(self.flip):
             example = flip_horizontal(example)
-        if _chance(self.crop):
-            short_side = self._scaled(_choice(SHORT_SIDES_BEFORE_CROP))
+        if chance(self.crop):
+            short_side = self._scaled(choice(SHORT_SIDES_BEFORE_CROP))
             example = resize(example, resized_size(example.size, short_side))
             smallest, largest = (self._scaled(side) for side in CROP_SIDES)
-            width = _integer(smallest, min(example.size[1], largest))
-            height = _integer(smallest, min(example.size[0], largest))
-            example = _random_crop(example, height, width)
+            width = integer(smallest, min(example.size[1], largest))
+            height = integer(smallest, min(example.size[0], largest))
+            example = random_crop(example, height, width)
         step = SHORT_SIDES[1] - SHORT_SIDES[0]
-        lowest = round(self.min_scale * REFERENCE_SIZE / step) * step
-        short_side = self._scaled(_choice(tuple(range(min(lowest, REFERENCE_SIZE), REFERENCE_SIZE + 1, step))))
+        lowest = math.ceil(self.min_scale * REFERENCE_SIZE / step - 1e-6) * step
+        short_side = self._scaled(choice(tuple(range(lowest, REFERENCE_SIZE + 1, step))))
         return resize_by_rule(example, short_side, self.max_size, self.canvas)
 
     def _scaled(self, pixels: int) -> int:
@@ -189,24 +193,24 @@ class PlansAugmentation:
             (blur, self.blur),
             (save_as_jpeg, self.jpeg),
         ):
-            if _chance(probability):
+            if chance(probability):
                 example = change(example)
         return example
 
     def _placed(self, example: LabelledImage) -> LabelledImage:
         """The geometry: cropped first and resized once, so that a crop fills a canvas with all that the file has."""
         smallest, largest = (max(1, round(scale * self.image_size)) for scale in (self.min_scale, 1.0))
-        whole, scaled = example.size, resized_size(example.size, _integer(smallest, largest), self.max_size)
-        if _chance(self.crop):
+        whole, scaled = example.size, resized_size(example.size, integer(smallest, largest), self.max_size)
+        if chance(self.crop):
             example = careful_crop(example, min_crop=self.min_crop, min_visible=self.min_visible)
         height, width = (
             max(1, round(part * to / full)) for part, full, to in zip(example.size, whole, scaled, strict=True)
         )
         size = (height, width) if self.canvas is None else self.canvas.fitted(example.size, (height, width))
         # turned after the crop, so that the result has the orientation asked for
-        example = _mirrored_and_turned(resize(example, size), self.flip, self.quarter_turns)
-        if _chance(self.rotate) and self.rotation > 0:
-            example = rotate(example, _uniform(-self.rotation, self.rotation))
+        example = mirrored_and_turned(resize(example, size), self.flip, self.quarter_turns)
+        if chance(self.rotate) and self.rotation > 0:
+            example = rotate(example, uniform(-self.rotation, self.rotation))
         return example
 
 
@@ -234,62 +238,8 @@ class FlipsAugmentation:
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
         """Apply to one image."""
-        example = _mirrored_and_turned(example, self.flip, self.quarter_turns)
+        example = mirrored_and_turned(example, self.flip, self.quarter_turns)
         return resize_by_rule(example, self.image_size, self.max_size, self.canvas)
-
-
-def careful_crop(example: LabelledImage, *, min_crop: float = 0.5, min_visible: float = 0.6) -> LabelledImage:
-    """Crop at random such that each box stays mostly visible or vanishes, and at least one stays.
-
-    A half-cut room is a wrong example of a room. A window that shows some of a box, but less than `min_visible` of
-    its area, is drawn again, up to 10 times; then the image stays whole.
-    """
-    for _ in range(CROP_TRIES):
-        height, width = (_integer(max(1, round(min_crop * side)), side) for side in example.size)
-        top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
-        _, visibility = visible_part(example.boxes_xyxy, top, left, height, width)
-        cut = (visibility > 0) & (visibility < min_visible)
-        emptied = len(visibility) > 0 and not bool((visibility > 0).any())
-        if not emptied and not bool(cut.any()):
-            return crop(example, top, left, height, width, min_visible=min_visible)
-    return example
-
-
-def _mirrored_and_turned(example: LabelledImage, flip: float, turn: bool) -> LabelledImage:
-    """One of the eight ways to lay down a square, at random; of the four that give the wanted orientation, if any."""
-    if _chance(flip):
-        example = flip_horizontal(example)
-    if _chance(flip):
-        example = flip_vertical(example)
-    if not turn:
-        return example
-    turns = _integer(0, 3)
-    height, width = example.size
-    if example.landscape is not None and height != width:
-        turns = turns // 2 * 2 + int((width > height) != example.landscape)
-    return quarter_turns(example, turns)
-
-
-def _random_crop(example: LabelledImage, height: int, width: int) -> LabelledImage:
-    top, left = _integer(0, example.size[0] - height), _integer(0, example.size[1] - width)
-    return crop(example, top, left, height, width)
-
-
-def _chance(probability: float) -> bool:
-    return bool(torch.rand(()) < probability)
-
-
-def _integer(low: int, high: int) -> int:
-    """A random integer, both ends included."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(()))
-
-
-def _choice(values: tuple[int, ...]) -> int:
-    return values[_integer(0, len(values) - 1)]
 
 
 def _check_shares(preset: object, *names: str) -> None:

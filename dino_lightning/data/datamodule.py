@@ -13,7 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.data.annotation_file import load_coco, shown_value
+from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import check_classes, classes_of
@@ -21,8 +21,9 @@ from dino_lightning.data.coco import CocoAnnotations, DataError
 from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
 from dino_lightning.data.loading import Loader
+from dino_lightning.data.presence import check_files_exist, check_images_folder
 from dino_lightning.data.sampling import TrainSampler
-from dino_lightning.data.splits import is_file, resolve_split_files, split_images
+from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
 from dino_lightning.structures import Batch
 
@@ -30,7 +31,6 @@ MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
 TABLE_ROWS = 12
 MAX_ASPECT_RATIO = 8  # of images kept scaled down for stretching
-FILES_TO_PROBE = 8
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -163,9 +163,9 @@ class CocoDataModule(lightning.LightningDataModule):
         try:
             splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
             for split in splits.values():
-                _check_images_folder(split)
+                check_images_folder(split)
                 if on_bad_image == "error":
-                    _check_files_exist(split)
+                    check_files_exist(split)
             self.classes = classes_of(splits["train"])
             for split in splits.values():
                 check_classes(split, self.classes)
@@ -359,37 +359,6 @@ def _image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: 
         return ImageCache(Path(folder), image_size=image_size, max_size=max_size, max_bytes=int(gigabytes * 1e9))
     except OSError as error:
         raise DataError(f"cache_dir: {folder} cannot be written to ({error}). Give another folder.") from error
-
-
-def _check_images_folder(split: CocoAnnotations) -> None:
-    """Raise `DataError` if the image folder is plainly a wrong one: not one of the first files is there."""
-    probed = range(min(len(split.images), FILES_TO_PROBE))
-    if not any(is_file(split.image_path(index)) for index in probed):
-        others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
-        raise DataError(
-            f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the "
-            "folder that the file names are relative to as train_images, val_images or test_images."
-        )
-
-
-def _check_files_exist(split: CocoAnnotations) -> None:
-    """Raise `DataError` if a listed image file is absent; each folder is looked through once."""
-    present: dict[Path, set[str]] = {}
-    absent = []
-    for index in range(len(split.images)):
-        path = split.image_path(index)
-        if path.parent not in present:
-            present[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-        # asked twice where a name is not in the list: the file system may not tell capitals from small letters
-        if path.name not in present[path.parent] and not is_file(path):
-            absent.append(index)
-    if absent:
-        first = split.images[absent[0]]
-        raise DataError(
-            f"{split.path}: {len(absent)} of {len(split.images)} images listed do not exist, the first being image "
-            f"{first.id}, {shown_value(first.file_name)} in {split.images_folder}. Restore the files, take the images out "
-            "of the annotations, or set on_bad_image=skip."
-        )
 
 
 def _warn_of_repairs(split: CocoAnnotations) -> None:

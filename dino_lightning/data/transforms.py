@@ -146,15 +146,12 @@ def _boxes(example: LabelledImage) -> tv_tensors.BoundingBoxes:
 
 def quarter_turns(example: LabelledImage, turns: int) -> LabelledImage:
     """Turn counter-clockwise by `turns` times 90 degrees. Exactly: torchvision turns boxes by sine and cosine."""
+    boxes_xyxy, width, height = example.boxes_xyxy, example.size[1], example.size[0]
     for _ in range(turns % 4):
-        x1, y1, x2, y2 = example.boxes_xyxy.unbind(-1)
-        width = example.size[1]
-        example = replace(
-            example,
-            image=example.image.rot90(1, (-2, -1)),
-            boxes_xyxy=torch.stack((y1, width - x2, y2, width - x1), dim=-1),
-        )
-    return example
+        x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+        boxes_xyxy = torch.stack((y1, width - x2, y2, width - x1), dim=-1)
+        width, height = height, width
+    return replace(example, image=example.image.rot90(turns, (-2, -1)), boxes_xyxy=boxes_xyxy)
 
 
 def crop(

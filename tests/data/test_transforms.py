@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
-from dino_lightning.data import augmentation, eval_transform, ink, train_transform
-from dino_lightning.data.augmentation import careful_crop
+from dino_lightning.data import augmentation, eval_transform, ink, random_geometry, train_transform
+from dino_lightning.data.random_geometry import careful_crop
 from dino_lightning.data.transforms import (
     Canvas,
     LabelledImage,
@@ -220,7 +220,11 @@ def test_boxes_follow_their_pixels_through_every_preset_and_mode(preset, height,
         scale = max(1.0, found.size[0] / height, found.size[1] / width)
         if mode in ("letterbox", "stretch") and preset in ("plans", "coco"):
             scale *= 2  # enlarged again after a crop
-        np.testing.assert_allclose(painted_box(found.image), found.boxes_xyxy[0], atol=2 * scale)
+        x1, y1, x2, y2 = found.boxes_xyxy[0].tolist()
+        if min(x2 - x1, y2 - y1) > 2 * scale:  # less than that, left by a crop, may be blurred away
+            np.testing.assert_allclose(painted_box(found.image), [x1, y1, x2, y2], atol=2 * scale)
+        else:
+            assert preset == "coco"
     else:
         assert preset == "coco" and not (found.image > 127).sum() > 2 * sum(found.size)
 
@@ -270,9 +274,9 @@ def test_the_draws_of_a_seed_stay_what_they_were(preset):
         assert found.boxes_xyxy[-1].round().int().tolist() == box
 
 
-def sizes(preset: str, image_size: int, max_size: int, size: tuple[int, int], draws: int = 300):
+def sizes(preset: str, image_size: int, max_size: int, size: tuple[int, int], draws: int = 300, options=None):
     torch.manual_seed(0)
-    transform = train_transform(preset, image_size, max_size)
+    transform = train_transform(preset, image_size, max_size, options)
     example = LabelledImage(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long())
     return [transform(example).size for _ in range(draws)]
 
@@ -289,7 +293,7 @@ def test_coco_sizes_are_the_published_ones_or_in_proportion(image_size, expected
 def test_coco_crops_are_of_the_published_sizes(monkeypatch):
     windows = []
     monkeypatch.setattr(
-        augmentation, "crop", lambda example, *window: windows.append((example.size, window)) or example
+        random_geometry, "crop", lambda example, *window: windows.append((example.size, window)) or example
     )
     sizes("coco", 800, 1333, (48, 64), draws=100)
     assert {min(size) for size, _ in windows} == {400, 500, 600}
@@ -304,7 +308,7 @@ def test_coco_respects_the_limit_of_the_long_side():
 
 
 def test_plans_sizes_stay_between_three_quarters_and_the_whole(monkeypatch):
-    monkeypatch.setattr(augmentation, "CROP_TRIES", 0)
+    monkeypatch.setattr(random_geometry, "CROP_TRIES", 0)
     assert set(sizes("plans", 40, 1000, (100, 100))) == {(side, side) for side in range(30, 41)}
     assert set(sizes("plans", 200, 260, (50, 100))) == {(130, 260), (260, 130)}  # turned, and limited
 
@@ -401,6 +405,29 @@ def test_options_that_do_not_exist_or_are_out_of_range_are_named(preset, options
         train_transform(preset, 96, 160, options)
 
 
+@pytest.mark.parametrize("preset", ["coco", "plans", "flips"])
+def test_every_option_is_described_with_its_default(preset):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = " ".join(line for line in readme.splitlines() if line.startswith(f"| `{preset}`"))
+    transform = train_transform(preset)
+    for field in fields(transform):
+        assert f"        {field.name}: " in type(transform).__doc__
+        if field.name not in augmentation.SIZES:
+            default = str(field.default).lower() if isinstance(field.default, bool) else f"{field.default:g}"
+            assert f"`{field.name}` {default}" in rows
+
+
+def test_options_win_over_defaults():
+    transform = train_transform("plans", 96, 160, {"rotation": 5, "quarter_turns": False})
+    assert (transform.rotation, transform.quarter_turns, transform.crop) == (5, False, 0.5)
+    never = {"rotate": 0.0, "crop": 0.0, "flip": 0.0, "min_scale": 1.0}
+    assert set(sizes("flips", 40, 99, (40, 70), draws=40, options={"quarter_turns": False})) == {(40, 70)}
+    assert set(sizes("plans", 40, 99, (40, 70), draws=40, options=never)) == {(40, 70), (70, 40)}
+    assert {min(size) for size in sizes("coco", 800, 1333, (48, 64), draws=80, options={"min_scale": 0.9})} == set(
+        range(736, 801, 32)
+    )
+
+
 def page(height=90, width=130):
     generator = torch.Generator().manual_seed(0)
     image = torch.full((3, height, width), 255, dtype=torch.uint8)
@@ -418,6 +445,23 @@ def test_everything_can_be_switched_off():
         torch.manual_seed(seed)
         found = train_transform("plans", 90, 200, options)(example)
         assert torch.equal(found.image, example.image) and torch.equal(found.boxes_xyxy, example.boxes_xyxy)
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_lines_get_wider_or_paler_and_never_vanish(grey):
+    image = torch.full((3, 20, 20), 255, dtype=torch.uint8)
+    image[:, :, 10] = 0  # a line of one pixel
+    image[:, 4:7] = 0  # and one of three
+    if not grey:
+        image[2] = 255
+    example = LabelledImage(image, torch.zeros(0, 4), torch.zeros(0).long())
+    wider, thinner = ink.thicken(example).image, ink.thin(example).image
+    assert wider[0, 15].tolist() == [255] * 10 + [0, 0] + [255] * 8
+    assert wider[0, :, 2].tolist() == [255] * 4 + [0] * 4 + [255] * 12
+    assert thinner[0, 15].tolist() == [255] * 10 + [127] + [255] * 9
+    assert thinner[0, :, 2].tolist() == [255] * 4 + [127, 0, 0] + [255] * 13
+    if not grey:
+        assert wider[2].min() == thinner[2].min() == 255  # colours stay
 
 
 @pytest.mark.parametrize("change", ["thicken", "thin", "fade", "shade", "speckle", "blur", "save_as_jpeg"])
