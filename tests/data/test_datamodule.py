@@ -427,12 +427,9 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, workers):
-    (root / "images/3.png").unlink()
-    (root / "images/102.png").unlink()
-    trainer = lightning.Trainer(
+def quiet_trainer(folder):
+    """Two epochs, and nothing but them."""
+    return lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,
         logger=False,
@@ -440,8 +437,16 @@ def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, worker
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_trainer_runs_on_it_even_with_unreadable_images(root, tmp_path, workers):
+    (root / "images/3.png").unlink()
+    (root / "images/102.png").unlink()
+    trainer = quiet_trainer(tmp_path)
     module, data = Recorder(), small(root, on_bad_image="skip", num_workers=workers, batch_size=1)
     trainer.fit(module, data)
     assert sorted(module.seen["train"]) == [1, 1, 2, 2, 4, 4, 5, 5, 6, 6]

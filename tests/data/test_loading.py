@@ -4,7 +4,6 @@ import os
 import signal
 import warnings
 
-import lightning
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +15,7 @@ from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.metrics import CocoMetric
 from tests.data.small_coco import write_split
-from tests.data.test_datamodule import Recorder
+from tests.data.test_datamodule import Recorder, quiet_trainer
 
 
 @pytest.fixture
@@ -73,17 +72,7 @@ class KilledNow(Recorder):
 @pytest.mark.filterwarnings("ignore:.*started anew")
 def test_a_worker_killed_in_a_training_step_does_not_end_the_run(root, tmp_path):
     module = KilledNow()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, data_module(root))
+    quiet_trainer(tmp_path).fit(module, data_module(root))
     assert sorted(module.seen["train"]) == sorted(list(range(1, 21)) * 2)
 
 
