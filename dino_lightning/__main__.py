@@ -1,4 +1,4 @@
-"""The command line: `python -m dino_lightning {fit,validate,test,inspect,preview,rooms}`."""
+"""The command line: `python -m dino_lightning {fit,validate,test,predict,export,convert,inspect,preview,rooms}`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ USAGE = """usage: python -m dino_lightning COMMAND [options]
   fit        train (without options: a demo on floor plans that it draws itself)
   validate   evaluate a checkpoint on the validation split
   test       evaluate a checkpoint on the test split
+  predict    find objects in images, folders or a COCO dataset; writes JSON, CSV and pictures
+  export     write a checkpoint as ONNX, as a torch.export program or as a model directory
+  convert    write a checkpoint in the published layout, or a published one in ours
   inspect    look for what is wrong with a dataset, before training on it
   preview    draw training images as the model sees them, with their boxes
   rooms      draw synthetic floor plans as a COCO dataset
@@ -31,6 +34,18 @@ def run(args: list[str]) -> int:
         from dino_lightning import cli
 
         return cli.main(command, rest)
+    if command == "predict":
+        from dino_lightning import predict
+
+        return predict.run(rest)
+    if command == "export":
+        from dino_lightning import export
+
+        return export.run(rest)
+    if command == "convert":
+        from dino_lightning import convert
+
+        return convert.run(rest)
     if command == "inspect":
         from dino_lightning import health
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.checkpoint import read_checkpoint
+from dino_lightning.checkpoint import CheckpointError, read_checkpoint
 from dino_lightning.data import CocoDataModule
+from dino_lightning.files import previous_checkpoint
 from dino_lightning.module import DINOModule
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
@@ -31,6 +32,11 @@ FROM_DATA = (
     "max_size",
     "stretch_to",
 )  # arguments the model takes over
+OWN_OPTIONS = (  # of `fit`, beside Lightning's
+    *("compress_gradients", "save_every_minutes", "save_every_steps", "report", "against"),
+    *("ema_decay", "ema_tau", "ema_evaluate", "early_stopping_patience"),
+    "auto_batch_size",
+)
 
 
 class UsageError(ValueError):
@@ -50,10 +56,10 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
     checkpoint, args = _take_option(args, "--ckpt_path")
     folder = Path(run_dir) if run_dir else _shared_run_dir()
     if checkpoint == "last":
-        folder = folder or _newest_run()
+        folder = folder or newest_run()
         checkpoint = str(folder / "checkpoints" / "last.ckpt")
     if checkpoint is not None:
-        content = read_checkpoint(checkpoint)  # refuses here, in one sentence, what Lightning would stumble over
+        checkpoint, content = _whole_checkpoint(Path(checkpoint))
         origin = Path(checkpoint).resolve().parent.parent
         if not _has_option(args, "--config", "-c"):
             args = [*_stored_arguments(origin, content), *args]
@@ -128,7 +134,7 @@ def known_options() -> list[str]:
     parser.add_lightning_class_args(DINOModule, "model")
     parser.add_class_arguments(Trainer, "trainer")
     own = [action.dest for action in parser._actions if action.dest not in ("help", "data", "model", "trainer")]
-    return [*own, "config", "seed_everything", "run_dir", "ckpt_path", "compress_gradients", "data", "model", "trainer"]
+    return [*own, "config", "seed_everything", "run_dir", "ckpt_path", *OWN_OPTIONS, "data", "model", "trainer"]
 
 
 def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -158,11 +164,33 @@ def _shared_run_dir() -> Path | None:
     return Path(shared) if shared and "LOCAL_RANK" in os.environ else None
 
 
-def _newest_run() -> Path:
+def newest_run() -> Path:
+    """The folder of the run in `RUNS` that saved a checkpoint last.
+
+    Raises:
+        UsageError: there is none.
+    """
     saved = sorted(RUNS.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise UsageError(f"--ckpt_path last: no run in {RUNS}/ has a checkpoint; name the run with --run_dir.")
     return saved[-1].parent.parent
+
+
+def _whole_checkpoint(path: Path) -> tuple[str, Any]:
+    """A checkpoint and its content; where `last.ckpt` is damaged or gone, the one before it.
+
+    Raises:
+        CheckpointError: neither can be read; said here in one sentence, where Lightning would stumble over it.
+    """
+    try:
+        return str(path), read_checkpoint(path)
+    except CheckpointError as error:
+        previous = previous_checkpoint(path)
+        if path.name != "last.ckpt" or not previous.is_file():
+            raise
+        content = read_checkpoint(previous)
+        rank_zero_warn(f"{error} Going on from the one before it, {previous}.")
+        return str(previous), content
 
 
 def _stored_arguments(origin: Path, content: Any) -> list[str]:

@@ -1,44 +1,31 @@
-"""The one adapter between our state dict and the published DINO checkpoints (layout of IDEA-Research/DINO)."""
+"""Reading weights from files of any origin, without running code from them; what they are is told by their content."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from dino_lightning.model import DINO
-
-# Ours -> published, first match wins. The heads that all decoder layers share stand once per layer in published files.
-_PREFIXES = (
-    ("level_embedding", "transformer.level_embed"),
-    ("encoder.", "transformer.encoder."),
-    ("decoder.query_position_head.", "transformer.decoder.ref_point_head."),
-    ("decoder.bbox_head.", "transformer.decoder.bbox_embed.{layer}."),
-    ("decoder.class_head.", "transformer.decoder.class_embed.{layer}."),
-    ("decoder.", "transformer.decoder."),
-    ("query_selection.content_queries.", "transformer.tgt_embed."),
-    ("query_selection.output_projection.", "transformer.enc_output."),
-    ("query_selection.output_norm.", "transformer.enc_output_norm."),
-    ("query_selection.bbox_head.", "transformer.enc_out_bbox_embed."),
-    ("query_selection.class_head.", "transformer.enc_out_class_embed."),
-    ("label_embedding.", "label_enc."),
-    ("neck.projections.", "input_proj."),
-    ("backbone.", "backbone.0."),
+from dino_lightning.published_layout import (
+    backbone_from_published,
+    backbone_kind,
+    from_published,
+    wrong_indices,
 )
-_ATTENTION = (("self_attention.", "self_attn."), ("cross_attention.", "cross_attn."))
-_SHARED_HEAD = re.compile(r"^(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.\d+\.")
+
 _MODULE_PREFIX = "model."  # where a DINOModule keeps its DINO
+_WRAPPERS = ("state_dict", "model")  # where training programs keep the weights among other things
 
 # Entries with one row for each class (and, in the label embedding, one more).
-_CLASS_ENTRIES = (
+CLASS_ENTRIES = (
     "decoder.class_head.weight",
     "decoder.class_head.bias",
     "query_selection.class_head.weight",
@@ -52,143 +39,98 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class LoadedWeights:
-    """A detector's weights as found in a file, under our names.
+class FoundWeights:
+    """Weights as found in a file, under our names.
 
     Attributes:
-        state: our state dict.
+        part: whether they are those of a whole detector or of a backbone alone.
+        state: the state dict of our `DINO` or, of a backbone, our `Backbone`.
         class_names: the names of the labels, where the file tells them.
         source: what kind of file it was, in words.
+        ignored: entries of the file that nothing here has a use for.
+        notes: sentences about what is special.
+        settings: stored settings of the model, where the file has them.
+        score_threshold: that of the best F1, where the file has it.
     """
 
+    part: Literal["detector", "backbone"]
     state: dict[str, Tensor]
-    class_names: tuple[str, ...] | None
     source: str
-
-
-def to_published_key(key: str) -> str:
-    """Our name of an entry -> its name in a published file; `{layer}` stands for each decoder layer.
-
-    Raises:
-        KeyError: an entry the published layout has no place for.
-    """
-    renamed = _renamed(key, _PREFIXES, _ATTENTION)
-    if renamed is None:
-        raise KeyError(f"The published DINO layout has no place for {key!r}.")
-    return renamed
-
-
-def from_published_key(key: str) -> str:
-    """The name of an entry in a published file, any alias -> our name.
-
-    Raises:
-        KeyError: an entry we have no place for.
-    """
-    key = _SHARED_HEAD.sub(r"transformer.decoder.\1.{layer}.", key.removeprefix("module."))
-    back = [[(published, ours) for ours, published in table] for table in (_PREFIXES, _ATTENTION)]
-    renamed = _renamed(key, *back)
-    if renamed is None:
-        raise KeyError(f"{key!r} is no entry of a published DINO checkpoint.")
-    return renamed
-
-
-def _renamed(key: str, prefixes: Sequence[tuple[str, str]], parts: Sequence[tuple[str, str]]) -> str | None:
-    """The key with the first prefix that fits exchanged, and all parts; None if no prefix fits."""
-    for old, new in prefixes:
-        if key.startswith(old):
-            renamed = new + key[len(old) :]
-            for old_part, new_part in parts:
-                renamed = renamed.replace(old_part, new_part)
-            return renamed
-    return None
-
-
-def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict -> the published one, with the shared heads under all their names."""
-    layers = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.layers."))
-    published: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = to_published_key(key)
-        if "{layer}" in name:
-            for layer in range(layers):
-                alias = name.format(layer=layer)
-                published[alias] = published[alias.removeprefix("transformer.decoder.")] = value
-        else:
-            published[name] = value
-    return published
-
-
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict, with or without aliases -> ours.
-
-    Raises:
-        CheckpointError: an entry we have no place for.
-    """
-    ours: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key.endswith("num_batches_tracked"):
-            continue  # frozen batch norm has no use for it
-        try:
-            ours.setdefault(from_published_key(key), value)
-        except KeyError as error:
-            raise CheckpointError(str(error.args[0])) from error
-    return ours
+    class_names: tuple[str, ...] | None = None
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    score_threshold: float | None = None
 
 
 def read_checkpoint(path: str | Path) -> Any:
     """The content of a checkpoint file, read without running any code from it.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint.
+        CheckpointError: no such file, or not a checkpoint, or a damaged one.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {path} does not exist.")
     try:
+        _check_sums(path)
         # Published files carry their command line as a Namespace, which is harmless and allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely: it is no PyTorch file, or it holds objects "
-            "other than tensors and plain values."
+            f"{path} is not a checkpoint that can be read safely: it is no PyTorch file, or it is damaged, or it holds "
+            "objects other than tensors and plain values."
         ) from error
     except Exception as error:  # whatever a damaged archive provokes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged ({reason}).") from error
+        reason = str(error).partition("\n")[0]
+        said = f" ({reason.rstrip('.')})" if " " in reason else ""  # a bare number helps nobody
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged{said}.") from error
 
 
-def read_weights(path: str | Path) -> LoadedWeights:
-    """A detector's weights from a published DINO checkpoint, one of ours, or a bare state dict of either.
+def _check_sums(path: Path) -> None:
+    """Compare the checksums that the file itself carries, which PyTorch writes but does not look at."""
+    if zipfile.is_zipfile(path):  # else of an older format, without any
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} in it does not fit")
+
+
+def read_weights(path: str | Path) -> FoundWeights:
+    """A detector's or a backbone's weights from a file of any of the layouts.
+
+    Detectors: published DINO checkpoints, checkpoints of ours, or the bare state dict of either. Backbones: the state
+    dict of a torchvision network, of our `Backbone`, or of a Swin Transformer or ConvNeXt as its authors publish it.
 
     Raises:
-        CheckpointError: not a checkpoint, or not of this model.
+        CheckpointError: not a checkpoint, or of another model.
     """
     content = read_checkpoint(path)
-    names: tuple[str, ...] | None = None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        state = {
-            key.removeprefix(_MODULE_PREFIX): value
-            for key, value in content["state_dict"].items()
-            if key.startswith(_MODULE_PREFIX)
-        }
-        known = content.get("hyper_parameters", {}).get("class_names")
-        names = tuple(known) if known else None
-        source = "dino_lightning checkpoint"
-    else:
-        state = content.get("model", content) if isinstance(content, dict) else content
-        source = "published DINO checkpoint"
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict of a DINO model (names to tensors).")
-    if "decoder.norm.weight" in state:
-        return LoadedWeights(state, names, source)
+    state = _state_dict(content)
+    if state is None:
+        raise CheckpointError(f"{path} holds no state dict of a DINO model or a backbone (names to tensors).")
+    broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{path}: {len(broken)} of its {len(state)} tensors hold values that are no finite numbers (first: "
+            f"{broken[0]}); the training that wrote it had diverged, or it is damaged."
+        )
+    settings = content.get("hyper_parameters")
+    if not isinstance(settings, Mapping):
+        settings = _namespace(content.get("args"))
+    ours = {key.removeprefix(_MODULE_PREFIX): value for key, value in state.items() if _is_models(key)}
     try:
-        state = from_published(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is not a DINO checkpoint: {error}") from error
-    if len(state.get("decoder.class_head.bias", ())) == 91:
-        names = coco_names()
-    return LoadedWeights(state, names, source)
+        if "decoder.norm.weight" in ours or "decoder.norm.weight" in state:
+            threshold = content.get("score_threshold")
+            found = _our_detector(ours if "decoder.norm.weight" in ours else state, settings)
+            return replace(found, score_threshold=threshold if isinstance(threshold, float) else None)
+        if any(key.startswith("transformer.") for key in state):
+            return _published_detector(state, content, settings)
+        return _backbone(state, settings)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise CheckpointError(f"{path} is not a DINO checkpoint: {reason}") from error
 
 
 def coco_names() -> tuple[str, ...]:
@@ -197,76 +139,84 @@ def coco_names() -> tuple[str, ...]:
     return ("N/A", *names[1:])
 
 
-def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | None = None) -> str:
-    """Start a detector from the weights in a file.
+def _is_models(key: str) -> bool:
+    return key.startswith(_MODULE_PREFIX)
 
-    Classes of the same name keep their rows of the class heads; without names on both sides they are kept where the
-    class count is the same. The other classes start afresh.
 
-    Args:
-        model: changed in place.
-        path: see `read_weights`.
-        class_names: the names of the model's labels, where known.
+def _namespace(args: object) -> dict[str, Any] | None:
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else None
 
-    Returns:
-        One line that says what was loaded.
 
-    Raises:
-        CheckpointError: the file is not a checkpoint, or of another architecture.
-    """
-    loaded = read_weights(path)
-    own = model.state_dict()
-    others = [key for key in own if key not in _CLASS_ENTRIES]
-    missing = [key for key in others if key not in loaded.state]
-    unknown = [key for key in loaded.state if key not in own]
-    if missing or unknown:
-        example = f"it lacks {missing[0]}" if missing else f"it has {unknown[0]}, which the model lacks"
-        raise CheckpointError(
-            f"{path} is of another architecture: {len(missing)} of the model's {len(own)} entries are missing and "
-            f"{len(unknown)} are unknown ({example}). Check backbone, feature levels and the number of layers."
-        )
-    for key in others:
-        if loaded.state[key].shape != own[key].shape:
-            raise CheckpointError(
-                f"{path} is of another architecture: {key} is {tuple(loaded.state[key].shape)} in the file and "
-                f"{tuple(own[key].shape)} in the model. Check hidden_dim, num_queries and the other sizes."
-            )
-        own[key] = loaded.state[key]
-    count = len(loaded.state.get("decoder.class_head.bias", ()))
-    rows = _class_rows(loaded.class_names, count, class_names, model.num_classes)
-    targets = [row for row, source in enumerate(rows) if source is not None]
-    sources = [source for source in rows if source is not None]
-    for key in _CLASS_ENTRIES:
-        if key in loaded.state and targets:
-            fresh = own[key].clone()
-            fresh[targets] = loaded.state[key][sources]
-            if len(fresh) > model.num_classes:  # the label embedding's spare row
-                fresh[-1] = loaded.state[key][-1]
-            own[key] = fresh
-    model.load_state_dict(own)
-    return f"{path}: {loaded.source}, {len(others)} of {len(others)} tensors loaded; " + _describe(
-        rows, count, by_name=loaded.class_names is not None and class_names is not None
+def _state_dict(content: Any) -> dict[str, Tensor] | None:
+    """The state dict in what a file holds, without the prefix that data parallel training adds."""
+    if not isinstance(content, dict):
+        return None
+    found = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
+    usable = all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+        for key, value in found.items()
+    )
+    if not found or not usable:
+        return None
+    return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> FoundWeights:
+    given = (settings or {}).get("class_names")
+    names = tuple(given) if isinstance(given, list | tuple) and all(isinstance(name, str) for name in given) else ()
+    count = len(state.get("decoder.class_head.bias", ()))
+    if names and len(names) != count:
+        raise ValueError(f"it names {len(names)} classes, but its class heads have {count}.")
+    return FoundWeights(
+        part="detector",
+        state=state,
+        source="dino_lightning checkpoint",
+        class_names=names or None,
+        settings=settings,
     )
 
 
-def _class_rows(
-    source_names: Sequence[str] | None, source_count: int, names: Sequence[str] | None, count: int
-) -> list[int | None]:
-    """For each of our labels, the row of the file to take, or None for a fresh start."""
-    if source_names is not None and names is not None:
-        row_of = {_normalized(name): row for row, name in enumerate(source_names) if name != "N/A"}
-        return [row_of.get(_normalized(name)) for name in names]
-    return list(range(count)) if source_count == count else [None] * count
+def _published_detector(
+    state: dict[str, Tensor], content: Mapping[str, Any], settings: Mapping[str, Any] | None
+) -> FoundWeights:
+    ours, ignored = from_published(state)
+    notes = []
+    wrong = wrong_indices(ours)
+    if wrong:
+        ours |= wrong
+        notes.append(
+            f"{len(wrong)} tables of relative positions in the file are corrupt, as averaging of weights leaves them; "
+            "they are computed anew."
+        )
+    if isinstance(content.get("ema_model"), dict):
+        notes.append("The file has averaged weights (ema_model) as well; they are left alone.")
+    names = None
+    if len(ours.get("decoder.class_head.bias", ())) == len(coco_names()):
+        names = coco_names()
+        notes.append("Its 91 classes have no names and are taken for COCO's categories.")
+    return FoundWeights(
+        part="detector",
+        state=ours,
+        source="published DINO checkpoint",
+        class_names=names,
+        ignored=ignored,
+        notes=tuple(notes),
+        settings=settings,
+    )
 
 
-def _normalized(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
-
-
-def _describe(rows: Sequence[int | None], source_count: int, *, by_name: bool) -> str:
-    kept = sum(row is not None for row in rows)
-    if not kept:
-        return f"class heads start afresh ({source_count} classes in the file, {len(rows)} here)."
-    how = "matched by name" if by_name else "kept as they are"
-    fresh = f", {len(rows) - kept} start afresh" if kept < len(rows) else ""
-    return f"class heads: {kept} of {len(rows)} classes {how}{fresh}."
+def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> FoundWeights:
+    """A backbone alone: ours, torchvision's, or as published by the authors of Swin and ConvNeXt."""
+    if any(key.startswith("body.") for key in state):
+        return FoundWeights("backbone", state, "backbone of dino_lightning", settings=settings)
+    if any(key.startswith(("layer1.", "features.")) for key in state):
+        known = {f"body.{key}": value for key, value in state.items()}
+        return FoundWeights("backbone", known, "torchvision backbone")
+    kind = backbone_kind(state)
+    if kind == "other":
+        raise ValueError(
+            f"it has entries such as {next(iter(state))!r}, and none of a detector or backbone of any known layout."
+        )
+    ours, ignored = backbone_from_published(state)
+    name = "Swin Transformer" if kind == "swin" else "ConvNeXt"
+    return FoundWeights("backbone", ours | wrong_indices(ours), f"published {name} backbone", ignored=ignored)

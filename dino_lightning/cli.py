@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -24,26 +27,52 @@ from dino_lightning.arguments import (
     prepare,
     with_packaged_configs,
 )
-from dino_lightning.callbacks import KeptMetrics, PredictionImages, RunReport
+from dino_lightning.callbacks import (
+    EMA,
+    AutoBatchSize,
+    KeptMetrics,
+    MemoryWatch,
+    PredictionImages,
+    Progress,
+    RunRecord,
+    RunReport,
+    SaveAndStop,
+    SavedConfig,
+    StoppedOnRequest,
+    WatchProcesses,
+    WholeCheckpoints,
+)
 from dino_lightning.checkpoint import CheckpointError
 from dino_lightning.data import CocoDataModule, DataError
 from dino_lightning.losses import NonFiniteError
+from dino_lightning.memory import OutOfMemory, is_out_of_memory
 from dino_lightning.module import DINOModule
+from dino_lightning.report import Source, as_text, find_report, load_report, write_report
 
-EXPECTED_ERRORS = (ArgumentError, UsageError, DataError, CheckpointError, NonFiniteError, MisconfigurationException)
+EXPECTED_ERRORS = (
+    *(ArgumentError, UsageError, DataError, CheckpointError, NonFiniteError, OutOfMemory),
+    MisconfigurationException,
+)
+
+SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
 
 
 class DINOCLI(LightningCLI):
     """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`."""
 
-    def __init__(self, args: Sequence[str], run_dir: Path, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, args: Sequence[str], run_dir: Path, callbacks: Sequence[Callback] = (), stop_flag: Path | None = None
+    ) -> None:
         self.run_dir = run_dir
+        self.stop_flag = stop_flag
         self.extra_callbacks = list(callbacks)
         self.report = RunReport(directory=str(run_dir))
+        self._other_run: tuple[str, dict[str, Any]] | None = None
         super().__init__(
             DINOModule,
             CocoDataModule,
             args=list(args),
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run writes its configuration again
             seed_everything_default=42,
             parser_kwargs={"exit_on_error": False},
@@ -68,6 +97,52 @@ class DINOCLI(LightningCLI):
             type=bool,
             default=False,
             help="With strategy ddp on GPUs: send gradients as bfloat16, half the bytes over the network.",
+        )
+        parser.add_argument(
+            "--save_every_minutes",
+            type=float,
+            default=10.0,
+            help="How often last.ckpt is saved within an epoch; 0: at the end of epochs only.",
+        )
+        parser.add_argument(
+            "--save_every_steps", type=int, default=0, help="The same, by optimizer steps; 0: by the clock only."
+        )
+        parser.add_argument(
+            "--ema_decay",
+            type=float | None,
+            default=None,
+            help="Keep an exponential moving average of the weights with this decay, such as 0.9997; 0: none.",
+        )
+        parser.add_argument(
+            "--ema_tau", type=float, default=2000.0, help="After how many steps the decay is at 63 percent; 0: at once."
+        )
+        parser.add_argument(
+            "--ema_evaluate",
+            type=bool,
+            default=True,
+            help="Evaluate the averaged weights rather than the raw ones, and let best.ckpt hold them.",
+        )
+        parser.add_argument(
+            "--early_stopping_patience",
+            type=PositiveInt | None,
+            default=None,
+            help="Stop once val/AP has not improved in so many validations.",
+        )
+        parser.add_argument(
+            "--report", type=bool, default=True, help="validate and test: write a report with plots and images."
+        )
+        parser.add_argument(
+            "--against",
+            type=str | None,
+            default=None,
+            help="validate and test: another run to compare with in the report; its folder or its report.json.",
+        )
+        parser.add_argument(
+            "--auto_batch_size",
+            type=PositiveInt | None,
+            default=None,
+            help="Images for each optimizer step, over all processes: data.batch_size becomes the largest that fits "
+            "into memory, and trainer.accumulate_grad_batches makes up for the rest.",
         )
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
@@ -114,18 +189,32 @@ class DINOCLI(LightningCLI):
             )
         if config.get("logger") in (None, True):
             config["logger"] = [
-                CSVLogger(save_dir=str(self.run_dir), name="", version=""),
+                # written at once: a run may be killed at any moment
+                CSVLogger(save_dir=str(self.run_dir), name="", version="", flush_logs_every_n_steps=1),
                 TensorBoardLogger(save_dir=str(self.run_dir), name="", version="tensorboard"),
             ]
+        config["plugins"] = [*_as_list(config.get("plugins")), WholeCheckpoints()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
-        if not sys.stderr.isatty() and config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(config.get("callbacks")))
+        if config.get("enable_progress_bar") is not False and not own_bar:
+            callbacks = [*callbacks, Progress()]
         callbacks = [*callbacks, *self.extra_callbacks]
-        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
+        options = self.config[self.subcommand]
+        if options.auto_batch_size and self.subcommand == "fit":
+            callbacks.append(AutoBatchSize(global_batch=options.auto_batch_size, checkpoint=options.ckpt_path))
+        if options.ema_decay:
+            callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
+        if options.early_stopping_patience and self.subcommand == "fit":
+            callbacks.append(
+                EarlyStopping("val/AP", mode="max", patience=int(options.early_stopping_patience), verbose=True)
+            )
+        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png")), WatchProcesses()]
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        if config.get("logger") and self.subcommand == "fit" and self.config.fit.ckpt_path:
-            callbacks.append(KeptMetrics(path=self.run_dir / "metrics.csv"))
+        if config.get("logger") and self.subcommand == "fit":
+            resuming = bool(self.config.fit.ckpt_path)
+            copy = checkpoints / "metrics.csv"
+            callbacks.append(KeptMetrics(path=self.run_dir / "metrics.csv", copy=copy, resuming=resuming))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             common: dict[str, Any] = {
                 "dirpath": str(checkpoints),
@@ -133,6 +222,13 @@ class DINOCLI(LightningCLI):
                 "enable_version_counter": False,
             }
             callbacks += [
+                RunRecord(path=self.run_dir / "run.json"),
+                SaveAndStop(
+                    checkpoint=checkpoints / "last.ckpt",
+                    every_minutes=options.save_every_minutes,
+                    every_steps=options.save_every_steps,
+                    flag=self.stop_flag,
+                ),
                 ModelCheckpoint(filename="best", monitor="val/AP", mode="max", **common),
                 # at the end of the epoch, or it would be stale when validation is rarer
                 ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
@@ -140,8 +236,14 @@ class DINOCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
-        """Say what is about to be trained on."""
+        """Say what is about to be trained on, and what is different from before when a run goes on."""
         self._introduce()
+        if self.config.fit.ckpt_path is not None:
+            assert isinstance(self.model, DINOModule)
+            self.model.has_weights = True  # the Trainer tells so only after the module is set up
+            changes = changed_options(Path(self.config.fit.ckpt_path), self.config.fit.as_dict())
+            if changes:
+                say("Changed since the checkpoint was written:\n  " + "\n  ".join(changes) + "\n")
 
     def _introduce(self) -> None:
         data = self.datamodule
@@ -159,6 +261,7 @@ class DINOCLI(LightningCLI):
             ("learning curves", self.report.curves_path),
             ("detections", self.run_dir / "detections.png"),
             ("configuration", self.run_dir / "config.yaml"),
+            ("record", self.run_dir / "run.json"),
         ]
         for name, path in places:
             if path.exists():
@@ -167,13 +270,50 @@ class DINOCLI(LightningCLI):
             say(f"\nLook closer:  python -m dino_lightning validate --ckpt_path {checkpoints / 'best.ckpt'}")
             say(f"Watch losses: tensorboard --logdir {self.run_dir}")
 
+    def before_validate(self) -> None:
+        """Read what to compare with, before it takes hours to find that it cannot be read."""
+        options = self.config[self.config.subcommand]
+        if options.against is None:
+            return
+        if not options.report:
+            raise UsageError("--against compares in the report; leave out --report false.")
+        path = find_report(Path(options.against), self.config.subcommand)
+        self._other_run = (str(path), load_report(path))
+
+    def before_test(self) -> None:
+        """As before validation."""
+        self.before_validate()
+
     def after_validate(self) -> None:
-        """Show the classes one by one."""
+        """Show the classes one by one, and write the report."""
         self._show_classes()
+        self._write_report()
 
     def after_test(self) -> None:
         """As after validation."""
-        self._show_classes()
+        self.after_validate()
+
+    def _write_report(self) -> None:
+        """On the first process: it alone has seen all images."""
+        subcommand = self.config.subcommand
+        data, model = self.datamodule, self.model
+        assert isinstance(model, DINOModule) and isinstance(data, CocoDataModule)
+        if model.evaluation is None or not self.config[subcommand].report:
+            return
+        dataset = data.test_set if subcommand == "test" and data.test_set is not None else data.val_set
+        checkpoint = str(self.config[subcommand].ckpt_path or "")
+        folder = self.run_dir / "report"
+        try:
+            summary = write_report(
+                model.evaluation,
+                Source(subcommand, dataset.annotations, data.category_ids, checkpoint),
+                folder,
+                threshold=model.score_threshold,
+                against=self._other_run,
+            )
+        except OSError as error:
+            raise UsageError(f"{folder}: the report cannot be written ({error.strerror}).") from error
+        say(f"\n{as_text(summary)}\nreport           {folder / 'index.html'}")
 
     def _show_classes(self) -> None:
         assert isinstance(self.model, DINOModule)
@@ -190,20 +330,78 @@ def main(subcommand: str, args: Sequence[str]) -> int:
     """Run one subcommand; bad input ends in one sentence on stderr and a non-zero exit code."""
     try:
         execute(subcommand, args)
+    except StoppedOnRequest as stopped:
+        say(
+            f"\nStopped at step {stopped.step} on request. Go on with:\n"
+            f"    python -m dino_lightning fit --ckpt_path {stopped.checkpoint}"
+        )
+        # To the first process, a code of another would mean that it has failed.
+        return 0 if os.environ.get("LOCAL_RANK", "0") != "0" else SIGNAL_EXIT_CODE + stopped.signal_number
+    except KeyboardInterrupt:
+        return SIGNAL_EXIT_CODE + signal.SIGINT
     except EXPECTED_ERRORS as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     return 0
 
 
-def execute(subcommand: str, args: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+def execute(
+    subcommand: str, args: Sequence[str], callbacks: Sequence[Callback] = (), stop_flag: Path | None = None
+) -> None:
     """Run one subcommand, with more callbacks than its own.
+
+    Args:
+        subcommand: `fit`, `validate` or `test`.
+        args: its options.
+        callbacks: what else is to watch it.
+        stop_flag: a file that asks to save and stop as soon as it exists.
 
     Raises:
         EXPECTED_ERRORS: bad input; `explain` makes a sentence of it.
+        StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
     """
     prepared, run_dir = prepare(subcommand, list(args))
-    DINOCLI([subcommand, *prepared], run_dir, callbacks)
+    watch = MemoryWatch()
+    try:
+        DINOCLI([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise watch.explained(error) from error
+
+
+def changed_options(checkpoint: Path, now: Mapping[str, Any]) -> list[str]:
+    """What differs from the options of the run that a checkpoint is from, one line each: `name: before -> now`."""
+    stored = checkpoint.resolve().parent.parent / "config.yaml"
+    if not stored.is_file():
+        return []
+    try:
+        before = parse_fit(["--config", str(stored)])
+    except EXPECTED_ERRORS:
+        return []  # of another version
+    before_flat, now_flat = _flat(before), _flat(now)
+    return [
+        f"{name}: {_short(before_flat.get(name))} -> {_short(value)}"
+        for name, value in now_flat.items()
+        if name.split(".")[0] not in ("config", "ckpt_path", "run_dir", "weights_only")
+        and before_flat.get(name) != value
+    ]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class _ParseOnly(DINOCLI):

@@ -27,3 +27,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def previous_checkpoint(last: Path) -> Path:
+    """Where the checkpoint is kept that `last.ckpt` replaced: in the same folder."""
+    return last.with_name("previous.ckpt")

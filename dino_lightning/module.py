@@ -5,28 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import Tensor
 
-from dino_lightning.checkpoint import CheckpointError, load_weights
 from dino_lightning.data.images import read_image
 from dino_lightning.data.sampling import derive_seed
-from dino_lightning.data.transforms import Canvas, LabelledImage, eval_transform
-from dino_lightning.losses import Criterion
-from dino_lightning.metrics import ClassResult, CocoMetric
+from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
+from dino_lightning.losses import Criterion, NonFiniteError, mean_num_boxes
+from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
-from dino_lightning.model.backbone import pretrained_state
-from dino_lightning.optim import GroupRule, drop_epochs, parameter_groups, update_rates
+from dino_lightning.non_finite import NonFiniteSteps
+from dino_lightning.optim import AccumulatedBoxes, GroupRule, RateSchedule, drop_epochs, freeze_parts, parameter_groups
+from dino_lightning.resuming import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
+from dino_lightning.starting_weights import start_backbone_from, start_from
 from dino_lightning.structures import Batch, Detections, to_uint8
 
+FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 
@@ -40,16 +43,24 @@ class DINOModule(lightning.LightningModule):
         num_classes: K, classes with contiguous labels 0..K-1.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
-        weights: a DINO checkpoint to start from, published or ours; class heads are matched by name.
-        backbone_weights: torchvision's name of pretrained backbone weights, or a local file with a torchvision state
-            dict; null for random ones. Not used with `weights` or when resuming.
+        weights: what to start from: a file or an address (https:// or s3://, with #sha256=... after it to have it
+            checked) with a DINO checkpoint, published or ours, or with a backbone alone; or a name of torchvision's
+            weights for the backbone. Class heads are matched by name.
+        backbone_weights: as `weights`, for the backbone alone; null for random ones. Not used with `weights` or when
+            resuming.
         lr: learning rate of everything outside the backbone.
         backbone_lr: learning rate of the backbone.
+        backbone_layer_decay: what the rate of each earlier stage of the backbone is multiplied with once more.
         weight_decay: AdamW's decoupled weight decay.
         group_rule: how parameters are grouped, see `dino_lightning.optim.parameter_groups`.
         clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
+        max_non_finite_steps: how many steps in a row are left out because their predictions or gradients are not
+            finite numbers, before training stops.
+        warmup_steps: the rates rise linearly over so many optimizer steps.
+        lr_schedule: `step` drops the rates at given epochs, `cosine` takes them to 0 along half a cosine.
         lr_drop_epochs: after how many epochs the learning rate drops; by default once, after 11/12 of the epochs.
         lr_drop_factor: what the learning rate is multiplied with at each drop.
+        freeze: parts of the detector that do not train, such as `backbone` or `encoder`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start, and again for new shapes
             of batches until the compiler gives up on fixed ones; best with the data's `fixed_size`. Needs a C compiler.
         max_detections: detections kept for each image.
@@ -73,11 +84,16 @@ class DINOModule(lightning.LightningModule):
         backbone_weights: str | None = "IMAGENET1K_V1",
         lr: float = 1e-4,
         backbone_lr: float = 1e-5,
+        backbone_layer_decay: float = 1.0,
         weight_decay: float = 1e-4,
         group_rule: GroupRule = "default",
         clip_grad_norm: float = 0.1,
+        max_non_finite_steps: int = 3,
+        warmup_steps: int = 0,
+        lr_schedule: Literal["step", "cosine"] = "step",
         lr_drop_epochs: list[int] | None = None,
         lr_drop_factor: float = 0.1,
+        freeze: list[str] | None = None,
         compile: bool = False,
         max_detections: int = 300,
         image_size: int | None = None,
@@ -94,26 +110,38 @@ class DINOModule(lightning.LightningModule):
             )
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)
+        self._frozen = freeze_parts(self.model, freeze or [])
         self.criterion = Criterion()
         self.metric = CocoMetric()
         self.class_results: list[ClassResult] = []
+        self.evaluation: Evaluation | None = None  # of the last validate or test, on the first process
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
-        self._has_weights = False
+        self.has_weights = False  # or will have: those of a checkpoint that the run goes on from
         self._noise_seed: int | None = None
         self._terms: dict[str, Tensor] = {}  # what there is to log of the last step, on the device
+        self._shown: dict[str, float] = {}  # the same, if it is logged
         self._loss_sum: Tensor | None = None  # of this epoch, weighted by images
         self._images = 0
+        self._accumulated = AccumulatedBoxes()
+        self._non_finite = NonFiniteSteps(max_non_finite_steps)
 
     # ------------------------------------------------------------------ set-up
+
+    def train(self, mode: bool = True) -> DINOModule:
+        """As in PyTorch, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def setup(self, stage: str) -> None:
         """Take what the data module knows; load starting weights once, and not when a checkpoint follows."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self._take_from_data(data)
-        if stage == "fit" and not self._has_weights and self.trainer.ckpt_path is None:
+        if stage == "fit" and not self.has_weights:
             self._load_starting_weights()
-            self._has_weights = True
+            self.has_weights = True
 
     def _take_from_data(self, data: Any) -> None:
         count = getattr(data, "num_classes", None)
@@ -129,17 +157,26 @@ class DINOModule(lightning.LightningModule):
     def _load_starting_weights(self) -> None:
         weights, backbone_weights = self.hparams["weights"], self.hparams["backbone_weights"]
         if weights is not None:
-            rank_zero_info(load_weights(self.model, weights, self.hparams["class_names"]))
-        elif backbone_weights is not None:
-            name = self.model.backbone.name
-            try:
-                if self.trainer.is_global_zero:
-                    pretrained_state(name, backbone_weights)  # one process downloads, the others find it in the cache
-                self.trainer.strategy.barrier("backbone weights")
-                self.model.backbone.load_torchvision(pretrained_state(name, backbone_weights), backbone_weights)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
-        elif self.model.backbone.norm == "frozen":
+            rank_zero_info(start_from(self.model, weights, self.hparams["class_names"]))
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        images = len(getattr(data, "train_set", ()))
+        few = 0 < images < FEW_IMAGES
+        if backbone_weights is not None:
+            rank_zero_info(start_backbone_from(self.model, backbone_weights).line())
+            if few:
+                rank_zero_info(
+                    f"Only the backbone is pretrained, and {images} images are few: with weights of a whole detector "
+                    "(--model.weights, a published checkpoint for instance) far fewer epochs do, and AP is higher."
+                )
+            return
+        if few:
+            rank_zero_warn(
+                f"Training from scratch on {images} images: a detector of this kind takes {FEW_IMAGES:,} or more to "
+                "learn from nothing. Start from pretrained weights with --model.weights (a published checkpoint), or "
+                "at least a pretrained backbone with --model.backbone_weights."
+            )
+        if self.model.backbone.norm == "frozen":
             rank_zero_warn(
                 "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
                 "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
@@ -151,23 +188,29 @@ class DINOModule(lightning.LightningModule):
             self.model.compile_layers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, fused into one kernel for each group, and a learning rate that drops at given epochs."""
+        """AdamW, fused into one kernel for each group, and the schedule of its rates."""
         # With a gradient scaler, a fused optimizer unscales only in its step, after the gradients are clipped.
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(self._parameter_groups(), fused=fused)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, milestones=self._milestones(), gamma=self.hparams["lr_drop_factor"]
+        schedule = RateSchedule(
+            optimizer,
+            warmup_steps=self.hparams["warmup_steps"],
+            milestones=self._milestones(),
+            gamma=self.hparams["lr_drop_factor"],
+            cosine_steps=self._all_steps() if self.hparams["lr_schedule"] == "cosine" else None,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """When resuming, let the rates of now stand, not the stored ones."""
+        """Settle the seed of the noise."""
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
-        if self.trainer.ckpt_path is not None:
-            scheduler = self.lr_schedulers()
-            assert isinstance(scheduler, torch.optim.lr_scheduler.MultiStepLR)
-            update_rates(scheduler, self._parameter_groups(), self._milestones(), self.hparams["lr_drop_factor"])
+
+    def on_train_epoch_start(self) -> None:
+        """Set the rates of this epoch; in a resumed run those of its options of now, not the stored ones."""
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, RateSchedule):
+            schedule.at(step=self.global_step, epoch=self.current_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the noise of a step follow from seed, epoch, batch and process: nothing has to be stored to go on."""
@@ -181,11 +224,18 @@ class DINOModule(lightning.LightningModule):
             backbone_lr=self.hparams["backbone_lr"],
             weight_decay=self.hparams["weight_decay"],
             rule=self.hparams["group_rule"],
+            backbone_layer_decay=self.hparams["backbone_layer_decay"],
         )
 
     def _milestones(self) -> list[int]:
         given = self.hparams["lr_drop_epochs"]
         return drop_epochs(self.trainer.max_epochs) if given is None else list(given)
+
+    def _all_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("lr_schedule=cosine ends with the training: set max_epochs or max_steps.")
+        return int(steps)
 
     def configure_gradient_clipping(
         self,
@@ -195,15 +245,21 @@ class DINOModule(lightning.LightningModule):
     ) -> None:
         """Clip to the Trainer's value if it has one, else to the recipe's, and keep the norm before clipping.
 
-        Not by Lightning's own function, which refuses fused optimizers (Lightning 2.6).
+        Not by Lightning's own function, which refuses fused optimizers (Lightning 2.6). This is also where accumulated
+        gradients, complete and summed over processes by now, are divided by the boxes that they come from.
         """
         parameters = list(self.model.parameters())
+        if self._accumulated.batches:
+            factor = self._accumulated.correction() * self.trainer.accumulate_grad_batches
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        limit = self.hparams["clip_grad_norm"] if gradient_clip_val is None else gradient_clip_val
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
-            return
-        limit = self.hparams["clip_grad_norm"] if gradient_clip_val is None else gradient_clip_val
-        if limit > 0:
-            self._terms["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        elif limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        self._terms["train/grad_norm"] = norm
+        self._non_finite.leave_out(norm, optimizer, scaled=self.trainer.precision == "16-mixed")
 
     # ------------------------------------------------------------------ steps
 
@@ -212,27 +268,67 @@ class DINOModule(lightning.LightningModule):
         return self._detections(self.model(batch), batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted loss of a batch."""
-        losses = self._losses(batch)
+        """The weighted loss of a batch.
+
+        Where gradients are accumulated, every batch counts by its boxes: the step is that of one large batch. What is
+        logged is the loss of each batch, divided by its own boxes.
+        """
+        if batch.targets is None:
+            raise ValueError("The batch has no targets; training needs them.")
+        num_boxes = mean_num_boxes(batch.targets, self.device)
+        output = self.model(batch)
+        folder = Path(self.trainer.default_root_dir) / "non_finite"
+        try:
+            losses: dict[str, Tensor] = self.criterion(output, batch.targets, batch.image_ids, num_boxes=num_boxes)
+        except NonFiniteError as error:
+            self._non_finite.check(batch, self.global_step, folder)
+            return self._non_finite.note(batch, self.global_step, error, output, folder)
+        self._non_finite.check(batch, self.global_step, folder)
         self._terms = {name: value.detach() for name, value in _summary_terms(losses, "train").items()}
-        total = losses["loss"].detach() * len(batch)
+        total = (losses["loss"].detach() * len(batch)).nan_to_num(nan=0.0, posinf=0.0)
         self._loss_sum = total if self._loss_sum is None else self._loss_sum + total
         self._images += len(batch)
-        return losses["loss"]
+        if self.trainer.accumulate_grad_batches == 1:
+            return losses["loss"]
+        return losses["loss"] * self._accumulated.share(num_boxes)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Log every N steps, with one copy from the device for all figures; a copy in each step would be a wait.
+
+        Straight to the loggers: Lightning hands figures on only after the callbacks have saved their checkpoints, and a
+        run killed in between would lack them.
+        """
+        super().optimizer_step(*args, **kwargs)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
+        self._shown = {}
+        if self._terms and every and (self.global_step + 1) % every == 0:
+            values = torch.stack([value.float() for value in self._terms.values()]).cpu()
+            self._shown = dict(zip(self._terms, values.tolist(), strict=True))
+            self._send(self._shown, self.global_step)
+
+    def _send(self, figures: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({**figures, "epoch": self.current_epoch}, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log every N steps, with one copy from the device for all figures; a copy in each step would be a wait."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
-        if self._terms and every and self.trainer.global_step % every == 0:
-            values = torch.stack([value.float() for value in self._terms.values()]).cpu()
-            for name, value in zip(self._terms, values, strict=True):
-                self.log(name, value, prog_bar=name == "train/loss_step", on_step=True, on_epoch=False, batch_size=1)
+        """Give what was logged to the progress bar and to callbacks."""
+        for name, value in self._shown.items():
+            shown = name == "train/loss_step"
+            self.log(name, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        self._shown = {}
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss of the epoch."""
-        if self._loss_sum is not None:
-            self.log("train/loss_epoch", self._loss_sum.cpu() / self._images, batch_size=1)
+        loss = self.epoch_loss
+        if loss is not None:
+            self._send({"train/loss_epoch": loss}, self.global_step - 1)
+            self.log("train/loss_epoch", loss, logger=False, batch_size=1)
         self._loss_sum, self._images = None, 0
+
+    @property
+    def epoch_loss(self) -> float | None:
+        """The mean training loss of the epoch so far; None before its first step. Waits for the device."""
+        return None if self._loss_sum is None else float(self._loss_sum) / self._images
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Detect, remember for the metric, and return the batch's `detections` for callbacks."""
@@ -256,12 +352,6 @@ class DINOModule(lightning.LightningModule):
         """As at the end of validation."""
         self._log_metric("test")
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        if batch.targets is None:
-            raise ValueError("The batch has no targets; training needs them.")
-        losses: dict[str, Tensor] = self.criterion(self.model(batch), batch.targets, batch.image_ids)
-        return losses
-
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         output = self.model(batch)
         if batch.targets is not None:
@@ -276,6 +366,8 @@ class DINOModule(lightning.LightningModule):
     def _log_metric(self, stage: str) -> dict[str, float]:
         results = self.metric.compute()
         self.class_results = self.metric.per_class()
+        # not in training, which has no use for it and would keep it until the next one
+        self.evaluation = None if self.trainer.state.fn == TrainerFn.FITTING else self.metric.evaluated()
         self.metric.reset()
         shown = {f"{stage}/AP", f"{stage}/F1"}
         for name, value in results.items():
@@ -295,15 +387,36 @@ class DINOModule(lightning.LightningModule):
     # ------------------------------------------------------------------ checkpoints and use
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score threshold of the best F1 with the weights, and the seed of the noise."""
+        """Keep the score threshold of the best F1, the seed of the noise and the loss of the epoch so far."""
         checkpoint["score_threshold"] = float(self.score_threshold)
         checkpoint["noise_seed"] = self._noise_seed
+        checkpoint["epoch_loss"] = (self._loss_sum, self._images)
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the threshold back, and leave the loaded weights alone in `setup`."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what `on_save_checkpoint` keeps, and leave the loaded weights alone in `setup`.
+
+        Raises:
+            CheckpointError: a checkpoint of other classes, of another architecture or of other parameter groups.
+        """
+        refuse_another_model(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
         self._noise_seed = checkpoint.get("noise_seed")
-        self._has_weights = True
+        loss_sum, self._images = checkpoint.get("epoch_loss", (None, 0))
+        self._loss_sum = None if loss_sum is None else loss_sum.to(self.device)
+        self.has_weights = True
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            if type(self).configure_optimizers is DINOModule.configure_optimizers:
+                refuse_another_optimizer(checkpoint, self._parameter_groups())
+            go_on_from_raw_weights(checkpoint)
+
+    def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
+        """How images are resized for the detector; without sizes, as in training."""
+        stretch_to = self.hparams["stretch_to"] if image_size is None and max_size is None else None
+        return eval_transform(
+            image_size or self.hparams["image_size"] or 800,
+            max_size or self.hparams["max_size"] or 1333,
+            None if stretch_to is None else Canvas(stretch_to, "stretch"),
+        )
 
     @torch.no_grad()
     def detect(
@@ -329,18 +442,13 @@ class DINOModule(lightning.LightningModule):
             ValueError: an image that cannot be read.
         """
         threshold = self.score_threshold if threshold is None else threshold
-        stretch_to = self.hparams["stretch_to"] if image_size is None and max_size is None else None
-        transform = eval_transform(
-            image_size or self.hparams["image_size"] or 800,
-            max_size or self.hparams["max_size"] or 1333,
-            None if stretch_to is None else Canvas(stretch_to, "stretch"),
-        )
+        transform = self.eval_transform(image_size, max_size)
         was_training = self.training
         self.eval()
         detections = []
         try:
             for image in images:
-                pixels = _to_pixels(image)
+                pixels = to_pixels(image)
                 resized = transform(LabelledImage(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))).image
                 batch = Batch.from_images([resized], original_sizes=[(pixels.shape[1], pixels.shape[2])])
                 detections.append(self(batch.to(self.device))[0].cpu().above(threshold))
@@ -349,7 +457,7 @@ class DINOModule(lightning.LightningModule):
         return detections
 
 
-def _to_pixels(image: ImageLike) -> Tensor:
+def to_pixels(image: ImageLike) -> Tensor:
     """Any image -> (3, H, W) uint8 RGB."""
     if isinstance(image, str | Path):
         return read_image(Path(image))
@@ -358,7 +466,7 @@ def _to_pixels(image: ImageLike) -> Tensor:
     else:
         array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
         array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
-        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
         raise ValueError(f"Expected an RGB image; got shape {tuple(pixels.shape)} of {pixels.dtype}.")
     return pixels

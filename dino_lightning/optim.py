@@ -1,32 +1,46 @@
-"""Parameter groups and learning-rate schedule of the published recipe."""
+"""Parameter groups, frozen parts and learning rates; by default those of the published recipe."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 GroupRule = Literal["default", "offsets", "no_norm_decay"]
 
+_LAST_STAGE = 4  # of a backbone; the stem is stage 0
+
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, backbone_lr: float, weight_decay: float, rule: GroupRule = "default"
+    model: nn.Module,
+    *,
+    lr: float,
+    backbone_lr: float,
+    weight_decay: float,
+    rule: GroupRule = "default",
+    backbone_layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups, in the order of the published optimizer states.
 
     Args:
         model: a `DINO`, or any module whose backbone parameters have "backbone" in their names.
         lr: learning rate of everything outside the backbone.
-        backbone_lr: learning rate of the backbone.
+        backbone_lr: learning rate of the backbone, or of its last stage.
         weight_decay: decoupled weight decay.
         rule: `default` as published: everything else, then the backbone, biases and norms decayed as well.
             `offsets` (Deformable DETR): also a tenth of the rate for sampling offsets. `no_norm_decay`: no decay for
             names with "norm" or "bias".
+        backbone_layer_decay: what the rate of each earlier stage of the backbone is multiplied with once more (ELECTRA,
+            arXiv 2003.10555); 1 for one rate. Stages are the stem and four parts: a ResNet's layers, or equal shares
+            of the blocks of other networks. Each stage is a group, from the stem on.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    blocks = max((_block(name) for name, _ in named), default=0)
 
     def group(keep: Any, rate: float, decay: float = weight_decay) -> dict[str, Any]:
         return {"params": [p for name, p in named if keep(name)], "lr": rate, "weight_decay": decay}
@@ -40,22 +54,81 @@ def parameter_groups(
     def undecayed(name: str) -> bool:
         return "norm" in name or "bias" in name
 
+    def backbone_groups(keep: Any, decay: float = weight_decay) -> list[dict[str, Any]]:
+        if backbone_layer_decay == 1.0:
+            return [group(lambda n: in_backbone(n) and keep(n), backbone_lr, decay)]
+        return [
+            group(
+                lambda n, stage=stage: in_backbone(n) and keep(n) and _stage(n, blocks) == stage,
+                backbone_lr * backbone_layer_decay ** (_LAST_STAGE - stage),
+                decay,
+            )
+            for stage in range(_LAST_STAGE + 1)
+        ]
+
     if rule == "default":
-        groups = [group(lambda n: not in_backbone(n), lr), group(in_backbone, backbone_lr)]
+        groups = [group(lambda n: not in_backbone(n), lr), *backbone_groups(lambda n: True)]
     elif rule == "offsets":
         groups = [
             group(lambda n: not in_backbone(n) and not is_offset(n), lr),
-            group(in_backbone, backbone_lr),
+            *backbone_groups(lambda n: True),
             group(is_offset, lr * 0.1),
         ]
     else:
         groups = [
             group(lambda n: not in_backbone(n) and not undecayed(n), lr),
-            group(lambda n: in_backbone(n) and undecayed(n), backbone_lr, 0.0),
-            group(lambda n: in_backbone(n) and not undecayed(n), backbone_lr),
+            *backbone_groups(undecayed, 0.0),
+            *backbone_groups(lambda n: not undecayed(n)),
             group(lambda n: not in_backbone(n) and undecayed(n), lr, 0.0),
         ]
     return [entry for entry in groups if entry["params"]]
+
+
+def _block(name: str) -> int:
+    """The number of a backbone parameter's block, in networks whose blocks are one sequence."""
+    found = re.search(r"backbone\..*?features\.(\d+)\.", name)
+    return int(found[1]) if found else 0
+
+
+def _stage(name: str, last_block: int) -> int:
+    """Stage of a backbone parameter: 0 for the stem to 4; the norms of the maps belong to the last one."""
+    layer = re.search(r"\.layer(\d)\.", name)
+    if layer:
+        return int(layer[1])
+    if ".features." in name:
+        return math.ceil(_LAST_STAGE * _block(name) / max(last_block, 1))
+    return _LAST_STAGE if ".norms." in name else 0
+
+
+def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
+    """Fix parts of a model: no gradients, and evaluation mode, in which they do the same in every step.
+
+    Args:
+        model: changed in place.
+        parts: names of its parts, such as `backbone`, or of parts of these, such as `decoder.layers`.
+
+    Returns:
+        The frozen parts. Call their `eval()` after each `train()` of the model: dropout and stochastic depth stay off,
+        batch norms keep their statistics.
+
+    Raises:
+        ValueError: no such part, or nothing left to train.
+    """
+    frozen = []
+    for name in parts:
+        try:
+            part = model.get_submodule(name) if name else None
+        except AttributeError:
+            part = None
+        if part is None:
+            valid = ", ".join(
+                child for child, module in model.named_children() if any(True for _ in module.parameters())
+            )
+            raise ValueError(f"freeze: there is no part {name!r}; the parts are {valid}, and what is in them.")
+        frozen.append(part.requires_grad_(False).eval())
+    if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze={list(parts)} leaves nothing to train.")
+    return frozen
 
 
 def drop_epochs(max_epochs: int | None) -> list[int]:
@@ -65,13 +138,98 @@ def drop_epochs(max_epochs: int | None) -> list[int]:
     return [max(1, round(max_epochs * 11 / 12))]
 
 
-def update_rates(
-    scheduler: MultiStepLR, groups: Sequence[dict[str, Any]], milestones: Sequence[int], gamma: float
-) -> None:
-    """Give a resumed optimizer and its schedule the rates, decays and drops of `groups`, at the epoch they are in."""
-    factor = gamma ** sum(milestone <= scheduler.last_epoch for milestone in milestones)
-    for stored, group in zip(scheduler.optimizer.param_groups, groups, strict=True):
-        stored.update(initial_lr=group["lr"], lr=group["lr"] * factor, weight_decay=group["weight_decay"])
-    scheduler.base_lrs = [group["lr"] for group in groups]
-    scheduler.milestones = Counter(milestones)
-    scheduler.gamma = gamma
+class RateSchedule(LRScheduler):
+    """Learning rates that follow from step and epoch alone: a rise over the first steps, then drops or half a cosine.
+
+    Nothing is stored and nothing restored: a resumed run has the rates, decays and drops that its options of now give
+    at the step and the epoch where it is. `step` is called after every optimizer step, `at` when an epoch begins.
+
+    Args:
+        optimizer: its groups' rates and weight decays are those of the schedule.
+        warmup_steps: rise linearly over so many optimizer steps: 1/n of the rate in the first, all of it in step n.
+        milestones: epochs at which the rate is multiplied with `gamma`; not with `cosine_steps`.
+        gamma: the factor of a drop.
+        cosine_steps: the number of steps after which half a cosine has taken the rate to 0; None for drops.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        warmup_steps: int = 0,
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+        cosine_steps: int | None = None,
+    ) -> None:
+        self.warmup_steps, self.milestones, self.gamma = warmup_steps, list(milestones), gamma
+        self.cosine_steps = cosine_steps
+        self.epoch = 0
+        self._decays = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def at(self, *, step: int, epoch: int) -> None:
+        """Set the rates and decays of the next step, which is number `step`, from 0, and in `epoch`."""
+        self.last_epoch, self.epoch = step, epoch
+        rates = self.get_lr()
+        for group, rate, base, decay in zip(
+            self.optimizer.param_groups, rates, self.base_lrs, self._decays, strict=True
+        ):
+            group.update(lr=rate, initial_lr=base, weight_decay=decay)
+        self._last_lr = rates
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the next step, or to step `epoch`, as PyTorch calls it."""
+        self.at(step=self.last_epoch + 1 if epoch is None else epoch, epoch=self.epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group."""
+        return [self._rate(float(base)) for base in self.base_lrs]
+
+    def _rate(self, rate: float) -> float:
+        step = self.last_epoch
+        if self.cosine_steps is not None:
+            done = (step - self.warmup_steps) / max(self.cosine_steps - self.warmup_steps, 1)
+            rate *= (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        else:
+            for milestone in self.milestones:
+                rate *= self.gamma if milestone <= self.epoch else 1.0
+        return rate * (step + 1) / self.warmup_steps if step + 1 < self.warmup_steps else rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see above."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing either, whatever an earlier version stored."""
+
+
+class AccumulatedBoxes:
+    """Makes several batches count as one: the sum of all terms divided by the boxes of all, not a mean of quotients.
+
+    Each loss comes divided by the boxes of its own batch. `share` takes it to the boxes of the first batch, so that
+    gradients add up and stay of the usual size; `correction` takes their sum to all boxes.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._total: Tensor | None = None
+        self._first: Tensor | None = None
+
+    def share(self, num_boxes: Tensor) -> Tensor:
+        """Count a batch; gives what its loss is to be multiplied with.
+
+        Args:
+            num_boxes: 0-dim float32, boxes of the batch averaged over processes, 0 without any.
+        """
+        own = num_boxes.clamp(min=1.0)
+        self._first = own if self._first is None else self._first
+        self._total = num_boxes if self._total is None else self._total + num_boxes
+        self.batches += 1
+        return own / self._first
+
+    def correction(self) -> Tensor:
+        """What the sum of the gradients is to be multiplied with, 0-dim float32; then counts afresh."""
+        assert self._first is not None and self._total is not None
+        factor = self._first / self._total.clamp(min=1.0)
+        self.__init__()  # type: ignore[misc]
+        return factor

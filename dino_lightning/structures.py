@@ -8,7 +8,7 @@ part has to wait for the device to learn a shape.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
+from dino_lightning.detections import Detections as Detections  # one of the values that travel
 
 
 @dataclass(frozen=True)
@@ -308,56 +309,3 @@ class ModelOutput:
     encoder_logits: Tensor
     encoder_boxes: Tensor
     denoising: DenoisingOutput | None = None
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The detections of one image, best first.
-
-    Attributes:
-        boxes_xyxy: (N, 4) float32, corners in pixels of the original image.
-        scores: (N,) float32, 0-1.
-        labels: (N,) int64, contiguous labels 0..K-1.
-        class_names: the name of each label.
-        category_ids: the original COCO `category_id` of each label.
-    """
-
-    boxes_xyxy: Tensor
-    scores: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...] = field(default=(), repr=False)
-    category_ids: tuple[int, ...] = field(default=(), repr=False)
-
-    def __len__(self) -> int:
-        return int(self.scores.shape[0])
-
-    @property
-    def names(self) -> list[str]:
-        """The class name of each detection (the label's number where no name is known)."""
-        return [self.class_names[label] if self.class_names else str(label) for label in self.labels.tolist()]
-
-    def above(self, threshold: float) -> Detections:
-        """Only the detections with a score of at least `threshold`."""
-        keep = self.scores >= threshold
-        return replace(self, boxes_xyxy=self.boxes_xyxy[keep], scores=self.scores[keep], labels=self.labels[keep])
-
-    def cpu(self) -> Detections:
-        """The same detections on the host."""
-        return replace(self, boxes_xyxy=self.boxes_xyxy.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
-
-    def to_coco(self, image_id: int) -> list[dict[str, int | float | list[float]]]:
-        """Entries of a COCO results file: original category ids, boxes as x, y, width, height in pixels."""
-        results: list[dict[str, int | float | list[float]]] = []
-        for (x1, y1, x2, y2), score, label in zip(
-            self.boxes_xyxy.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
-        ):
-            category_id = self.category_ids[label] if self.category_ids else label
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": score,
-                }
-            )
-        return results

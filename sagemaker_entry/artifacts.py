@@ -1,31 +1,12 @@
-"""The model directory at the end of a job: all it takes to use the model, and nothing huge."""
+"""The model directory at the end of a job; its content is that of `dino_lightning.model_directory`."""
 
 from __future__ import annotations
 
-import csv
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from dino_lightning.checkpoint import read_checkpoint
-from sagemaker_entry.install import REQUIREMENTS
+from dino_lightning.model_directory import write_model_directory
+from dino_lightning.package_code import serving_code
 from sagemaker_entry.settings import BEST
-from sagemaker_entry.source import package_files, requirements
-
-MODEL_FILE = "model.ckpt"
-DESCRIPTION_FILE = "model.json"
-KEPT_ENTRIES = (
-    "state_dict",
-    "hyper_parameters",
-    "score_threshold",
-    "epoch",
-    "global_step",
-    "pytorch-lightning_version",
-)
-PICTURES_AND_TABLES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections.png")
 
 
 def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
@@ -42,61 +23,5 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
     best = run_dir / BEST
     if not best.is_file():
         return False
-    checkpoint = read_checkpoint(best)
-    partial = model_dir / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "code").mkdir(parents=True)
-    torch.save({name: checkpoint[name] for name in KEPT_ENTRIES}, partial / MODEL_FILE)
-    (partial / DESCRIPTION_FILE).write_text(
-        json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
-    )
-    for name in PICTURES_AND_TABLES:
-        if (run_dir / name).is_file():
-            shutil.copyfile(run_dir / name, partial / name)
-    for name, path in package_files().items():
-        (partial / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, partial / "code" / name)
-    shutil.copyfile(Path(__file__).parent / "inference.py", partial / "code" / "inference.py")
-    (partial / "code" / REQUIREMENTS).write_text("\n".join(requirements()) + "\n")
-    for path in partial.iterdir():
-        target = model_dir / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    partial.rmdir()
+    write_model_directory(best, run_dir, model_dir, serving_code(), complete=complete)
     return True
-
-
-def describe(checkpoint: dict[str, Any], metrics: Path, *, complete: bool) -> dict[str, Any]:
-    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs.
-
-    The figures are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
-    the epoch is over.
-    """
-    settings = checkpoint["hyper_parameters"]
-    names = settings["class_names"] or []
-    ids = settings["category_ids"] or list(range(len(names)))
-    figures: dict[str, float] = {}
-    if metrics.is_file():
-        with metrics.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
-                    figures = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
-    return {
-        "format": "dino_lightning model 1",
-        "weights": MODEL_FILE,
-        "complete": complete,
-        "epoch": checkpoint["epoch"] + 1,
-        "score_threshold": checkpoint["score_threshold"],
-        "classes": [
-            {"label": label, "category_id": category_id, "name": name}
-            for label, (category_id, name) in enumerate(zip(ids, names, strict=True))
-        ],
-        "preprocessing": {
-            "colour": "RGB, 0-255",
-            "short_side": settings["image_size"],
-            "long_side_at_most": settings["max_size"],
-            "normalisation": "inside the model",
-        },
-        "metrics": figures,
-    }

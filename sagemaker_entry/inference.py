@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lightning import Detections, DINOModule, load_detector
+from dino_lightning import Detections, Detector, load_detector
 from dino_lightning.data.images import decode_image
 
 JSON = "application/json"
@@ -33,7 +33,7 @@ class Request:
     threshold: float | None = None
 
 
-def model_fn(model_dir: str) -> DINOModule:
+def model_fn(model_dir: str) -> Detector:
     """Load the model, on the GPU where there is one."""
     return load_detector(Path(model_dir) / "model.ckpt", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -65,7 +65,7 @@ def input_fn(body: bytes | bytearray | str, content_type: str) -> Request:
     return Request(images, threshold)
 
 
-def predict_fn(request: Request, model: DINOModule) -> list[dict[str, Any]]:
+def predict_fn(request: Request, model: Detector) -> list[dict[str, Any]]:
     """Detect."""
     found = model.detect(request.images, threshold=request.threshold)
     return [_described(image, detections) for image, detections in zip(request.images, found, strict=True)]

@@ -18,6 +18,7 @@ from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.arguments import config_path
 from dino_lightning.cli import EXPECTED_ERRORS, explain, parse_fit
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.starting_weights import needs_download
 from sagemaker_entry.problem import Problem
 
 DATA_PATHS = (
@@ -172,7 +173,7 @@ def _without_paths(content: dict[str, Any]) -> str:
 def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
     found = {f"model.{name}": Path(model[name]) for name in WEIGHT_OPTIONS if _is_file(model.get(name))}
     weights = model.get("weights")
-    if weights is not None and "model.weights" not in found:
+    if weights is not None and "model.weights" not in found and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import lightning
 import torch
 
+from dino_lightning.callbacks import StoppedOnRequest
 from dino_lightning.cli import EXPECTED_ERRORS, execute, explain
 from sagemaker_entry.failure import Failure, write_record
 from sagemaker_entry.problem import Problem
 from sagemaker_entry.progress import ProgressLines
 from sagemaker_entry.settings import LAST, WorkerSettings
-from sagemaker_entry.stopping import StopOnFlag, StoppedOnRequest
 
 
 def fit_arguments(settings: WorkerSettings) -> list[str]:
@@ -72,13 +72,14 @@ def main(settings_file: str) -> int:
     callbacks = [
         SameStart(Path(settings.run_dir) / LAST),
         ProgressLines(),
-        StopOnFlag(flag=settings.flag, saved=settings.saved, checkpoint=Path(settings.run_dir) / LAST),
     ]
     rank = int(os.environ.get("RANK", 0))
     try:
-        execute("fit", fit_arguments(settings), callbacks)
+        execute("fit", fit_arguments(settings), callbacks, stop_flag=settings.flag)
     except StoppedOnRequest as stopped:
         print(f"[dino] {stopped}", flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            settings.saved.write_text(str(stopped.step))
         return 0  # the launcher knows from the file `saved` that this is no success
     except BaseException as error:
         if isinstance(error, (*EXPECTED_ERRORS, Problem)):

@@ -122,7 +122,8 @@ def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path, comp
     ]
     done = run_in(tmp_path, command)
     (run,) = (tmp_path / "runs").iterdir()
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["best.ckpt", "last.ckpt", "metrics.csv", "previous.ckpt"]
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
     with (run / "metrics.csv").open() as file:
         evaluated = [row for row in csv.DictReader(file) if row["val/AP"]]

@@ -15,26 +15,61 @@ PROJECT = PACKAGE.parent
 # part -> the parts of dino_lightning it may import
 ALLOWED = {
     "boxes": set(),
-    "structures": {"boxes"},
+    "files": set(),
+    "overlay": set(),
+    "detections": {"files", "overlay"},
+    "structures": {"boxes", "detections"},
     "model": {"structures", "boxes"},
     "losses": {"structures", "boxes"},
     "data": {"structures", "boxes"},
     "metrics": {"structures", "boxes"},
     "optim": set(),
-    "checkpoint": {"model", "structures", "boxes"},
-    "module": {"model", "losses", "data", "metrics", "optim", "checkpoint", "structures", "boxes"},
-    "files": set(),
-    "callbacks": {"files", "module", "structures", "boxes", "metrics"},
-    "arguments": {"checkpoint", "data", "module"},
-    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "module"},
+    "published_layout": set(),
+    "checkpoint": {"published_layout"},
+    "architecture": {"model", "published_layout"},
+    "weights": {"checkpoint"},
+    "starting_weights": {"architecture", "checkpoint", "model", "weights"},
+    "resuming": {"checkpoint", "model"},
+    "non_finite": {"files", "losses", "structures"},
+    "memory": {"losses", "model", "structures"},
+    "module": {
+        "boxes", "data", "losses", "metrics", "model", "non_finite", "optim", "resuming", "starting_weights",
+        "structures",
+    },
+    "tiling": {"structures"},
+    "views": {"data", "tiling"},
+    "onnx_model": {"checkpoint", "data", "module", "structures"},
+    "detector": {"checkpoint", "data", "module", "onnx_model", "structures", "tiling"},
+    "package_code": set(),
+    "model_directory": {"checkpoint"},
+    "export_check": {"data", "module", "structures"},
+    "export_formats": {"arguments", "model", "module", "onnx_model"},
+    "callbacks": {
+        "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "resuming", "structures",
+    },
+    "report": {"data", "files", "metrics"},
+    "arguments": {"checkpoint", "data", "files", "module"},
+    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "memory", "module", "report"},
+    "prediction_files": {"data", "detections", "files", "structures"},
+    "prediction_loop": {"data", "detections", "module", "prediction_files", "structures", "tiling", "views"},
+    "predict": {
+        "arguments", "cli", "data", "detector", "module", "prediction_files", "prediction_loop", "views",
+    },
+    "export": {
+        "arguments", "cli", "detector", "export_check", "export_formats", "files", "model_directory", "module",
+        "package_code",
+    },
+    "convert": {"architecture", "checkpoint", "files", "module", "published_layout", "weights"},
     "fit": {"arguments", "cli", "data"},
     "health": {"cli", "data", "files", "metrics"},
     "preview": {"boxes", "callbacks", "cli", "data", "structures"},
-    "__main__": {"cli", "fit", "data", "health", "preview"},
-    "predict": {"checkpoint", "module"},
-    "__init__": {"data", "losses", "metrics", "model", "module", "predict", "structures"},
-}
-MAY_USE_LIGHTNING = {"module.py", "data/datamodule.py", "arguments.py", "cli.py", "fit.py", "__main__.py"}
+    "__main__": {"cli", "convert", "data", "export", "fit", "health", "predict", "preview"},
+    "__init__": {"data", "detector", "losses", "metrics", "model", "module", "structures"},
+}  # fmt: skip
+MAY_USE_LIGHTNING = {
+    "arguments.py", "cli.py", "data/datamodule.py", "fit.py", "module.py", "predict.py", "prediction_loop.py",
+    "resuming.py", "__main__.py",
+}  # fmt: skip
 
 TRITON = "model/deformable_attention/triton_kernels.py"
 
@@ -52,7 +87,7 @@ def imports(path):
 # Run in the container, where neither boto3 nor the SageMaker SDK may be needed.
 IN_CONTAINER = (
     "artifacts", "channels", "environment", "failure", "inference", "install", "instances", "job", "local", "manifest",
-    "peers", "problem", "progress", "ranks", "settings", "source", "stopping", "train", "worker",
+    "peers", "problem", "progress", "ranks", "settings", "source", "train", "worker",
 )  # fmt: skip
 ON_LAPTOP = (
     "account", "dataset_pack", "dataset_upload", "follow", "jobs", "launch", "plan", "preflight", "start", "submit",

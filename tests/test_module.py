@@ -125,7 +125,7 @@ def test_another_class_count_than_the_data_is_refused(data):
 
 
 def test_predictions_that_are_not_finite_stop_with_the_image_ids(data):
-    model = tiny_module()
+    model = tiny_module(max_non_finite_steps=0)
     with torch.no_grad():
         model.model.decoder.class_head.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=r"image ids \[\d+, \d+\] are not finite") as caught:

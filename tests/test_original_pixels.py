@@ -130,7 +130,7 @@ def test_a_checkpoint_from_before_there_was_stretching_loads(tmp_path):
     }
     torch.save(stored, tmp_path / "old.ckpt")
     detector = load_detector(tmp_path / "old.ckpt")
-    assert detector.hparams["stretch_to"] is None
+    assert detector.module.hparams["stretch_to"] is None
     assert len(detector.detect([painted(40, 50)[0]], threshold=0.0)[0]) == 12
 
 
@@ -145,9 +145,9 @@ def test_a_run_from_yaml_hands_the_square_to_the_detector(tmp_path, monkeypatch,
     options = ["--config", str(settings_file), "--run_dir", "run", "--trainer.max_epochs=1", *TINY_ARGS]
     assert run(["fit", *options]) == 0
     detector = load_detector("run/checkpoints/last.ckpt")
-    assert detector.hparams["stretch_to"] == 64
+    assert detector.module.hparams["stretch_to"] == 64
     seen = []
-    detector.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].images.shape))
+    detector.module.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].images.shape))
     assert detector.detect([painted(50, 90)[0]], threshold=0.0)[0].boxes_xyxy.shape == (12, 4)
     assert seen == [(1, 3, 64, 64)]
     stored = Path("run/config.yaml").read_text()

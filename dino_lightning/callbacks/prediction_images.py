@@ -1,4 +1,4 @@
-"""Pictures of the first validation images with their detections, each epoch."""
+"""Pictures of the first validation images with their detections, each epoch, as a file and in loggers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning
 import numpy as np
+import numpy.typing as npt
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dino_lightning.callbacks.drawing import Panel, draw_panels, save_figure
@@ -58,13 +59,23 @@ class PredictionImages(lightning.Callback):
         )
         figure = draw_panels(panels, heading)
         save_figure(figure, self.path)
+        canvas = figure.canvas
+        assert isinstance(canvas, FigureCanvasAgg)
+        rgba: Any = canvas.buffer_rgba()  # type: ignore[no-untyped-call]  # matplotlib has no types here
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                canvas = figure.canvas
-                assert isinstance(canvas, FigureCanvasAgg)
-                rgba: Any = canvas.buffer_rgba()  # type: ignore[no-untyped-call]  # matplotlib has no types here
-                pixels = np.asarray(rgba)[..., :3]
-                logger.experiment.add_image("val/detections", pixels, trainer.global_step, dataformats="HWC")
+            _log(logger, "val/detections", np.asarray(rgba)[..., :3], trainer.global_step)
+
+
+def _log(logger: Logger, name: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
+    """Give a picture to a logger that takes any: each of them has another name for it."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_image(logger.run_id, pixels, f"{name}/{step:07d}.png")
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_image(pixels, name=name, step=step)
+    elif hasattr(logger, "log_image"):  # Weights & Biases, and those that follow it
+        logger.log_image(key=name, images=[pixels], step=step)
 
 
 def _panel(batch: Batch, index: int, detections: Detections) -> Panel:

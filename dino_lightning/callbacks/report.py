@@ -50,8 +50,9 @@ class RunReport(lightning.Callback):
             if self._validated or not name.startswith("val/")
         }
         self._validated = False
-        if "train/loss_epoch" in metrics:
-            metrics["train/loss"] = metrics["train/loss_epoch"]
+        loss = getattr(pl_module, "epoch_loss", None)  # the module logs it only after this
+        if loss is not None:
+            metrics["train/loss"] = loss
         self.history.append({"epoch": float(trainer.current_epoch + 1), **metrics})
         if trainer.is_global_zero:
             save_figure(_curves(self.history), self.curves_path)

@@ -58,7 +58,7 @@ def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, 
     path = Path(annotations)
     problems: list[Problem] = []
     try:
-        document = _read_json(path)
+        document = read_json(path)
         for key in ("images", "annotations", "categories"):
             if key not in document:
                 raise DataError(
@@ -75,7 +75,7 @@ def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, 
                 problems.append(Problem("entry-malformed", message))
         document[key] = [entry for entry in document[key] if isinstance(entry, dict)]
     categories = _parse_categories(path, document["categories"], problems.append)
-    entries, faulty = _parse_images(path, document["images"], problems.append)
+    entries, faulty = parse_images(path, document["images"], problems.append)
     if not categories or not entries:
         return None, problems
     found = _parse_annotations(
@@ -84,7 +84,12 @@ def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, 
     return found, problems
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        DataError: the file cannot be read, is no JSON, or holds something else.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -130,7 +135,7 @@ def _parse_categories(path: Path, entries: list[dict[str, Any]], report: Report)
     return tuple(categories[category_id] for category_id in sorted(categories))
 
 
-def _parse_images(path: Path, entries: list[dict[str, Any]], report: Report) -> tuple[tuple[ImageEntry, ...], set[int]]:
+def parse_images(path: Path, entries: list[dict[str, Any]], report: Report) -> tuple[tuple[ImageEntry, ...], set[int]]:
     """The images, and the ids of those left out."""
     if not entries:
         report(Problem("file-unreadable", f"{path}: lists no images."))

@@ -25,6 +25,7 @@ from dino_lightning.data.presence import check_files_exist, check_images_folder
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
+from dino_lightning.data.worst_case import blank_batch, largest_canvas, most_boxes, turns
 from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
@@ -252,6 +253,30 @@ class CocoDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """The batches of `test_dataloader`."""
         return self.test_dataloader()
+
+    @property
+    def most_boxes(self) -> int:
+        """The most boxes to learn from that any training image has."""
+        return most_boxes(self.train_set.annotations)
+
+    def worst_case_batch(self, batch_size: int, num_boxes: int | None = None) -> Batch:
+        """A training batch as large as any that the loader can give: its images black, its boxes alike.
+
+        Told from the annotation file and the options; no image is opened.
+
+        Args:
+            batch_size: how many images.
+            num_boxes: of each image; by default as many as any training image has.
+        """
+        transform = self.train_set.transform
+        canvas = self.pad_to or largest_canvas(
+            transform,
+            (image.size for image in self.train_set.annotations.images),
+            alone=batch_size == 1,
+            oriented=self.aspect_buckets and turns(transform),
+        )
+        boxes = self.most_boxes if num_boxes is None else num_boxes
+        return blank_batch(canvas, batch_size=batch_size, num_boxes=boxes, pad_to_multiple=self.pad_to_multiple)
 
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""

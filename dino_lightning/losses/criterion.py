@@ -18,7 +18,8 @@ class Criterion(nn.Module):
     """Focal class loss, L1 and GIoU box loss; one evaluation covers all decoder layers and the encoder's proposals.
 
     Every term is a sum divided by the number of boxes in the global batch (averaged over processes), at least 1; for
-    the denoising terms also by the number of groups. Runs in float32, whatever autocast says.
+    the denoising terms also by the number of groups. Runs in float32, whatever autocast says. A batch that is one of
+    several of an optimizer step is judged alone here; see `dino_lightning.optim.AccumulatedBoxes`.
 
     Args:
         matcher: the assignment; the published costs by default.
@@ -40,7 +41,12 @@ class Criterion(nn.Module):
         self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
 
     def forward(
-        self, output: ModelOutput, targets: Targets, image_ids: Sequence[int] | None = None
+        self,
+        output: ModelOutput,
+        targets: Targets,
+        image_ids: Sequence[int] | None = None,
+        *,
+        num_boxes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Judge.
 
@@ -48,6 +54,7 @@ class Criterion(nn.Module):
             output: what the model said.
             targets: the boxes to find.
             image_ids: named when something is not finite.
+            num_boxes: 0-dim float32, what `mean_num_boxes` says of `targets`, if it has been asked already.
 
         Returns:
             `loss`, the weighted sum to minimise, and the unweighted terms `loss_class`, `loss_bbox`, `loss_giou` of
@@ -60,7 +67,7 @@ class Criterion(nn.Module):
         with torch.autocast(device_type=output.pred_logits.device.type, enabled=False):
             logits = _with_encoder(output.pred_logits, output.encoder_logits)
             boxes = _with_encoder(output.pred_boxes, output.encoder_boxes)
-            num_boxes = _global_num_boxes(targets, boxes.device)
+            num_boxes = (mean_num_boxes(targets, boxes.device) if num_boxes is None else num_boxes).clamp(min=1.0)
             matches = self.matcher(logits, boxes, targets, image_ids)
             terms = _matched_losses(logits, boxes, targets, matches, num_boxes)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
@@ -87,13 +94,13 @@ def _with_encoder(layers: Tensor, encoder: Tensor) -> Tensor:
     return torch.cat((layers.float(), encoder.float()[None]))
 
 
-def _global_num_boxes(targets: Targets, device: torch.device) -> Tensor:
-    """Boxes in the batch, averaged over processes, at least 1: 0-dim float32."""
+def mean_num_boxes(targets: Targets, device: torch.device) -> Tensor:
+    """Boxes in the batch, averaged over processes, which all have to ask: 0-dim float32."""
     count = torch.tensor(float(sum(targets.num_boxes))).to(device, non_blocking=True)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    return count.clamp(min=1.0)
+    return count
 
 
 def _box_losses(boxes: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

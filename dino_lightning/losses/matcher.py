@@ -19,10 +19,10 @@ from dino_lightning.structures import Targets
 class NonFiniteError(RuntimeError):
     """The model's outputs are no longer numbers; `image_ids` are the images concerned."""
 
-    def __init__(self, image_ids: Sequence[int]) -> None:
+    def __init__(self, image_ids: Sequence[int], more: str = "") -> None:
         super().__init__(
             f"The model's predictions for image ids {list(image_ids)} are not finite numbers. Lower the learning rate, "
-            "use float32 or bf16 instead of float16, and check these images and their boxes."
+            f"use float32 or bf16 instead of float16, and check these images and their boxes.{more}"
         )
         self.image_ids = list(image_ids)
 

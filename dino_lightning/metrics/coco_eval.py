@@ -11,7 +11,6 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -23,36 +22,10 @@ from torchmetrics import Metric
 
 from dino_lightning.metrics.backends import MAX_DETECTIONS, Backend, EvaluatedImage, average_precision
 from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, match_images
+from dino_lightning.metrics.results import ClassResult, Evaluation
 from dino_lightning.structures import Detections, GroundTruth
 
 NOTHING_TO_MEASURE = -1.0  # COCO's own: no true box to measure against
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class in the result of an evaluation; -1 where the class has no true box.
-
-    Attributes:
-        label: contiguous label 0..K-1.
-        name: its name.
-        num_boxes: true boxes, crowd regions left out.
-        ap: average precision over IoU 0.50:0.95.
-        ap50: average precision at IoU 0.50.
-        f1: the best F1 over the class's own score thresholds.
-        precision: at the threshold of the best F1.
-        recall: at the threshold of the best F1.
-        threshold: of the best F1, 0-1.
-    """
-
-    label: int
-    name: str
-    num_boxes: int
-    ap: float
-    ap50: float
-    f1: float
-    precision: float
-    recall: float
-    threshold: float
 
 
 class _Result(NamedTuple):
@@ -115,6 +88,7 @@ class CocoMetric(Metric):
         self._images: dict[int, EvaluatedImage] = {}
         self._detections_names: tuple[str, ...] | None = None
         self._result: _Result | None = None
+        self._evaluation: Evaluation | None = None
 
     def update(
         self, detections: Sequence[Detections], ground_truth: Sequence[GroundTruth], image_ids: Sequence[int]
@@ -137,7 +111,7 @@ class CocoMetric(Metric):
                 f"Got {len(detections)} detections, {len(ground_truth)} ground truths and {len(image_ids)} "
                 "image ids; expected one of each per image."
             )
-        self._result = None
+        self._result = self._evaluation = None
         if not len(detections):
             return
         # Joined first, so that a device is waited for three times a batch and not three times an image.
@@ -172,7 +146,8 @@ class CocoMetric(Metric):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._result = self._evaluate_on_rank_zero()
         else:
-            self._result = self._evaluate(self._images, self._detections_names)
+            self._evaluation = self._evaluate(self._images, self._detections_names)
+            self._result = _Result(self._evaluation.values, self._evaluation.classes)
         return dict(self._result.values)
 
     def per_class(self) -> list[ClassResult]:
@@ -185,12 +160,24 @@ class CocoMetric(Metric):
             raise RuntimeError("There is no result yet; call compute() first.")
         return list(self._result.classes)
 
+    def evaluated(self) -> Evaluation | None:
+        """What the last `compute` rests on, on rank 0; None on the other ranks, which have not seen all images.
+
+        The metric lets go of it at the next `update` or `reset`.
+
+        Raises:
+            RuntimeError: nothing computed since the last `update` or `reset`.
+        """
+        if self._result is None:
+            raise RuntimeError("There is no result yet; call compute() first.")
+        return self._evaluation
+
     def reset(self) -> None:
         """Forget all images and the result."""
         super().reset()
         self._images = {}
         self._detections_names = None
-        self._result = None
+        self._result = self._evaluation = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: torchmetrics would evaluate each batch by itself and drop the images before it."""
@@ -220,7 +207,8 @@ class CocoMetric(Metric):
                     # The first to bring an image keeps it, as within one rank.
                     images = part[0] | images
                     detections_names = detections_names or part[1]
-                outcome = [self._evaluate(images, detections_names)]
+                self._evaluation = self._evaluate(images, detections_names)
+                outcome = [_Result(self._evaluation.values, self._evaluation.classes)]
             except Exception as error:
                 cause = error
                 outcome = ["".join(traceback.format_exception(error))]
@@ -230,7 +218,7 @@ class CocoMetric(Metric):
             raise RuntimeError(f"The evaluation failed on rank 0:\n{result}") from cause
         return result
 
-    def _evaluate(self, images: Mapping[int, EvaluatedImage], detections_names: tuple[str, ...] | None) -> _Result:
+    def _evaluate(self, images: Mapping[int, EvaluatedImage], detections_names: tuple[str, ...] | None) -> Evaluation:
         """The values and the classes' rows for these images."""
         # By id, since pycocotools lets the order of the images decide between equal scores.
         ordered = [images[image_id] for image_id in sorted(images)]
@@ -277,7 +265,16 @@ class CocoMetric(Metric):
             values |= {f"AP_class/{row.name}": row.ap for row in classes}
             values |= {f"AP50_class/{row.name}": row.ap50 for row in classes}
             values |= {f"F1_class/{row.name}": row.f1 for row in classes}
-        return _Result(values, classes)
+        return Evaluation(
+            image_ids=tuple(sorted(images)),
+            images=tuple(ordered),
+            class_names=tuple(names),
+            values=values,
+            classes=classes,
+            matches=matches,
+            iou_threshold=self.f1_iou_threshold,
+            precision=precision,
+        )
 
 
 def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -176,9 +176,22 @@ def match_detections(
     Returns:
         is_true_positive (D,) bool: took a true box. is_ignored (D,) bool: fits nothing but a crowd region.
     """
-    is_true_positive = np.zeros(len(scores), np.bool_)
+    taken, is_ignored = assign_detections(boxes_xyxy, scores, labels, truth, iou_threshold=iou_threshold)
+    return taken >= 0, is_ignored
+
+
+def assign_detections(
+    boxes_xyxy: Floats, scores: Floats, labels: Ints, truth: GroundTruth, *, iou_threshold: float = 0.5
+) -> tuple[npt.NDArray[np.int64], Bools]:
+    """As `match_detections`, and which true box each detection took.
+
+    Returns:
+        taken (D,) int64: the place of the box in `truth`, -1 where there is none. is_ignored (D,) bool: fits nothing
+        but a crowd region.
+    """
+    taken = np.full(len(scores), -1, np.int64)
     if not len(scores) or not len(truth.labels):
-        return is_true_positive, np.zeros(len(scores), np.bool_)
+        return taken, np.zeros(len(scores), np.bool_)
     overlaps = coco_overlaps(boxes_xyxy, truth.boxes_xyxy, truth.iscrowd)
     # COCO's own bound: at a threshold of 1 rounding must not reject a perfect box.
     fits = (overlaps >= min(iou_threshold, 1 - 1e-10)) & (labels[:, None] == truth.labels)
@@ -189,10 +202,9 @@ def match_detections(
         free = np.flatnonzero(fits[index])
         if free.size:
             # Reversed, because of equal overlaps COCO takes the last box.
-            taken = free[::-1][np.argmax(overlaps[index, free[::-1]])]
-            fits[:, taken] = False
-            is_true_positive[index] = True
-    return is_true_positive, fits_crowd & ~is_true_positive
+            taken[index] = free[::-1][np.argmax(overlaps[index, free[::-1]])]
+            fits[:, taken[index]] = False
+    return taken, fits_crowd & (taken < 0)
 
 
 def coco_overlaps(boxes_xyxy: Floats, truth_boxes_xyxy: Floats, truth_iscrowd: Bools) -> npt.NDArray[np.float64]:

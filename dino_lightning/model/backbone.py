@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
+
+from dino_lightning.model.large_backbones import LARGE_BACKBONES
 
 NormKind = Literal["frozen", "batch", "group"]
 
@@ -26,8 +27,9 @@ class Backbone(nn.Module):
 
     Args:
         name: a ResNet (`resnet18`, `resnet50`, ...), any torchvision network with a `features` sequence
-            (`mobilenet_v2`, `mobilenet_v3_large`, `convnext_tiny`, `swin_t`, `efficientnet_b0`, ...), or `resnet10`,
-            a narrow four-block ResNet of our own (32 to 256 channels) for training from scratch on a CPU.
+            (`mobilenet_v2`, `mobilenet_v3_large`, `convnext_tiny`, `swin_t`, `efficientnet_b0`, ...), `swin_l` or
+            `convnext_xl` as in published DINO models, or `resnet10`, a narrow four-block ResNet of our own (32 to 256
+            channels) for training from scratch on a CPU.
         strides: strides of the maps to return, from 4, 8, 16, 32, ascending.
         norm: what batch norms become: `frozen` (fixed statistics and affine, as published; needs pretrained weights),
             `batch` (left alone) or `group` (GroupNorm, for training from scratch with small batches).
@@ -89,23 +91,6 @@ class Backbone(nn.Module):
                 maps.append(self._as_map(x, index))
         return maps
 
-    def load_torchvision(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Load a torchvision state dict of the same network; its classifier is left out.
-
-        Raises:
-            ValueError: the file lacks parts of the network or has them in another shape.
-        """
-        own = self.body.state_dict()
-        wanted = {key: value for key, value in state.items() if key in own}
-        missing = [key for key in own if key not in wanted]
-        wrong = [key for key in wanted if wanted[key].shape != own[key].shape]
-        if missing or wrong:
-            raise ValueError(
-                f"{source} does not fit this backbone: {len(missing)} of {len(own)} entries are missing and "
-                f"{len(wrong)} have another shape (first: {(missing + wrong)[0]})."
-            )
-        self.body.load_state_dict(wanted)
-
     def _as_map(self, x: Tensor, index: int) -> Tensor:
         if not self._channels_last:
             if str(index) not in self.norms:
@@ -146,23 +131,11 @@ class Backbone(nn.Module):
 
 
 def pretrained_state(name: str, weights: str) -> Mapping[str, Tensor]:
-    """The torchvision weights called `weights` for network `name`, or a state dict from a local file of that path.
+    """The torchvision weights called `weights` for network `name`, downloaded into torchvision's cache.
 
     Raises:
-        ValueError: no such weights, a file that is not a state dict, or a download that failed.
+        ValueError: no such weights, or a download that failed.
     """
-    path = Path(weights)
-    if path.suffix in (".pth", ".pt", ".ckpt") or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"Backbone weights {path} do not exist.")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"Backbone weights {path} cannot be read as a PyTorch state dict: {error}") from error
-        state = state.get("model", state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"Backbone weights {path} hold no state dict (names to tensors).")
-        return state
     if name not in torchvision.models.list_models():
         raise ValueError(f"{name} has no torchvision weights; set backbone_weights to null or to a file.")
     choices = torchvision.models.get_model_weights(name)
@@ -174,7 +147,7 @@ def pretrained_state(name: str, weights: str) -> Mapping[str, Tensor]:
         ) from error
     try:
         downloaded: Mapping[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
         raise ValueError(
             f"Downloading the {weights} weights of {name} failed ({error}). Connect to the internet, or pass a local "
             "file as backbone_weights, or null to start from random weights."
@@ -211,10 +184,12 @@ class _NarrowResNet(nn.Module):
 def _build_network(name: str) -> nn.Module:
     if name == "resnet10":
         return _NarrowResNet()
+    if name in LARGE_BACKBONES:
+        return LARGE_BACKBONES[name]()
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"Unknown backbone {name!r}. Use resnet10, or a torchvision network such as resnet18, resnet50, "
-            "mobilenet_v2, convnext_tiny, swin_t or efficientnet_b0."
+            "mobilenet_v2, convnext_tiny, swin_t or efficientnet_b0, or swin_l or convnext_xl."
         )
     network: nn.Module = torchvision.models.get_model(name, weights=None)
     if not hasattr(network, "layer4") and not isinstance(getattr(network, "features", None), nn.Sequential):

@@ -118,8 +118,8 @@ def cell_centres(spatial_shapes: Sequence[tuple[int, int]], valid_ratios: Tensor
     device = valid_ratios.device
     parts = []
     for level, (height, width) in enumerate(spatial_shapes):
-        y = torch.arange(0.5, height, 1, device=device)
-        x = torch.arange(0.5, width, 1, device=device)
+        y = torch.arange(height, device=device) + 0.5
+        x = torch.arange(width, device=device) + 0.5
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         valid_width = valid_ratios[:, level, 0, None] * width
         valid_height = valid_ratios[:, level, 1, None] * height

@@ -71,7 +71,7 @@ class QuerySelection(nn.Module):
         """
         proposal_logits, usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
         tokens = self.output_norm(self.output_projection(memory.masked_fill(~usable[..., None], 0.0)))
-        count = min(self.content_queries.num_embeddings, tokens.shape[1])
+        count = torch.sym_min(self.content_queries.num_embeddings, tokens.shape[1])  # torch.export traces this one
         with torch.autocast(device_type=memory.device.type, enabled=False):
             tokens = tokens.float()  # ranks and boxes need more than bfloat16's eight bits
             logits = self.class_head(tokens)

@@ -294,6 +294,29 @@ def test_compute_twice_update_after_compute_and_reset():
     assert metric.compute() == part
 
 
+def test_what_was_evaluated_is_handed_out_until_the_next_image():
+    detections, truths, ids = random_dataset(16)
+    metric = CocoMetric(class_names=names(3))
+    with pytest.raises(RuntimeError, match="compute"):
+        metric.evaluated()
+    metric.update(detections + detections[:1], truths + truths[:1], ids + ids[:1])
+    values = metric.compute()
+    evaluated = metric.evaluated()
+    assert evaluated.values == values
+    assert evaluated.classes == metric.per_class()
+    assert evaluated.image_ids == tuple(sorted(ids))
+    order = np.argsort(ids)
+    for one, index in zip(evaluated.images, order, strict=True):
+        assert np.array_equal(one.truth.boxes_xyxy, truths[index].boxes_xyxy)
+    valid = evaluated.precision[..., 0][evaluated.precision[..., 0] > -1]
+    assert valid.mean() == pytest.approx(values["AP"])
+    assert evaluated.matches.curve().best.f1 == values["F1"]
+    metric.reset()
+    with pytest.raises(RuntimeError, match="compute"):
+        metric.evaluated()
+    assert len(evaluated.images) == len(ids)  # what was handed out stays
+
+
 def test_copies_pickles_moves_and_leaves_no_state_dict():
     detections, truths, ids = random_dataset(13)
     whole = evaluate(detections, truths, ids, class_names=names(3))
@@ -394,6 +417,7 @@ def run_rank(rank, folder, data):
     metric = CocoMetric(class_names=CLASS_NAMES)
     metric.update(detections[mine], truths[mine], ids[mine])
     seen["overlap"] = (metric.compute(), metric.per_class())
+    seen["evaluated"] = metric.evaluated()
     seen["again"] = (metric.compute(), metric.per_class())
     # A cache on one rank only would leave the other waiting.
     if rank == 1:
@@ -437,6 +461,14 @@ def test_two_processes_see_what_one_sees(tmp_path):
     for rank in (0, 1):
         seen = pickle.loads((tmp_path / f"seen{rank}").read_bytes())
         failure = seen.pop("failure")
+        evaluated = seen.pop("evaluated")
+        assert (evaluated is None) == (rank == 1)
+        if rank == 0:
+            assert evaluated.image_ids == tuple(sorted(data[2]))
+            assert [len(one.scores) for one in evaluated.images] == [
+                len(found) for _, found in sorted(zip(data[2], data[0], strict=True), key=lambda pair: pair[0])
+            ]
+            assert (evaluated.values, evaluated.classes) == expected
         assert "failed on rank 0" in failure
         assert "ZeroDivisionError" in failure
         assert len(seen) == 6

@@ -47,7 +47,8 @@ def test_loaded_weights_give_torchvision_features(name):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     reference.eval()
     backbone = Backbone(name=name, strides=(32,))
-    backbone.load_torchvision(reference.state_dict(), "test")
+    trunk_state = {f"body.{key}": value for key, value in reference.state_dict().items()}
+    backbone.load_state_dict({key: trunk_state[key] for key in backbone.state_dict()})
     image = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         if name == "resnet18":
@@ -73,29 +74,11 @@ def test_unneeded_stages_are_dropped():
     assert "layer4" not in names
 
 
-def test_weights_from_a_local_file(tmp_path):
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(state, tmp_path / "resnet18.pth")
-    backbone = Backbone(name="resnet18")
-    backbone.load_torchvision(pretrained_state("resnet18", str(tmp_path / "resnet18.pth")), "file")
-    assert torch.equal(backbone.state_dict()["body.layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
-    with pytest.raises(ValueError, match="does not fit"):
-        Backbone(name="resnet34").load_torchvision(state, "resnet18.pth")
-
-
-@pytest.mark.parametrize(
-    ("weights", "part"),
-    [("nowhere.pth", "do not exist"), ("IMAGENET9K", "no torchvision weights 'IMAGENET9K'")],
-)
-def test_wrong_weights_are_refused(weights, part):
-    with pytest.raises(ValueError, match=part):
-        pretrained_state("resnet18", weights)
-
-
-def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read"):
-        pretrained_state("resnet18", str(tmp_path / "text.pth"))
+def test_weights_that_torchvision_has_not_are_refused():
+    with pytest.raises(ValueError, match="no torchvision weights 'IMAGENET9K'"):
+        pretrained_state("resnet18", "IMAGENET9K")
+    with pytest.raises(ValueError, match="swin_l has no torchvision weights"):
+        pretrained_state("swin_l", "IMAGENET1K_V1")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])

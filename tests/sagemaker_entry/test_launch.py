@@ -12,6 +12,7 @@ import yaml
 from sagemaker_entry import launch
 from sagemaker_entry.job import CONFIG_FILE, JOB_FILE
 from sagemaker_entry.submit import COMMAND, base_name
+from sagemaker_entry.training import check_training
 from tests.sagemaker_entry.conftest import TRUST
 
 CONFIG = "configs/room_detection.yaml"
@@ -61,6 +62,13 @@ def test_options_of_fit_go_along(no_account, rooms, capsys):
     assert code == 0
     assert "x 7 epochs" in out
     assert "6 (3 on each GPU)" in out
+
+
+@pytest.mark.parametrize("place", ["https://example.org/dino.pth", "s3://bucket/dino.pth", "IMAGENET1K_V2"])
+def test_weights_that_the_container_downloads_go_along_by_name(no_account, rooms, place):
+    training = check_training(CONFIG, str(rooms), [f"--model.weights={place}"])
+    assert training.arguments == (f"--model.weights={place}",)
+    assert training.weights == {}
 
 
 # ------------------------------------------------------------------ the whole way

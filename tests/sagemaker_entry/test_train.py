@@ -112,8 +112,8 @@ def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
     assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) < 20e6
     detector = load_detector(model / "model.ckpt")
     best = load_detector(local_run / "checkpoints" / "checkpoints" / "best.ckpt")
-    for name, value in best.state_dict().items():
-        assert torch.equal(value, detector.state_dict()[name])
+    for name, value in best.module.state_dict().items():
+        assert torch.equal(value, detector.module.state_dict()[name])
     picture = rooms / "val" / "images" / "000001.png"
     (found,) = detector.detect([picture], threshold=0.0)
     assert found.category_ids == (1,) and len(found) > 0

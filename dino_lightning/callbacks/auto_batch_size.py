@@ -1,0 +1,250 @@
+"""The largest batch that fits, and as many of them as make up the wanted global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from dino_lightning.callbacks.ema import EMA
+from dino_lightning.checkpoint import read_checkpoint
+from dino_lightning.data import CocoDataModule
+from dino_lightning.memory import (
+    GIGABYTE,
+    OutOfMemory,
+    available_memory,
+    estimated_peak,
+    is_out_of_memory,
+    kept_as_it_is,
+    peak_of_step,
+    release,
+    tensor_bytes,
+    worst_box_count,
+)
+from dino_lightning.module import DINOModule
+from dino_lightning.structures import Batch
+
+GPU_SHARE = 0.9  # of its memory: steps of ever changing shapes leave gaps in it
+HOST_SHARE = 0.8  # of what is available: loaders need some, and an estimate does not see everything
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, for which run.
+
+    Attributes:
+        global_batch: images for each optimizer step that were wanted.
+        processes: training processes.
+        batch_size: images for each batch of a process.
+        accumulation: batches for each optimizer step.
+    """
+
+    global_batch: int
+    processes: int
+    batch_size: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.batch_size} for each process"]
+        if self.processes > 1:
+            parts.append(f"{self.processes} processes")
+        if self.accumulation > 1:
+            parts.append(f"{self.accumulation} batches accumulated")
+        reached = self.batch_size * self.processes * self.accumulation
+        line = f"Batch size: {' x '.join(parts)}, a global batch of {reached}"
+        if reached != self.global_batch:
+            line += f", the nearest below {self.global_batch} that all processes have an equal share of"
+        return line
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """How much memory steps may take, and do.
+
+    Attributes:
+        limit: bytes.
+        place: what the limit is, in words.
+        measure: the bytes that a step on a batch takes; out of memory is an answer as well.
+    """
+
+    limit: int
+    place: str
+    measure: Callable[[Batch], int]
+
+
+class AutoBatchSize(lightning.Callback):
+    """Sets the data module's `batch_size` and the Trainer's `accumulate_grad_batches` before loaders are made.
+
+    On a GPU it takes optimizer steps on the worst batch that the dataset and the augmentation can give, with more and
+    more images, and puts everything back as it was; elsewhere it estimates. All processes agree on the smallest of
+    their choices. A run that goes on keeps the choice stored in its checkpoint, if it wants the same global batch on
+    as many processes.
+
+    Args:
+        global_batch: images for each optimizer step, over all processes and accumulated batches.
+        checkpoint: of the run that goes on, if one does. Lightning names it to nobody before loaders are made.
+
+    Raises:
+        ValueError: a global batch below 1.
+    """
+
+    def __init__(self, *, global_batch: int, checkpoint: str | Path | None = None) -> None:
+        if global_batch < 1:
+            raise ValueError(f"auto_batch_size is {global_batch}; the global batch must be at least 1.")
+        self.global_batch = int(global_batch)  # a plain one: parsers have types of their own, which checkpoints refuse
+        self.checkpoint = checkpoint
+        self.choice: Choice | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Saved with the checkpoint, so that a run that goes on has the same batches."""
+        return {} if self.choice is None else asdict(self.choice)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Choose, or take the choice of the run that goes on.
+
+        Raises:
+            MisconfigurationException: the Trainer has an accumulation of its own, or there are fewer images to a
+                step than processes.
+            OutOfMemory: not even one image fits into a GPU's memory.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(pl_module, DINOModule) or not isinstance(data, CocoDataModule):
+            return
+        if self.choice is None:
+            self.choice = self._stored(trainer) or self._chosen(trainer, pl_module, data)
+        data.batch_size = self.choice.batch_size
+        trainer.accumulate_grad_batches = self.choice.accumulation
+
+    def _stored(self, trainer: lightning.Trainer) -> Choice | None:
+        if self.checkpoint is None:
+            return None
+        content = read_checkpoint(self.checkpoint)  # Lightning restores callbacks only after `setup`
+        stored = content.get("callbacks", {}).get(self.state_key) if isinstance(content, dict) else None
+        if not stored:
+            return None
+        choice = Choice(**stored)
+        if (choice.global_batch, choice.processes) != (self.global_batch, trainer.world_size):
+            return None
+        rank_zero_info(f"{choice}, as before in this run.")
+        return choice
+
+    def _chosen(self, trainer: lightning.Trainer, module: DINOModule, data: CocoDataModule) -> Choice:
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "auto_batch_size chooses the accumulation itself: leave out "
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, or set data.batch_size yourself."
+            )
+        processes = trainer.world_size
+        share = self.global_batch // processes
+        if share < 1:
+            raise MisconfigurationException(
+                f"auto_batch_size is {self.global_batch}, but there are {processes} processes, and each of them needs "
+                "an image for every step."
+            )
+        images = max(1, len(data.train_set) // processes)
+        sizes = [size for size in range(1, min(share, images) + 1) if share % size == 0]
+        boxes = worst_box_count(data.most_boxes, module.model.num_denoising)
+        device = trainer.strategy.root_device
+        with isolate_rng(), kept_as_it_is(module.model):
+            fitting, reason = largest_fitting(
+                sizes,
+                lambda size: data.worst_case_batch(size, num_boxes=boxes),
+                _gpu_gauge(trainer, module) if device.type == "cuda" else _host_gauge(trainer, module),
+            )
+        agreed = int(trainer.strategy.reduce(torch.tensor(fitting, device=device), reduce_op="min"))
+        if agreed == 0:
+            raise OutOfMemory(
+                f"{reason} Lower data.max_size and data.image_size, set model.recompute_encoder to true, or choose a "
+                "smaller backbone."
+            )
+        choice = Choice(self.global_batch, processes, agreed, share // agreed)
+        if agreed < fitting:
+            reason = "More do not fit on the device of another process."
+        rank_zero_info(f"{choice}. {reason}")
+        return choice
+
+
+def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], gauge: Gauge) -> tuple[int, str]:
+    """The largest batch within a limit, and why that one, in words; 0 if not even the smallest can be computed.
+
+    The smallest is taken even where it passes the limit, which leaves some room.
+
+    Args:
+        sizes: to choose from, the smallest first.
+        make_batch: gives the worst case of that size.
+        gauge: what it takes.
+    """
+    fitting, reason, beyond = 0, "", ""
+    for size in sizes:
+        batch = make_batch(size)
+        height, width = batch.images.shape[-2:]
+        boxes = 0 if batch.targets is None else max(batch.targets.num_boxes, default=0)
+        case = f"images of {height} x {width} pixels (height x width) with {boxes} boxes each"
+        needed = _measured(gauge, batch)
+        if needed is None:
+            beyond = f"{size} do not fit"
+            if not fitting:
+                reason = f"Not even {size} of the largest {case} can be trained on: out of memory."
+            break
+        takes = f"{size} of the largest {case} take {needed / GIGABYTE:.2f} GB"
+        if needed > gauge.limit and fitting:
+            beyond = f"{size} would take {needed / GIGABYTE:.2f} GB"
+            break
+        fitting, reason = size, takes
+        if needed > gauge.limit:
+            beyond = "it may run out of memory"
+            break
+    if fitting:
+        of = f"{gauge.limit / GIGABYTE:.2f} GB, {gauge.place}"
+        reason = f"{reason} of {of}" + (f"; {beyond}." if beyond else ".")
+    return fitting, reason
+
+
+def _measured(gauge: Gauge, batch: Batch) -> int | None:
+    """The bytes a step takes; None where there are too few."""
+    try:
+        return gauge.measure(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release()  # only now: the error held on to all that had been computed
+    return None
+
+
+def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
+    """Takes steps on this process' GPU, where the model goes for it."""
+    device, spare = trainer.strategy.root_device, _averaged_bytes(trainer, module)
+    module.model.to(device)
+
+    def measure(batch: Batch) -> int:
+        precision = trainer.precision_plugin.train_step_context
+        return peak_of_step(module.model, module.criterion, batch, precision=precision, spare=spare)
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    return Gauge(int(GPU_SHARE * total), f"{GPU_SHARE:.0%} of the memory of {device}", measure)
+
+
+def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
+    """Estimates, since a step too large would end the process, and maybe others."""
+    spare = _averaged_bytes(trainer, module)
+
+    def measure(batch: Batch) -> int:
+        return estimated_peak(module.model, batch) + spare
+
+    limit = int(HOST_SHARE * available_memory()) // trainer.num_devices
+    return Gauge(limit, f"{HOST_SHARE:.0%} of the memory available, by estimate", measure)
+
+
+def _averaged_bytes(trainer: lightning.Trainer, module: DINOModule) -> int:
+    """What averaged weights take, if the run keeps any."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
+    averages = any(isinstance(callback, EMA | WeightAveraging) for callback in callbacks)
+    return tensor_bytes([*module.model.parameters(), *module.model.buffers()]) if averages else 0

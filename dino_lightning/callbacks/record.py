@@ -1,0 +1,132 @@
+"""What a run was made with: `run.json` and `config.yaml` in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.cli import SaveConfigCallback
+
+from dino_lightning.data import CocoDataModule
+from dino_lightning.files import written_whole
+
+PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
+
+
+class RunRecord(lightning.Callback):
+    """Writes versions, commit, data, classes and command line; each start of the run adds an entry.
+
+    Args:
+        path: the JSON file.
+    """
+
+    def __init__(self, *, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write, on the first process."""
+        data = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not isinstance(data, CocoDataModule):
+            return
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        start = {
+            "time": now,
+            "command": _without_query(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+            "from_step": trainer.global_step,
+            "processes": trainer.world_size,
+            "device": _device(trainer.strategy.root_device),
+            "precision": str(trainer.precision),
+            "python": platform.python_version(),
+            "packages": _versions(),
+            "git": _commit(Path(__file__).parent),
+        }
+        record = {"starts": [*self._starts(), start], "classes": _classes(data), "data": fingerprint(data)}
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, allow_nan=False))
+
+    def _starts(self) -> list[Any]:
+        """Those of before, if the run goes on."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return list(json.loads(self.path.read_text())["starts"])
+        return []
+
+
+class SavedConfig(SaveConfigCallback):
+    """Lightning's, but a run that goes on keeps its old `config.yaml` until its checkpoint has been accepted."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Save at once in evaluation; training waits for `on_fit_start`."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The checkpoint is read by now."""
+        super().setup(trainer, pl_module, "fit")
+
+
+def fingerprint(data: CocoDataModule) -> dict[str, dict[str, Any]]:
+    """Of each split: its images and boxes, and a SHA-256 of its annotation file and of the sizes of its image files."""
+    result = {}
+    for name in ("train", "val", "test"):
+        split = getattr(data, f"{name}_set")
+        if split is None:
+            continue
+        annotations = split.annotations
+        digest = hashlib.sha256(Path(annotations.path).read_bytes())
+        for index, image in enumerate(annotations.images):
+            path = annotations.image_path(index)
+            size = path.stat().st_size if path.is_file() else -1
+            digest.update(f"{image.file_name}:{size}\n".encode())
+        result[name] = {
+            "annotations": str(annotations.path),
+            "images": len(split),
+            "boxes": int((annotations.usable & ~annotations.iscrowd).sum()),
+            "sha256": digest.hexdigest(),
+        }
+    return result
+
+
+def _classes(data: CocoDataModule) -> list[dict[str, Any]]:
+    return [
+        {"label": label, "category_id": category_id, "name": name}
+        for label, (category_id, name) in enumerate(zip(data.category_ids, data.class_names, strict=True))
+    ]
+
+
+def _without_query(command: str) -> str:
+    """Addresses without what follows their question mark, where signatures and tokens are."""
+    return re.sub(r"(\w+://[^\s?]+)\?[^\s']+", r"\1?...", command)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that the package is at, with a + if files differ from it; None outside of a checkout."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

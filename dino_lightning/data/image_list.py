@@ -1,0 +1,104 @@
+"""Which images are meant: files, folders, globs, or the images of a COCO file."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino_lightning.data.annotation_file import parse_images, read_json
+from dino_lightning.data.coco import DataError, Problem
+from dino_lightning.data.splits import choose_image_folder
+
+# Of files found in folders and by globs; a file that is named itself may have any.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image file to read.
+
+    Attributes:
+        path: where it is.
+        name: what it is called in results: its path as the user gave it, or the `file_name` of a COCO file.
+        image_id: the id in the COCO file; otherwise 1, 2, 3, ... in the order of the names.
+        size: (height, width) in pixels by the COCO file, or None.
+    """
+
+    path: Path
+    name: str
+    image_id: int
+    size: tuple[int, int] | None = None
+
+
+def list_images(
+    sources: Sequence[str], image_folder: Path | None = None, leave_out: Path | None = None
+) -> list[ListedImage]:
+    """The images of files, folders (with those inside), globs, or of one COCO file.
+
+    Args:
+        sources: paths and patterns (`**` for folders at any depth), or one COCO file, which may lack annotations.
+        image_folder: what the names in a COCO file are relative to; looked for near it by default.
+        leave_out: a folder of which nothing is taken: that of the results, which may lie among the images.
+
+    Raises:
+        DataError: a source that is not there or holds no images, or a COCO file that breaks the format.
+    """
+    documents = [source for source in sources if source.lower().endswith(".json")]
+    if documents:
+        if len(sources) > 1:
+            raise DataError(f"{documents[0]}: a COCO file must be the only thing given; {len(sources)} were.")
+        return _images_of_coco(Path(documents[0]), image_folder)
+    names: set[str] = set()
+    out = None if leave_out is None else leave_out.resolve()
+    for source in sources:
+        found = [name for name in _found(source) if out is None or out not in Path(name).resolve().parents]
+        if not found:
+            raise DataError(f"{source}: no images there; looked for files ending in {', '.join(sorted(SUFFIXES))}.")
+        names.update(os.path.normpath(name) for name in found)
+    return [ListedImage(Path(name), name, number) for number, name in enumerate(sorted(names), start=1)]
+
+
+def _found(source: str) -> Iterator[str]:
+    if os.path.isfile(source):  # noqa: PTH113 - the name may hold a null byte, at which Path raises
+        yield source
+    elif os.path.isdir(source):  # noqa: PTH112
+        for folder, inside, files in os.walk(source):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118
+    elif glob.has_magic(source):
+        for name in glob.iglob(source, recursive=True):  # noqa: PTH207 - absolute patterns
+            if _is_image(name) and Path(name).is_file():
+                yield name
+    else:
+        raise DataError(f"{source} does not exist.")
+
+
+def _is_image(name: str) -> bool:
+    file = os.path.basename(name)  # noqa: PTH119
+    return os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")  # noqa: PTH122
+
+
+def _images_of_coco(path: Path, image_folder: Path | None) -> list[ListedImage]:
+    document = read_json(path)
+    entries = document.get("images")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{path}: has no list of images; give a COCO file, images, or folders with images.")
+    problems: list[Problem] = []
+    images, _ = parse_images(path, entries, problems.append)
+    if problems:
+        raise DataError(problems[0].message)
+    if image_folder is not None and not image_folder.is_dir():
+        raise DataError(f"{image_folder}: the image folder does not exist.")
+    folder = image_folder or choose_image_folder(path, _likely_folders(path))
+    return [ListedImage(folder / image.file_name, image.file_name, image.id, image.size) for image in images]
+
+
+def _likely_folders(path: Path) -> list[Path]:
+    """Where the images of a COCO file usually lie."""
+    split = re.sub(r"^(instances|image_info)_", "", path.stem)
+    near, above = path.parent, path.parent.parent
+    return [near / "images", near, near / split, above / split, above / "images" / split, above / "images", above]

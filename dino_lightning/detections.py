@@ -1,0 +1,198 @@
+"""What was found in one image: printed, drawn, and handed to other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from dino_lightning.files import written_whole
+from dino_lightning.overlay import draw_boxes, to_page
+
+LISTED = 20  # detections that a printed table shows
+LONGEST_NAME = 24  # of a class, in a printed table
+SMALL_PICTURE = 480  # pixels: smaller ones are enlarged, or captions would hide them
+COLUMNS = ("file", "name", "category_id", "score", "x1", "y1", "x2", "y2")
+
+
+@dataclass(frozen=True, repr=False)
+class Detections:
+    """The detections of one image, best first.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, corners in pixels of the original image.
+        scores: (N,) float32, 0-1.
+        labels: (N,) int64, contiguous labels 0..K-1.
+        class_names: the name of each label.
+        category_ids: the original COCO `category_id` of each label.
+        file: the image file, where they come from one.
+        read_pixels: gives the image again, (3, H, W) uint8 RGB, so that they can draw themselves.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+    file: str | None = None
+    read_pixels: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return int(self.scores.shape[0])
+
+    def __repr__(self) -> str:
+        """A table, best first, with corners in whole pixels."""
+        count = "no detections" if not len(self) else "1 detection" if len(self) == 1 else f"{len(self)} detections"
+        lines = [f"{count} in {_printable(self.file)}" if self.file is not None else count]
+        rows = list(zip(self.names, self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True))[:LISTED]
+        if rows:
+            width = min(LONGEST_NAME, max(len("name"), *(len(_printable(name)) for name, _, _ in rows)))
+            lines.append(f"  {'name':<{width}}  score      x1      y1      x2      y2")
+            lines += [
+                f"  {_printable(name)[:width]:<{width}}  {score:5.3f}  " + "  ".join(f"{value:6.0f}" for value in box)
+                for name, score, box in rows
+            ]
+        if len(self) > LISTED:
+            lines.append(f"  ... and {len(self) - LISTED} more")
+        return "\n".join(lines)
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection (the label's number where no name is known)."""
+        return [self.class_names[label] if self.class_names else str(label) for label in self.labels.tolist()]
+
+    def above(self, threshold: float) -> Detections:
+        """Only the detections with a score of at least `threshold`."""
+        return self.chosen(self.scores >= threshold)
+
+    def chosen(self, which: Tensor) -> Detections:
+        """Only those that `which` names: (N,) bool, or indices in the order to give them in."""
+        return replace(self, boxes_xyxy=self.boxes_xyxy[which], scores=self.scores[which], labels=self.labels[which])
+
+    def cpu(self) -> Detections:
+        """The same detections on the host."""
+        return replace(self, boxes_xyxy=self.boxes_xyxy.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
+
+    # ------------------------------------------------------------------ to other programs
+
+    def to_coco(self, image_id: int) -> list[dict[str, int | float | list[float]]]:
+        """Entries of a COCO results file: original category ids, boxes as x, y, width, height in pixels."""
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+            for category_id, score, (x1, y1, x2, y2) in zip(
+                self._category_ids(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True
+            )
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the file, and for each detection `name`, `category_id`, `score`, `box` (x1, y1, x2, y2)."""
+        return {
+            "file": self.file,
+            "detections": [
+                {"name": name, "category_id": category_id, "score": score, "box": box}
+                for name, category_id, score, box in zip(
+                    self.names, self._category_ids(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True
+                )
+            ],
+        }
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, one row for each detection, with the columns of the CSV file that `predict` writes.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: python -m pip install pandas") from error
+        rows = [
+            (self.file, name, category_id, score, *box)
+            for name, category_id, score, box in zip(
+                self.names, self._category_ids(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True
+            )
+        ]
+        return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections`, with labels as `class_id`, and `class_name` and `category_id` in its data.
+
+        Raises:
+            ImportError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision needs supervision: python -m pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy.float().numpy(force=True).reshape(-1, 4),
+            confidence=self.scores.float().numpy(force=True),
+            class_id=self.labels.numpy(force=True).astype(int),
+            data={
+                "class_name": np.array(self.names, dtype=str),
+                "category_id": np.array(self._category_ids(), dtype=np.int64),
+            },
+        )
+
+    def _category_ids(self) -> list[int]:
+        return [self.category_ids[label] if self.category_ids else label for label in self.labels.tolist()]
+
+    # ------------------------------------------------------------------ pictures
+
+    def draw(
+        self, image: Image.Image | npt.NDArray[np.uint8] | Tensor | None = None, *, long_side: int | None = None
+    ) -> Image.Image:
+        """The image with its detections: boxes, names and scores; a small image is enlarged, by a whole number.
+
+        Args:
+            image: the image; by default, the one that they come from.
+            long_side: scale the picture down to this many pixels before drawing, where it is larger.
+
+        Raises:
+            ValueError: no image, and none is known.
+        """
+        if image is None:
+            if self.read_pixels is None:
+                raise ValueError("These detections do not know their image; give it: detections.draw(image).")
+            image = self.read_pixels()
+        page = to_page(image)
+        full = page.size
+        if long_side is not None and max(full) > long_side:
+            page.thumbnail((long_side, long_side), Image.Resampling.BILINEAR)
+        elif max(full) < SMALL_PICTURE:
+            factor = -(-SMALL_PICTURE // max(full))
+            page = page.resize((full[0] * factor, full[1] * factor), Image.Resampling.NEAREST)
+        boxes_xyxy = self.boxes_xyxy.double().cpu()
+        boxes_xyxy = boxes_xyxy * boxes_xyxy.new_tensor([page.width / full[0], page.height / full[1]] * 2)
+        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
+        draw_boxes(page, boxes_xyxy.tolist(), self.labels.tolist(), captions)
+        return page
+
+    def save(self, path: str | Path, image: Image.Image | npt.NDArray[np.uint8] | Tensor | None = None) -> None:
+        """Write the picture that `draw` gives; the suffix of `path` decides on the format.
+
+        Raises:
+            ValueError: no image, and none is known; or a suffix that Pillow does not know.
+        """
+        save_page(self.draw(image), Path(path))
+
+
+def save_page(page: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    with written_whole(path) as temporary:
+        page.save(temporary, quality=90)  # which formats without losses pass over
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,0 +1,199 @@
+"""From a checkpoint, a model directory or an ONNX file to a detector that is ready to use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import torch
+
+from dino_lightning.checkpoint import CheckpointError, read_checkpoint
+from dino_lightning.data.images import read_image
+from dino_lightning.module import DINOModule, ImageLike, to_pixels
+from dino_lightning.structures import Detections
+from dino_lightning.tiling import merge, views
+
+# Where a folder keeps its model, best first: of a SageMaker job, of a run, of a run's checkpoints.
+MODEL_FILES = (
+    "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
+)  # fmt: skip
+
+
+class _Model(Protocol):
+    """What a `Detector` needs: a `DINOModule`, or an ONNX file in its session."""
+
+    score_threshold: float
+
+    def detect(self, images: Sequence[ImageLike], *, threshold: float | None = None) -> list[Detections]: ...
+
+
+class Detector:
+    """A trained model, ready to use: `detector("plan.png")`.
+
+    Args:
+        model: a `DINOModule`, or an `OnnxModel`.
+        class_names: the name of each label.
+        category_ids: the original COCO category id of each label.
+
+    Attributes:
+        model: as given.
+        class_names: as given.
+        category_ids: as given.
+    """
+
+    def __init__(self, *, model: _Model, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+        self.model = model
+        self.class_names = tuple(class_names)
+        self.category_ids = tuple(category_ids)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+        return f"Detector({len(self.class_names)} classes: {shown}; score_threshold {self.score_threshold:.2f})"
+
+    @property
+    def score_threshold(self) -> float:
+        """The lowest score that counts, unless another is given: that of the best F1 in validation."""
+        return self.model.score_threshold
+
+    @property
+    def module(self) -> DINOModule:
+        """The `DINOModule` behind it.
+
+        Raises:
+            TypeError: there is none, as the model is an ONNX file.
+        """
+        if not isinstance(self.model, DINOModule):
+            raise TypeError("This detector runs an ONNX file; load a checkpoint to get at a DINOModule.")
+        return self.model
+
+    def to(self, device: torch.device | str) -> Detector:
+        """The same detector, computing on another device from now on; an ONNX file stays where it is."""
+        if isinstance(self.model, DINOModule):
+            self.model.to(device)
+        return self
+
+    @overload
+    def __call__(self, images: ImageLike, **options: Any) -> Detections: ...
+
+    @overload
+    def __call__(self, images: Sequence[ImageLike], **options: Any) -> list[Detections]: ...
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Detections | list[Detections]:
+        """Detect in one image, or in each of a list or tuple of images; options and errors as in `detect`."""
+        if isinstance(images, list | tuple):
+            return self.detect(images, **options)
+        return self.detect([images], **options)[0]  # type: ignore[list-item]  # a Sequence is a list or tuple here
+
+    def detect(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        threshold: float | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole_image: bool = True,
+        **sizes: Any,
+    ) -> list[Detections]:
+        """Detect objects in images of any kind and size, one at a time.
+
+        Args:
+            images: paths, PIL images, (H, W, 3) or (H, W) uint8 arrays, or (3, H, W) tensors, uint8 or floating 0-1.
+            threshold: keep detections of at least this score; by default `score_threshold`.
+            tile: cut images into tiles of so many pixels, for scans much larger than those of training.
+            overlap: share of its side that a tile has in common with the next; objects up to that size are whole in
+                one of them.
+            whole_image: with tiles, look at the whole image as well, scaled down, for objects larger than a tile.
+            **sizes: `image_size` and `max_size` of `DINOModule.detect`.
+
+        Returns:
+            Detections of each image, on the host, boxes in its own pixels.
+
+        Raises:
+            ValueError: an image that cannot be read, or tiles that cannot be.
+        """
+        found = []
+        for image in images:
+            if tile is None:
+                detections = self.model.detect([image], threshold=threshold, **sizes)[0]
+            else:
+                pixels = to_pixels(image)
+                size = (int(pixels.shape[1]), int(pixels.shape[2]))
+                parts = []
+                for window in views(size, tile, overlap, whole=whole_image):
+                    x1, y1, x2, y2 = window.xyxy
+                    view = pixels[:, y1:y2, x1:x2]
+                    parts.append((window, self.model.detect([view], threshold=threshold, **sizes)[0]))
+                detections = merge(parts, size)
+            if isinstance(image, str | Path):
+                read, file = partial(read_image, Path(image)), str(image)
+                found.append(replace(detections, file=file, read_pixels=read))
+            else:
+                found.append(replace(detections, read_pixels=partial(to_pixels, image)))
+        return found
+
+
+def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
+    """The detector of one of our checkpoints, in evaluation mode, with its classes, sizes and score threshold.
+
+    Args:
+        path: a checkpoint of a run; a model directory, as a SageMaker job leaves it; the folder of a run; an ONNX
+            file as `export` writes it, or a folder with one.
+        device: where to compute; an ONNX file decides for itself.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    file = find_model(path)
+    if file.suffix.lower() == ".onnx":
+        from dino_lightning.onnx_model import OnnxModel  # needs packages that not everybody has
+
+        model = OnnxModel(file)
+        return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)
+    module = load_module(file).to(device)
+    count = module.hparams["num_classes"]
+    return Detector(
+        model=module,
+        class_names=module.hparams["class_names"] or [str(label) for label in range(count)],
+        category_ids=module.hparams["category_ids"] or range(count),
+    )
+
+
+def load_module(path: str | Path) -> DINOModule:
+    """The `DINOModule` of one of our checkpoints, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+    """
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or "hyper_parameters" not in content or "state_dict" not in content:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of dino_lightning; give a published one to --model.weights of a training run."
+        )
+    module = DINOModule(**content["hyper_parameters"])
+    module.load_state_dict(content["state_dict"])
+    module.on_load_checkpoint(content)
+    return module.eval()
+
+
+def find_model(path: str | Path) -> Path:
+    """The model file that a path means: itself, or that of a folder.
+
+    Raises:
+        CheckpointError: a folder without a model, or with several ONNX files and nothing else.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in MODEL_FILES:
+        if (path / name).is_file():
+            return path / name
+    exported = sorted(path.glob("*.onnx"))
+    if len(exported) == 1:
+        return exported[0]
+    if exported:
+        names = ", ".join(file.name for file in exported)
+        raise CheckpointError(f"{path} has several ONNX files ({names}); name one of them.")
+    raise CheckpointError(f"{path} holds no model; looked for {', '.join(MODEL_FILES)} and an ONNX file.")

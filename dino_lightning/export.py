@@ -1,0 +1,162 @@
+"""The command `export`: a trained model as ONNX, for `torch.export`, or as a model directory; checked by running it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from dino_lightning.arguments import UsageError, newest_run
+from dino_lightning.cli import EXPECTED_ERRORS, explain
+from dino_lightning.detector import find_model, load_module
+from dino_lightning.export_check import compare_with_module, table
+from dino_lightning.export_formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
+from dino_lightning.files import written_whole
+from dino_lightning.model_directory import MODEL_FILE, write_model_directory
+from dino_lightning.module import DINOModule
+from dino_lightning.package_code import serving_code
+
+DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
+beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores
+within 0.001, in the same resized pixels.
+
+--format onnx, the default, with batch size, height and width left open. Outputs: boxes (B, N, 4), corners x1, y1, x2,
+y2 in pixels of the original image; scores (B, N); labels (B, N), places in class_names. Its metadata has class_names,
+category_ids, score_threshold and what the images must look like. With --preprocessing
+
+  inside   one input: images (B, 3, H, W) uint8, RGB 0-255, all of one size, as they are. They are resized by the rule
+           of evaluation and normalised inside. The simplest to use. Some resized pixels are rounded the other way than
+           in Python, by 1 of 255; scores can differ by a few thousandths from those of the checkpoint for that.
+  outside  three inputs: images (B, 3, H, W) float32: resized, each top left in a common canvas of black pixels, then
+           normalised by the mean and std of the metadata; image_sizes (B, 2) and original_sizes (B, 2) int64, height
+           and width before padding and before resizing. For batches of images of different sizes.
+
+--format torch: a .pt2 file for torch.export.load, its preprocessing outside.
+--format directory: a model directory as a SageMaker job leaves it: model.ckpt, model.json, and the code to serve it.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def run(args: Sequence[str]) -> int:
+    """Export; returns the exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(args)
+        preprocessing = _preprocessing(options)
+    except (argparse.ArgumentError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        source = newest_run() / "checkpoints" / "best.ckpt" if options.ckpt_path == "last" else options.ckpt_path
+        checkpoint = find_model(source)
+        if checkpoint.suffix.lower() == ".onnx":
+            raise UsageError(f"{checkpoint} is an ONNX file already; give the checkpoint that it came from.")
+        if options.format == "directory":
+            output = options.output or Path("model")
+            _export_directory(checkpoint, output)
+        else:
+            output = _file(options.output, checkpoint, ".onnx" if options.format == "onnx" else ".pt2")
+            _export_file(load_module(checkpoint), output, options.format, preprocessing, options.opset)
+    except EXPECTED_ERRORS as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or options.output}: cannot be written ({error.strerror}).", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m dino_lightning export",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Example: python -m dino_lightning export --ckpt_path runs/.../best.ckpt --output rooms.onnx",
+    )
+    add = parser.add_argument
+    add(
+        "--ckpt_path",
+        required=True,
+        help="a checkpoint, the folder of a run or of a model, or 'last': the newest run's",
+    )
+    add("--output", type=Path, help="the file to write, or the folder for it (next to the checkpoint's name, here)")
+    add("--format", choices=("onnx", "torch", "directory"), default="onnx", help="what to write (onnx)")
+    add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx)")
+    add("--opset", type=int, default=OPSETS[0], help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} ({OPSETS[0]})")
+    return parser
+
+
+def _preprocessing(options: argparse.Namespace) -> str:
+    """Where images are prepared.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    if options.format != "onnx" and options.preprocessing == "inside":
+        raise UsageError("--preprocessing inside is for --format onnx; a .pt2 file takes normalised images.")
+    if options.opset not in OPSETS:
+        raise UsageError(f"--opset is {options.opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
+    return options.preprocessing or ("inside" if options.format == "onnx" else "outside")
+
+
+def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
+    name = f"{checkpoint.stem}{suffix}"
+    if output is None:
+        return Path(name)
+    if output.is_dir() or not output.suffix:
+        return output / name
+    if output.suffix != suffix:
+        raise UsageError(f"--output {output} must end in {suffix}, or be a folder.")
+    return output
+
+
+def _export_file(module: DINOModule, output: Path, kind: str, preprocessing: str, opset: int) -> None:
+    description = describe_module(module, preprocessing)
+    with written_whole(output) as temporary:
+        prepare = None
+        if kind == "onnx":
+            prepare = write_onnx(module, temporary, description, opset=opset)
+            detect = run_onnx(temporary)
+        else:
+            write_torch(module, temporary, description)
+            detect = run_torch(temporary)
+        rows = compare_with_module(module, detect, prepare)
+        print(table(rows), flush=True)
+        if not all(row.same for row in rows):
+            raise UsageError(
+                f"{output} is not written: what was exported does not agree with the checkpoint (boxes differ by up to "
+                f"{max(row.boxes for row in rows):.3g} pixels, scores by up to {max(row.scores for row in rows):.2g})."
+            )
+
+
+def _export_directory(checkpoint: Path, output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists already; give another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        folder = checkpoint.parent
+        run_dir = folder.parent if folder.name == "checkpoints" else folder
+        write_model_directory(checkpoint, run_dir, temporary, serving_code(), complete=True)
+        before, after = load_module(checkpoint).state_dict(), load_module(temporary / MODEL_FILE).state_dict()
+        if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+            raise UsageError(f"{output} is not written: the weights in it are not those of {checkpoint}.")
+        temporary.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,272 @@
+"""What a training step takes in memory, how much there is, and how a user is told that it was too little."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dino_lightning.losses import Criterion, HungarianMatcher, Matches
+from dino_lightning.model import DINO
+from dino_lightning.model.denoising import num_denoising_groups
+from dino_lightning.structures import Batch, Targets
+
+Precision = Callable[[], contextlib.AbstractContextManager[Any]]
+
+ADAM_MOMENTS = 2  # tensors that AdamW keeps for each parameter
+GIGABYTE = 1e9
+SCRATCH = 300_000_000  # bytes that convolutions on a CPU took for themselves at most, in the sizes that were measured
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA and MPS
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+class OutOfMemory(RuntimeError):
+    """A step that did not fit into memory; the message says how large it was and what helps."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What decides on the memory that a batch takes.
+
+    Attributes:
+        images: in the batch.
+        canvas: (height, width) in pixels.
+        boxes: of the image that has the most.
+        denoising_queries: for each image.
+    """
+
+    images: int
+    canvas: tuple[int, int]
+    boxes: int
+    denoising_queries: int
+
+    @classmethod
+    def of(cls, batch: Batch, model: DINO) -> StepSize:
+        """The size of a batch in training, or without denoising queries in evaluation."""
+        boxes = 0 if batch.targets is None else max(batch.targets.num_boxes, default=0)
+        height, width = batch.images.shape[-2:]
+        queries = denoising_queries(model.num_denoising, boxes) if model.training else 0
+        return cls(images=len(batch), canvas=(height, width), boxes=boxes, denoising_queries=queries)
+
+    def __str__(self) -> str:
+        images = f"{self.images} image" + "s" * (self.images != 1)
+        return (
+            f"{images} on a canvas of {self.canvas[0]} x {self.canvas[1]} pixels (height x width), up to "
+            f"{self.boxes} boxes and {self.denoising_queries} denoising queries an image"
+        )
+
+
+def denoising_queries(num_denoising: int, boxes: int) -> int:
+    """Denoising queries for each image of a batch whose fullest image has so many boxes."""
+    return 2 * num_denoising_groups(num_denoising, boxes) * boxes if num_denoising else 0
+
+
+def worst_box_count(most_boxes: int, num_denoising: int) -> int:
+    """Of the counts up to `most_boxes`, the one that makes the most queries: whole groups of boxes are denoised."""
+    return max(range(most_boxes + 1), key=lambda count: (denoising_queries(num_denoising, count), count))
+
+
+# ---------------------------------------------------------------------- on the device
+
+
+def peak_of_step(
+    model: DINO, criterion: Criterion, batch: Batch, *, precision: Precision = contextlib.nullcontext, spare: int = 0
+) -> int:
+    """Take optimizer steps, and give the most memory in bytes that the GPU ever had in use.
+
+    Whatever else is on the device counts as well. Parameters and buffers change; see `kept_as_it_is`.
+
+    Args:
+        model: on a GPU.
+        criterion: the loss.
+        batch: on the host.
+        precision: makes the context in which the forward pass is computed.
+        spare: bytes that the run needs beside its steps.
+
+    Raises:
+        RuntimeError: out of memory, see `is_out_of_memory`.
+    """
+    device = model.level_embedding.device
+    release()
+    torch.cuda.reset_peak_memory_stats(device)
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    take_steps(model, criterion, batch.to(device), precision=precision)
+    torch.cuda.synchronize(device)
+    return others + torch.cuda.max_memory_allocated(device) + spare
+
+
+def take_steps(
+    model: DINO, criterion: Criterion, batch: Batch, *, precision: Precision = contextlib.nullcontext
+) -> None:
+    """Two optimizer steps; the second has the optimizer's state and accumulated gradients, as the steps of a run."""
+    # Of one colour, near the mean of photographs: random weights of a deep backbone would make infinities of contrasts.
+    batch.images.copy_(model.image_mean.expand_as(batch.images))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=batch.images.device.type in ("cpu", "cuda"))
+    for _ in range(2):
+        with precision():
+            loss = _loss(model, criterion, batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        optimizer.step()
+
+
+def _loss(model: DINO, criterion: Criterion, batch: Batch) -> Tensor:
+    assert batch.targets is not None
+    # Told the boxes, the criterion asks no other process for theirs: one may have no batch left that fits.
+    alone = torch.ones((), device=batch.images.device)
+    losses: dict[str, Tensor] = criterion(model(batch), batch.targets, batch.image_ids, num_boxes=alone)
+    return losses["loss"]
+
+
+@contextlib.contextmanager
+def kept_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the model has its parameters, buffers and gradients again, where they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(tensor, tensor.device, tensor.detach().cpu().clone(), tensor.grad) for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for tensor, device, values, gradient in before:
+            tensor.grad = None
+            tensor.data = values.to(device)
+            tensor.grad = gradient
+        release()
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes that their values take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def release() -> None:
+    """Give memory back that nothing uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # nothing where CUDA has not been used
+
+
+# ---------------------------------------------------------------------- on the host
+
+
+def estimated_peak(model: DINO, batch: Batch) -> int:
+    """The memory in bytes that steps on a batch need at most, beside the parameters and the batch.
+
+    Forward and backward pass are made with tensors that have shapes and no content: every operation is looked at for
+    what it makes, and for when that is let go of. What operations use within themselves is not seen; an allowance
+    stands for it. Running averages of norms change; see `kept_as_it_is`.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    live = _LiveBytes()
+    judge = Criterion(matcher=_AnyMatch())
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        torch.autograd.grad(_loss(model, judge, batch), trainable, allow_unused=True)
+    # the optimizer's state, and gradients that are being accumulated
+    return live.peak + (ADAM_MOMENTS + 1) * tensor_bytes(trainable) + SCRATCH
+
+
+class _AnyMatch(HungarianMatcher):
+    """Assigns every box to the first query: for an assignment costs need to be known, for memory only their shapes."""
+
+    def forward(
+        self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: Sequence[int] | None = None
+    ) -> Matches:
+        """Count the costs, and leave them alone."""
+        self.cost(logits, boxes_cxcywh, targets)
+        queries = torch.zeros((len(logits), *targets.labels.shape), dtype=torch.int64, device=logits.device)
+        return Matches(queries=queries, matched=queries >= 0)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Adds up the sizes of the tensors that operations make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), inputs)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or key in inputs:  # a view
+            return
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def available_memory() -> int:
+    """The bytes of memory that this process can still get, with what the system would give up for it.
+
+    Within a container its limit counts.
+    """
+    groups = Path("/sys/fs/cgroup")
+    found = [
+        _left_in_group(groups / "memory.max", groups / "memory.current", groups / "memory.stat"),
+        _left_in_group(
+            groups / "memory/memory.limit_in_bytes",
+            groups / "memory/memory.usage_in_bytes",
+            groups / "memory/memory.stat",
+        ),
+        _left_in_machine(Path("/proc/meminfo")),
+    ]
+    known = [value for value in found if value is not None]
+    return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_group(limit: Path, usage: Path, statistics: Path) -> int | None:
+    """What a control group has left; None without one, or without a limit."""
+    try:
+        most, used = limit.read_text().strip(), int(usage.read_text())
+        lines = dict(line.split() for line in statistics.read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not most.isdigit():  # "max"
+        return None
+    pages = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))  # file contents, given up on demand
+    return max(0, int(most) - used + pages)
+
+
+def _left_in_machine(meminfo: Path) -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,129 @@
+"""The detector as a function of tensors alone, for `torch.export` and ONNX: no `Batch`, no sizes fixed on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_lightning.boxes import cxcywh_to_xyxy
+from dino_lightning.model.dino import DINO
+from dino_lightning.model.position_encoding import image_position_embedding
+
+
+class TraceableDetector(nn.Module):
+    """The evaluation pass of a `DINO`, with its own weights; batch size, height and width may be symbols.
+
+    Args:
+        model: the detector; its parts are shared, not copied.
+        max_detections: query-class pairs to keep, as in `postprocess`.
+    """
+
+    def __init__(self, model: DINO, *, max_detections: int = 300) -> None:
+        super().__init__()
+        self.model, self.max_detections = model, max_detections
+
+    def forward(self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            images: (B, 3, H, W) float32, normalised, each image top left in the canvas.
+            image_sizes: (B, 2) int64, height and width of each image before padding.
+            original_sizes: (B, 2) int64, height and width of the images that the boxes are wanted for.
+
+        Returns:
+            boxes_xyxy (B, N, 4) float32 in pixels of the original images, scores (B, N) float32 and labels (B, N)
+            int64, best first. N is `max_detections`, or queries times classes where that is less.
+        """
+        model = self.model
+        levels = model.neck(model.backbone(images))
+        tokens, position, shapes, ratios, mask = self._flatten(levels, images.shape[2], images.shape[3], image_sizes)
+        memory = model.encoder(tokens, position, shapes, ratios, mask)
+        selected = model.query_selection(memory, shapes, ratios, mask)
+        hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, shapes, ratios, mask)
+        scores = model.decoder.class_head(hidden[-1]).sigmoid()
+        count = torch.sym_min(self.max_detections, scores.shape[1] * scores.shape[2])
+        top_scores, top_indices = scores.flatten(1).topk(count, dim=1)
+        labels = top_indices % model.num_classes
+        queries = top_indices.div(model.num_classes, rounding_mode="floor")
+        chosen = boxes[-1].gather(1, queries[..., None].expand(-1, -1, 4))
+        scale = original_sizes.flip(-1).repeat(1, 2)[:, None].to(chosen.dtype)
+        return cxcywh_to_xyxy(chosen) * scale, top_scores, labels
+
+    def _flatten(
+        self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
+        """As `DINO` does, from sizes in a tensor."""
+        tokens, positions, masks, ratios, shapes = [], [], [], [], []
+        for index, level in enumerate(levels):
+            rows = _is_padding(image_sizes[:, 0], height, level.shape[2])
+            columns = _is_padding(image_sizes[:, 1], width, level.shape[3])
+            mask = rows[:, :, None] | columns[:, None, :]
+            position = image_position_embedding(mask, level.shape[1]).flatten(1, 2)
+            shapes.append((level.shape[2], level.shape[3]))
+            tokens.append(level.flatten(2).transpose(1, 2))
+            positions.append(position + self.model.level_embedding[index])
+            masks.append(mask.flatten(1))
+            ratios.append(torch.stack(((~columns).float().mean(1), (~rows).float().mean(1)), dim=-1))
+        return (
+            torch.cat(tokens, dim=1),
+            torch.cat(positions, dim=1),
+            tuple(shapes),
+            torch.stack(ratios, dim=1),
+            torch.cat(masks, dim=1),
+        )
+
+
+class TraceablePreprocessing(nn.Module):
+    """From images as they are to what `TraceableDetector` takes: resized by the rule of evaluation, and normalised.
+
+    Args:
+        model: the detector; of it only mean and deviation of the pixels are used.
+        image_size: short side in pixels that images are resized to.
+        max_size: limit of the long side.
+        stretch_to: side of the square that images are stretched to instead, or None.
+    """
+
+    def __init__(self, model: DINO, *, image_size: int, max_size: int, stretch_to: int | None = None) -> None:
+        super().__init__()
+        self.image_size, self.max_size, self.stretch_to = image_size, max_size, stretch_to
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", model.image_mean)
+        self.register_buffer("std", model.image_std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) uint8 RGB, images of one size -> the three arguments of `TraceableDetector`."""
+        batch, _, height, width = images.shape
+        new_height, new_width = self._resized(height, width)
+        # Across, rounded to bytes, then down: as the resizing of bytes goes in evaluation.
+        pixels = images.float()
+        for size in ((height, new_width), (new_height, new_width)):
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True).round().clamp(0, 255)
+        normalized = (pixels - self.mean) / self.std
+        return normalized, _sizes(images, batch, new_height, new_width), _sizes(images, batch, height, width)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """`data.transforms.resized_size` in integers and without branches, which symbols do not have."""
+        if self.stretch_to is not None:
+            return self.stretch_to, self.stretch_to
+        short, long = torch.sym_min(height, width), torch.sym_max(height, width)
+        doubled = 2 * self.max_size * short + long
+        limit = doubled // (2 * long)  # max_size * short / long, rounded; of two as near, to the even one:
+        limit = limit - (1 - torch.sym_min(1, doubled % (2 * long))) * (limit % 2)
+        short_side = torch.sym_min(self.image_size, torch.sym_max(1, limit))
+        return short_side * height // short, short_side * width // short
+
+
+def _sizes(images: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """(B, 2) int64, all rows the same."""
+    columns = [torch.full((batch, 1), side, dtype=torch.int64, device=images.device) for side in (height, width)]
+    return torch.cat(columns, dim=1)
+
+
+def _is_padding(sizes: Tensor, length: int, cells: int) -> Tensor:
+    """(B,) valid pixels out of `length` -> (B, cells) bool, what nearest interpolation makes of the pixels' mask."""
+    pixel = (torch.arange(cells, device=sizes.device).float() * (length / cells)).floor()
+    return pixel[None] >= sizes[:, None]

@@ -1,0 +1,103 @@
+"""A model directory, as a SageMaker job leaves it: all it takes to use the model, and nothing huge."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_lightning.checkpoint import CheckpointError, read_checkpoint
+
+MODEL_FILE = "model.ckpt"
+DESCRIPTION_FILE = "model.json"
+CODE_FOLDER = "code"
+KEPT_ENTRIES = (
+    "state_dict",
+    "hyper_parameters",
+    "score_threshold",
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+)
+PICTURES_AND_TABLES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections.png")
+
+
+def write_model_directory(
+    checkpoint_path: Path, run_dir: Path, model_dir: Path, code: Mapping[str, bytes], *, complete: bool
+) -> None:
+    """Write a checkpoint's weights, a description, the run's results and the code to use them.
+
+    Args:
+        checkpoint_path: a checkpoint of a run, or the model file of such a directory.
+        run_dir: the folder of the run; results that it does not have are left out.
+        model_dir: where to write; other files in it stay.
+        code: the files of the folder `code`, by their paths in it.
+        complete: False if the run was stopped before its end.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    missing = [name for name in KEPT_ENTRIES if not isinstance(checkpoint, dict) or name not in checkpoint]
+    if missing:
+        raise CheckpointError(f"{checkpoint_path} is not a checkpoint of dino_lightning: it has no {missing[0]}.")
+    partial = model_dir / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.save({name: checkpoint[name] for name in KEPT_ENTRIES}, partial / MODEL_FILE)
+    (partial / DESCRIPTION_FILE).write_text(
+        json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
+    )
+    for name in PICTURES_AND_TABLES:
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, partial / name)
+    for name, content in code.items():
+        place = partial / CODE_FOLDER / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    for path in partial.iterdir():
+        target = model_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    partial.rmdir()
+
+
+def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) -> dict[str, Any]:
+    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs.
+
+    The figures are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
+    the epoch is over.
+    """
+    settings = checkpoint["hyper_parameters"]
+    names = settings["class_names"] or []
+    ids = settings["category_ids"] or list(range(len(names)))
+    figures: dict[str, float] = {}
+    if metrics.is_file():
+        with metrics.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
+                    figures = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+    return {
+        "format": "dino_lightning model 1",
+        "weights": MODEL_FILE,
+        "complete": complete,
+        "epoch": checkpoint["epoch"] + 1,
+        "score_threshold": checkpoint["score_threshold"],
+        "classes": [
+            {"label": label, "category_id": category_id, "name": name}
+            for label, (category_id, name) in enumerate(zip(ids, names, strict=True))
+        ],
+        "preprocessing": {
+            "colour": "RGB, 0-255",
+            "short_side": settings["image_size"],
+            "long_side_at_most": settings["max_size"],
+            "normalisation": "inside the model",
+        },
+        "metrics": figures,
+    }

@@ -1,0 +1,146 @@
+"""Steps whose predictions or gradients are not finite: left out, named, and counted, without a wait for the device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dino_lightning.files import written_whole
+from dino_lightning.losses import NonFiniteError
+from dino_lightning.structures import Batch, ModelOutput
+
+MOST_BATCHES_KEPT = 10
+
+
+class NonFiniteSteps:
+    """Keeps weights from being spoilt by a step that is not finite, and stops after too many in a row.
+
+    The optimizer's fused kernel is told on the device to leave such a step out (as a gradient scaler tells it). How
+    many there were in a row is copied to the host beside the work, and read in the next step, where the host has waited
+    for the matcher's costs and so for the copy. All processes of a run have the same gradients, so they leave out the
+    same steps and stop together.
+
+    Args:
+        limit: how many in a row are left out; one more stops.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.total = 0
+        self._in_a_row: Tensor | None = None  # on the device
+        self._copy: Tensor | None = None  # on the host
+        self._view: npt.NDArray[np.int32] | None = None  # the same memory, to be read without an operator
+        self._seen = 0  # of those in a row, the ones that were said
+        self._noted = False  # whether this step was
+        self._last: tuple[Batch, int] | None = None
+
+    def note(self, batch: Batch, step: int, error: NonFiniteError, output: ModelOutput, folder: Path) -> Tensor:
+        """Take down a batch whose predictions are not finite.
+
+        Args:
+            batch: the batch.
+            step: optimizer steps done.
+            error: what the matcher said of it.
+            output: of the model.
+            folder: where the batch is kept.
+
+        Returns:
+            0-dim, a loss that is not finite and depends on every prediction, so that this process goes through the same
+            backward pass as the others, and all of them leave the step out.
+
+        Raises:
+            NonFiniteError: `limit` is 0.
+        """
+        if self.limit < 1:
+            raise error
+        self._say(batch, step, f"the predictions for image ids {error.image_ids}", folder)
+        self._seen += 1
+        self._noted = True
+        parts = [output.pred_logits, output.pred_boxes, output.encoder_logits, output.encoder_boxes]
+        if output.denoising is not None:
+            parts += [output.denoising.pred_logits, output.denoising.pred_boxes]
+        return torch.stack([part.float().sum() for part in parts]).sum() * float("nan")
+
+    def check(self, batch: Batch, step: int, folder: Path) -> None:
+        """Look at what became of the step before; to be called where the host has just waited for the device.
+
+        Args:
+            batch: of this step.
+            step: optimizer steps done.
+            folder: where the batch of the step before is kept if it was not finite.
+
+        Raises:
+            NonFiniteError: there were too many in a row.
+        """
+        in_a_row = 0 if self._view is None else int(self._view)
+        if in_a_row > self._seen and self._last is not None:
+            before, its_step = self._last
+            self._say(before, its_step, f"the gradients of image ids {list(before.image_ids)}", folder)
+        if in_a_row > self.limit:
+            raise NonFiniteError(
+                (self._last or (batch, step))[0].image_ids,
+                f" This was so in {in_a_row} steps in a row, which were left out: the weights are those before, and "
+                f"the last checkpoint is good. The batches are in {folder}.",
+            )
+        self._seen = in_a_row
+        self._last = batch, step
+
+    def leave_out(self, norm: Tensor, optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> None:
+        """Let the optimizer pass over this step if its gradients are not finite, and count.
+
+        Args:
+            norm: 0-dim, total norm of the gradients.
+            optimizer: a fused one does so on the device; for any other the host waits, and drops the gradients.
+            scaled: a gradient scaler looks after that, and tries out scales that are too large; then only predictions
+                that are not finite count.
+        """
+        if scaled:
+            norm = torch.tensor(float("nan") if self._noted else 0.0)
+        self._noted = False
+        bad = ~torch.isfinite(norm)
+        if self._in_a_row is None or self._copy is None:
+            self._in_a_row = torch.zeros((), dtype=torch.int32, device=norm.device)
+            self._copy = torch.zeros((), dtype=torch.int32, pin_memory=norm.is_cuda)
+            self._view = self._copy.numpy()
+        self._in_a_row = (self._in_a_row + 1) * bad
+        self._copy.copy_(self._in_a_row, non_blocking=True)
+        if scaled:
+            return
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the fused step
+        elif bad:
+            optimizer.zero_grad()
+
+    def _say(self, batch: Batch, step: int, what: str, folder: Path) -> None:
+        self.total += 1
+        kept = ""
+        if self.total <= MOST_BATCHES_KEPT:
+            path = _keep(batch, step, folder)
+            kept = f" The batch is kept in {path}."
+        warnings.warn(f"Step {step + 1} is left out: {what} are not finite numbers.{kept}", stacklevel=2)
+
+
+def _keep(batch: Batch, step: int, folder: Path) -> Path:
+    """Write a batch where it can be looked at: tensors and plain values, for `torch.load(..., weights_only=True)`."""
+    path = folder / f"step{step + 1:07d}-images{'-'.join(map(str, batch.image_ids[:4]))}.pt"
+    content = {
+        "step": step + 1,
+        "image_ids": list(batch.image_ids),
+        "images": batch.images.cpu(),
+        "image_sizes": [list(size) for size in batch.image_sizes],
+    }
+    if batch.targets is not None:
+        targets = batch.targets.to("cpu")
+        content |= {
+            "boxes_cxcywh": targets.boxes_cxcywh,
+            "labels": targets.labels,
+            "num_boxes": list(targets.num_boxes),
+        }
+    with written_whole(path) as temporary:
+        torch.save(content, temporary)
+    return path

@@ -1,0 +1,47 @@
+"""The code of this package as files: for a job, and for a model directory that is served."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+PROJECT = PACKAGE.parent  # a checkout, site-packages, or a job's code folder
+DISTRIBUTION = "dino-lightning"
+REQUIREMENTS = "requirements.txt"
+FROM_THE_IMAGE = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
+HANDLER = "inference.py"
+
+
+def requirements() -> list[str]:
+    """What the package needs beside torch and torchvision, which come with the image."""
+    shipped = PROJECT / REQUIREMENTS
+    if shipped.is_file():  # in a job the package is not installed, but its list lies beside it
+        return shipped.read_text().split("\n")[:-1]
+    needed = metadata.requires(DISTRIBUTION) or []
+    return [line for line in needed if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in FROM_THE_IMAGE]
+
+
+def package_files() -> dict[str, Path]:
+    """The files of the package, name in an archive to place on disk."""
+    files = {f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in sources(PACKAGE)}
+    checkout = PROJECT / "configs"
+    if not (PACKAGE / "configs").is_dir() and checkout.is_dir():  # a wheel has them inside
+        files |= {f"{PACKAGE.name}/configs/{path.name}": path for path in checkout.glob("*.yaml")}
+    return files
+
+
+def serving_code() -> dict[str, bytes]:
+    """What a model server needs: the package, its requirements, and the handler.
+
+    The handler is a file of `sagemaker_entry`, which lies beside this package wherever that is installed.
+    """
+    files = package_files() | {HANDLER: PROJECT / "sagemaker_entry" / HANDLER}
+    code = {name: path.read_bytes() for name, path in files.items()}
+    return code | {REQUIREMENTS: ("\n".join(requirements()) + "\n").encode()}
+
+
+def sources(folder: Path) -> list[Path]:
+    """The files of a package that a program or its types are made of."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".yaml", ".typed")]

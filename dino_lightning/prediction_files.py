@@ -1,0 +1,270 @@
+"""What `predict` leaves in a folder, and how an interrupted one goes on.
+
+Each process appends a line of JSON for each finished image to a file of its own. In the end these become
+`predictions.jsonl` and, from it, the files for other programs. Both kinds of lines are what the next start of the same
+command finds finished. Nothing is held in memory but the names and where their lines are.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from dino_lightning.data.image_list import ListedImage
+from dino_lightning.detections import COLUMNS
+from dino_lightning.files import written_whole
+from dino_lightning.structures import Detections
+
+SETTINGS = "settings.json"
+RECORDS = "predictions.jsonl"
+OVERLAYS = "overlays"
+RESULTS = ("predictions.json", "predictions.csv", "images.json", RECORDS)
+FAILURES_KEPT = 5  # to be shown
+LONGEST_NAME = 230  # bytes in the name of a picture; file systems have room for 255
+
+
+class Place(NamedTuple):
+    """Where the line of an image is."""
+
+    path: Path
+    offset: int
+    failed: bool
+
+
+@dataclass
+class Summary:
+    """What came out.
+
+    Attributes:
+        images: images read.
+        detections: in all of them.
+        failed: images that could not be read.
+        failures: the first reasons.
+        other_size: images whose size is not the one that the COCO file says.
+    """
+
+    images: int = 0
+    detections: int = 0
+    failed: int = 0
+    failures: list[str] = field(default_factory=list)
+    other_size: int = 0
+
+
+def record(listed: ListedImage, size: tuple[int, int], detections: Detections) -> dict[str, Any]:
+    """The line of an image of (height, width)."""
+    found = detections.to_dict()["detections"]
+    for entry in found:
+        entry["score"] = round(entry["score"], 6)
+        entry["box"] = [round(value, 3) for value in entry["box"]]
+    return {"file": listed.name, "width": size[1], "height": size[0], "detections": found}
+
+
+def failure(listed: ListedImage, reason: str) -> dict[str, Any]:
+    """The line of an image that could not be read."""
+    return {"file": listed.name, "error": reason}
+
+
+class Records:
+    """The lines of one process, each on disk when `add` returns.
+
+    Args:
+        folder: that of the results.
+        process: the number of the process.
+    """
+
+    def __init__(self, *, folder: Path, process: int) -> None:
+        path = folder / f"predictions.rank{process}.jsonl.part"
+        _cut_torn_line(path)
+        self._file: IO[str] = path.open("a", encoding="ascii")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append an image."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """No more will come."""
+        self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What a process that was killed had not finished writing."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, 2)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def finished(folder: Path) -> dict[str, Place]:
+    """The images that have a line, by name; of several, one that did not fail counts."""
+    places: dict[str, Place] = {}
+    for path in [folder / RECORDS, *sorted(folder.glob("predictions.rank*.jsonl.part"))]:
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            offset = 0
+            for line in file:
+                if line.endswith(b"\n"):  # else it is torn
+                    content = json.loads(line)
+                    failed = "error" in content
+                    if not failed or content["file"] not in places:
+                        places[content["file"]] = Place(path, offset, failed)
+                offset += len(line)
+    return places
+
+
+def settings_differ(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The names of the settings that earlier results in the folder had otherwise; none if there are no results."""
+    results = [folder / RECORDS, *folder.glob("predictions.rank*.jsonl.part")]
+    if not any(path.is_file() for path in results):
+        return []
+    try:
+        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["all of them"]
+    return [name for name, value in settings.items() if name not in before or before[name] != value]
+
+
+def prepare(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the folder, without earlier results if they are to be overwritten, and note the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for path in [*(folder / name for name in RESULTS), *folder.glob("predictions.rank*.jsonl.part")]:
+            path.unlink(missing_ok=True)
+        if (folder / SETTINGS).is_file():  # else the pictures may be somebody else's
+            shutil.rmtree(folder / OVERLAYS, ignore_errors=True)
+    with written_whole(folder / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(folder: Path, images: Sequence[ListedImage], categories: Mapping[int, str]) -> Summary:
+    """Make of all lines the files for other programs, in the order of `images`; then the lines become one file.
+
+    Args:
+        folder: that of the results.
+        images: the images; lines of others are left out.
+        categories: the name of each category id.
+    """
+    places, summary = finished(folder), Summary()
+    with ExitStack() as whole:
+        # replaced in the opposite order: the lines last, so that whatever interrupts this can be done again
+        paths = {name: whole.enter_context(written_whole(folder / name)) for name in reversed(RESULTS)}
+        with ExitStack() as opened:
+            sources = {
+                path: opened.enter_context(path.open("rb")) for path in {place.path for place in places.values()}
+            }
+            files = {
+                name: opened.enter_context(path.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
+                for name, path in paths.items()
+            }
+            table = csv.writer(files["predictions.csv"])
+            table.writerow((COLUMNS[0], "image_id", *COLUMNS[1:]))
+            results = _JsonList(files["predictions.json"], "[", "]")
+            entries = _JsonList(files["images.json"], '{"images": [', "], ")
+            written: set[str] = set()
+            for image in images:
+                place = places.get(image.name)
+                if place is None:
+                    continue
+                source = sources[place.path]
+                source.seek(place.offset)
+                line = source.readline()
+                if image.name not in written:
+                    files[RECORDS].write(line.decode("ascii"))
+                    written.add(image.name)
+                content = json.loads(line)
+                entries.add(_image_entry(image, content))
+                _count(summary, image, content)
+                for found in content.get("detections", ()):
+                    x1, y1, x2, y2 = found["box"]
+                    bbox = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
+                    common = {"image_id": image.image_id, "category_id": found["category_id"]}
+                    results.add({**common, "bbox": bbox, "score": found["score"]})
+                    row = (found["name"], found["category_id"], found["score"], *found["box"])
+                    table.writerow((image.name, image.image_id, *row))
+            results.close()
+            entries.close()
+            listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
+            files["images.json"].write(f'"categories": {json.dumps(listed)}}}\n')
+    for path in folder.glob("predictions.rank*.jsonl.part"):
+        path.unlink()
+    return summary
+
+
+class _JsonList:
+    """A JSON list written one entry at a time, a line for each."""
+
+    def __init__(self, file: IO[str], opening: str, closing: str) -> None:
+        self._file = file
+        self._before = f"{opening}\n"
+        self._closing = closing
+        self._empty = opening + closing
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(self._before + json.dumps(entry))
+        self._before = ",\n"
+
+    def close(self) -> None:
+        self._file.write("\n" + self._closing if self._before == ",\n" else self._empty)
+        self._file.write("\n" if self._closing == "]" else "")
+
+
+def _image_entry(image: ListedImage, content: Mapping[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": image.image_id, "file_name": image.name}
+    if "error" in content:
+        return {**entry, "error": content["error"]}
+    size = {"width": content["width"], "height": content["height"]}
+    return {**entry, **size, "detections": len(content["detections"])}
+
+
+def _count(summary: Summary, image: ListedImage, content: Mapping[str, Any]) -> None:
+    if "error" in content:
+        summary.failed += 1
+        if len(summary.failures) < FAILURES_KEPT:
+            summary.failures.append(content["error"])
+        return
+    summary.images += 1
+    summary.detections += len(content["detections"])
+    summary.other_size += image.size is not None and image.size != (content["height"], content["width"])
+
+
+def overlay_paths(folder: Path, images: Iterable[ListedImage]) -> dict[str, Path]:
+    """Where the picture of each image goes, by name: the folders of the images, without what they have in common."""
+    parts = {image.name: Path(image.name).parts for image in images}
+    common = 0
+    shortest = min(map(len, parts.values()), default=1) - 1
+    while common < shortest and len({names[common] for names in parts.values()}) == 1:
+        common += 1
+    paths: dict[str, Path] = {}
+    taken: set[Path] = set()
+    for name, names in parts.items():
+        inside = [part if part != ".." else "up" for part in names[common:] if part != Path(part).anchor]
+        path = folder / OVERLAYS / Path(*inside)
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            path = path.with_name(f"{path.name}.png")
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            path = path.with_name(f"{path.name[:50]}{path.suffix}")
+        number = 2
+        free = path
+        while free in taken:
+            free = path.with_name(f"{path.stem}.{number}{path.suffix}")
+            number += 1
+        taken.add(free)
+        paths[name] = free
+    return paths

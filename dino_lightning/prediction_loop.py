@@ -1,0 +1,198 @@
+"""The loop of `predict`: views in, batches through the detector, each finished image noted at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dino_lightning.data.coco import DataError
+from dino_lightning.data.dataset import available_cores
+from dino_lightning.data.image_list import ListedImage
+from dino_lightning.data.images import read_image
+from dino_lightning.detections import save_page
+from dino_lightning.module import DINOModule
+from dino_lightning.prediction_files import Records, failure, record
+from dino_lightning.structures import Batch, Detections
+from dino_lightning.tiling import Window, merge
+from dino_lightning.views import Unreadable, View, Views, batches
+
+OVERLAY_SIDE = 2400  # pixels of the long side of a picture, at the most
+
+Found = tuple[tuple[int, int], Detections]  # the (height, width) of an image, and what is in it
+
+
+def predict_images(
+    module: DINOModule,
+    views: Views,
+    fabric: Fabric,
+    *,
+    folder: Path,
+    threshold: float,
+    batch_size: int,
+    num_workers: int,
+    overlays: Mapping[str, Path],
+) -> None:
+    """Detect in images, and note each in this process's file as soon as it is finished.
+
+    Args:
+        module: the detector, on the device of `fabric`.
+        views: what it is to see.
+        fabric: Lightning's device and precision.
+        folder: that of the results.
+        threshold: lowest score to keep.
+        batch_size: views in a batch.
+        num_workers: processes that read images.
+        overlays: where the picture of each image goes, by name; without one, none is drawn.
+
+    Raises:
+        DataError: a process that reads images was killed.
+        KeyboardInterrupt: as soon as an image is finished after Ctrl-C, or at once at the second one.
+    """
+    loader = DataLoader(views, batch_size=None, num_workers=num_workers, worker_init_fn=_leave_interrupts_to_parent)
+    progress = tqdm(
+        desc="Predicting",
+        total=len(views.images),
+        unit="image",
+        disable=not fabric.is_global_zero,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    records = Records(folder=folder, process=fabric.global_rank)
+    with _Finisher(records, overlays, progress) as finisher, _interrupts_between_images() as stop_if_interrupted:
+        try:
+            for listed, found in _found(loader, batch_size, partial(_detect, fabric, module, threshold)):
+                finisher.add(listed, found)
+                stop_if_interrupted()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise DataError(
+                "A process that reads images was killed, most likely because memory ran out; lower --num_workers. "
+                "What is finished is kept: the same command goes on."
+            ) from error
+
+
+@contextmanager
+def _interrupts_between_images() -> Iterator[Callable[[], None]]:
+    """Keep the first Ctrl-C until the given function is called: amid a transfer it would upset the other processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    seen: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    def stop() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave_interrupts_to_parent(_: int) -> None:
+    """A terminal sends Ctrl-C to every process; the loader processes are ended by the one they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _found(
+    loader: DataLoader[View | Unreadable], size: int, detect: Callable[[Sequence[View]], list[Detections]]
+) -> Iterator[tuple[ListedImage, Found | Unreadable]]:
+    """Each image as soon as all its views were seen."""
+    parts: dict[str, list[tuple[Window, Detections]]] = {}
+    for batch in batches(loader, size):
+        if isinstance(batch, Unreadable):
+            yield batch.listed, batch
+            continue
+        for view, detections in zip(batch, detect(batch), strict=True):
+            seen = parts.setdefault(view.listed.name, [])
+            seen.append((view.window, detections))
+            if len(seen) == view.number:
+                yield view.listed, (view.size, merge(parts.pop(view.listed.name), view.size))
+
+
+@torch.no_grad()
+def _detect(fabric: Fabric, module: DINOModule, threshold: float, seen: Sequence[View]) -> list[Detections]:
+    batch = Batch.from_images(
+        [view.pixels for view in seen], original_sizes=[(view.window.height, view.window.width) for view in seen]
+    )
+    with fabric.autocast():
+        found: list[Detections] = module(batch.to(fabric.device))
+    return [detections.cpu().above(threshold) for detections in found]
+
+
+class _Finisher:
+    """Draws pictures in threads, and notes an image when its picture is there. A bounded number waits."""
+
+    def __init__(self, records: Records, places: Mapping[str, Path], progress: Any) -> None:
+        self._records = records
+        self._places = places
+        self._progress = progress
+        self._cores = available_cores()
+        self._threads = ThreadPoolExecutor(self._cores)
+        self._waiting: deque[tuple[dict[str, Any], Future[dict[str, Any]] | None]] = deque()
+
+    def __enter__(self) -> _Finisher:
+        return self
+
+    def add(self, listed: ListedImage, found: Found | Unreadable) -> None:
+        """An image is ready, or given up."""
+        drawn = None
+        if isinstance(found, Unreadable):
+            line = failure(listed, found.reason)
+        else:
+            size, detections = found
+            line = record(listed, size, detections)
+            if listed.name in self._places:
+                drawn = self._threads.submit(_draw, listed, detections, self._places[listed.name], line)
+        self._waiting.append((line, drawn))
+        self._note(2 * self._cores)
+
+    def _note(self, may_wait: int) -> None:
+        while self._waiting:
+            line, drawn = self._waiting[0]
+            if drawn is not None and not drawn.done() and len(self._waiting) <= may_wait:
+                return
+            if drawn is not None:
+                line = drawn.result()
+            self._waiting.popleft()
+            self._records.add(line)
+            self._progress.update()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._note(0)
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            self._progress.close()
+            self._records.close()
+
+
+def _draw(listed: ListedImage, detections: Detections, path: Path, line: dict[str, Any]) -> dict[str, Any]:
+    """Draw a picture; gives the image's line, which is another one if the image cannot be read any more."""
+    try:
+        pixels = read_image(listed.path)
+    except DataError as error:
+        return failure(listed, str(error))
+    save_page(detections.draw(pixels, long_side=OVERLAY_SIDE), path)
+    return line

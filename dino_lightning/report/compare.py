@@ -1,0 +1,161 @@
+"""Two runs side by side: this one and the report.json of another."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dino_lightning.data.coco import DataError
+from dino_lightning.report.errors import ERROR_KINDS
+from dino_lightning.report.summary import KIND, SCHEMA
+
+JSON_NAME = "report.json"
+IMAGES_SHOWN = 10  # that became better, and as many that became worse
+VALUES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR", "F1", "F1_precision", "F1_recall")
+COUNTS = ("exact", "within_one", "mean_absolute_error")
+LESS_IS_BETTER = {"mean_absolute_error", *ERROR_KINDS}
+
+
+def find_report(place: Path, stage: str) -> Path:
+    """The report.json meant by a file, the folder of a run, or a folder within it.
+
+    Args:
+        place: what the user says.
+        stage: "validate" or "test": which of a run's reports.
+
+    Raises:
+        DataError: there is none.
+    """
+    if place.is_file():
+        return place
+    for folder in (place, place / "report", place / stage / "report"):
+        if (folder / JSON_NAME).is_file():
+            return folder / JSON_NAME
+    raise DataError(
+        f"{place}: there is no {JSON_NAME} in it or in {stage}/report; name the folder of a run that "
+        f"`python -m dino_lightning {stage}` has made a report of, or the file itself."
+    )
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """The numbers of another run, as `summarise` gave them.
+
+    Raises:
+        DataError: the file cannot be read, or is no report of this version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+        raise DataError(f"{path}: is not a JSON file ({error}).") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise DataError(f"{path}: is not the {JSON_NAME} of an evaluation.")
+    if content.get("schema") != SCHEMA:
+        raise DataError(
+            f"{path}: is a report of schema {content.get('schema')}, this version reads {SCHEMA}; "
+            "evaluate that run again with this version."
+        )
+    try:
+        _check(content)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error}); evaluate that run again.") from error
+    return content
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Touch all that a comparison uses."""
+    for name in VALUES:
+        _optional(content["values"][name])
+    for name in COUNTS:
+        _optional(content["counts"][name])
+    for number in (content["threshold"], content["num_images"], *(row["count"] for row in content["errors"])):
+        float(number)
+    if not {row["kind"] for row in content["errors"]} <= set(ERROR_KINDS):
+        raise ValueError("errors of an unknown kind")
+    for row in content["classes"]:
+        str(row["name"])
+        for name in ("AP", "best_f1"):
+            _optional(row[name])
+    for row in content["images"]:
+        int(row["image_id"]), str(row["file_name"]), float(row["f1"])
+    curves = content["curves"]
+    for length, values in (
+        (curves["recalls"], curves["precision_at_recall"]["0.50"]),
+        (curves["thresholds"], (curves["at_threshold"] or {"f1": None})["f1"]),
+    ):
+        if values is not None and len([float(value) for value in values]) != len([float(value) for value in length]):
+            raise ValueError("a curve with numbers missing")
+
+
+def _optional(value: Any) -> float | None:
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"{value!r} is no number")
+
+
+def compare(this: dict[str, Any], other: dict[str, Any], name: str) -> dict[str, Any]:
+    """What changed from another run to this one; classes and images are matched by name, the largest changes first.
+
+    Args:
+        this: the numbers of this run.
+        other: those of the other.
+        name: of the other, for the page.
+    """
+    classes = {row["name"]: row for row in other["classes"]}
+    class_rows = [
+        _row(row["name"], classes[row["name"]]["AP"], row["AP"])
+        | {"f1": _row("", classes[row["name"]]["best_f1"], row["best_f1"])}
+        for row in this["classes"]
+        if row["name"] in classes
+    ]
+    counted = {row["kind"]: row["count"] for row in other["errors"]}
+    before = {(row["image_id"], row["file_name"]): row["f1"] for row in other["images"]}
+    images = [
+        _row(f"{row['file_name']} (image {row['image_id']})", before[row["image_id"], row["file_name"]], row["f1"])
+        for row in this["images"]
+        if (row["image_id"], row["file_name"]) in before
+    ]
+    images.sort(key=lambda row: row["change"])
+    changed = [row for row in images if row["change"]]
+    return {
+        "name": name,
+        "notes": _notes(this, other, len(images)),
+        "values": [_row(key, other["values"][key], this["values"][key]) for key in VALUES]
+        + [_row(key, other["counts"][key], this["counts"][key]) for key in COUNTS],
+        "errors": [_row(row["kind"], counted.get(row["kind"]), row["count"]) for row in this["errors"]],
+        "classes": sorted(class_rows, key=lambda row: -abs(row["change"] or 0)),
+        "only_this": [row["name"] for row in this["classes"] if row["name"] not in classes],
+        "only_other": sorted(set(classes) - {row["name"] for row in this["classes"]}),
+        "num_images": len(images),
+        "num_better": sum(row["change"] > 0 for row in images),
+        "num_worse": sum(row["change"] < 0 for row in images),
+        "worse": [row for row in changed if row["change"] < 0][:IMAGES_SHOWN],
+        "better": [row for row in changed[::-1] if row["change"] > 0][:IMAGES_SHOWN],
+    }
+
+
+def _row(name: str, other: float | None, this: float | None) -> dict[str, Any]:
+    change = None if other is None or this is None else round(this - other, 6)
+    improved = None if not change else (change > 0) != (name in LESS_IS_BETTER)
+    return {"name": name, "other": other, "this": this, "change": change, "improved": improved}
+
+
+def _notes(this: dict[str, Any], other: dict[str, Any], common: int) -> list[str]:
+    """What to keep in mind."""
+    notes = []
+    if not common == this["num_images"] == other["num_images"]:
+        notes.append(
+            f"The two runs were not evaluated on the same images: {this['num_images']} here, {other['num_images']} "
+            f"there, {common} in common. All figures but those of single images are each over all of its own."
+        )
+    if abs(this["threshold"] - other["threshold"]) > 1e-9:
+        notes.append(
+            f"Errors, counts and images are at a score of {this['threshold']:.2f} here and of "
+            f"{other['threshold']:.2f} there."
+        )
+    if this["iou_threshold"] != other.get("iou_threshold"):
+        notes.append("The two runs call a detection right from a different overlap on.")
+    return notes

@@ -1,0 +1,217 @@
+"""The images that a report shows: which ones, and what is drawn on them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dino_lightning.data.coco import CocoAnnotations, DataError
+from dino_lightning.data.health_text import shown
+from dino_lightning.data.images import read_image
+from dino_lightning.metrics import EvaluatedImage, Evaluation
+from dino_lightning.report.errors import ERROR_KINDS, JudgedImage, judge_image
+from dino_lightning.report.tables import WORDS
+
+WORST = BEST = 12
+MEDIAN = 6
+MORE = 24  # images with errors of a kind and class that the others do not show
+SIDES = (1280, 960, 640)  # pixels of the long side; the largest that stays within the next number
+LARGEST_PICTURE = 120_000  # bytes
+BUDGET = 6_500_000  # characters of all pictures, boxes and captions together; images beyond it are left out
+MOST_BOXES = 300  # drawn of each kind on one image
+MOST_LINES = 40  # of errors listed below an image
+NAME_LENGTH = 40  # characters
+DRAWN_FIRST = ("found", "ignored", "right", "missed")  # errors lie above them
+SHARE = 0.4  # of few images that are among the worst, and among the best
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on an image.
+
+    Attributes:
+        kind: "found" for a true box, "missed" or the kind of a detection.
+        labels: the classes it is about.
+        corner: x, y in pixels of the image.
+        size: width, height.
+        caption: class and score; what stands beside it in the large view.
+        title: what it is, in words.
+    """
+
+    kind: str
+    labels: tuple[int, ...]
+    corner: tuple[float, float]
+    size: tuple[float, float]
+    caption: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page.
+
+    Attributes:
+        group: "worst", "median", "best" or "more".
+        row: its figures, as in the JSON report.
+        source: a data URI, or empty if the file cannot be read.
+        width: of the image file, in pixels.
+        height: of the image file.
+        boxes: what is drawn on it, errors last.
+    """
+
+    group: str
+    row: dict[str, Any]
+    source: str
+    width: int
+    height: int
+    boxes: tuple[Box, ...]
+
+    @property
+    def errors(self) -> list[str]:
+        """What is wrong, a line for each error."""
+        return [box.title for box in self.boxes if box.kind in ERROR_KINDS][:MOST_LINES]
+
+    @property
+    def weight(self) -> int:
+        """Roughly the characters it takes on the page."""
+        return len(self.source) + sum(220 + len(box.caption) + 2 * len(box.title) for box in self.boxes)
+
+
+def pictures(
+    evaluation: Evaluation, annotations: CocoAnnotations, rows: Sequence[dict[str, Any]], threshold: float
+) -> list[Picture]:
+    """The images to show, the worst first, within `BUDGET`."""
+    place = {image_id: index for index, image_id in enumerate(evaluation.image_ids)}
+    entries = {entry.id: index for index, entry in enumerate(annotations.images)}
+    shown_pictures: list[Picture] = []
+    left = BUDGET
+    seen: set[str] = set()
+    chosen, others = choose(rows)
+    more = 0
+    for group, row in [*chosen, *(("more", row) for row in others)]:
+        if left < 0 or more == MORE:
+            break
+        image = evaluation.images[place[row["image_id"]]]
+        judged = judge_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        tokens = error_tokens(judged)
+        if group == "more" and tokens <= seen:
+            continue
+        picture = _picture(group, row, image, judged, evaluation.class_names, annotations, entries[row["image_id"]])
+        left -= picture.weight
+        if left >= 0:
+            seen |= tokens
+            more += group == "more"
+            shown_pictures.append(picture)
+    return shown_pictures
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
+    """The worst, the median and the best images by F1, then by errors, then by true boxes; and the others, worst first.
+
+    The best come last, the very best of them first.
+    """
+    order = sorted(
+        rows, key=lambda row: (row["f1"], -sum(row[kind] for kind in ERROR_KINDS), row["true"], row["image_id"])
+    )
+    worst = min(WORST, int(np.ceil(SHARE * len(order))))
+    best = min(BEST, int(SHARE * len(order)))
+    first = max(worst, (len(order) - MEDIAN) // 2)
+    last = min(len(order) - best, first + MEDIAN)
+    chosen = [("worst", row) for row in order[:worst]]
+    chosen += [("median", row) for row in order[first:last]]
+    chosen += [("best", row) for row in order[len(order) - best :][::-1]]
+    return chosen, order[worst:first] + order[last : len(order) - best]
+
+
+def error_tokens(judged: JudgedImage) -> set[str]:
+    """The errors of an image by kind and class."""
+    found = {f"{one.kind}:{one.label}" for one in judged.detections if one.kind in ERROR_KINDS}
+    return found | {f"missed:{one.label}" for one in judged.missed}
+
+
+def _picture(
+    group: str,
+    row: dict[str, Any],
+    image: EvaluatedImage,
+    judged: JudgedImage,
+    class_names: Sequence[str],
+    annotations: CocoAnnotations,
+    index: int,
+) -> Picture:
+    height, width = annotations.images[index].size
+    try:
+        source = encode(read_image(annotations.image_path(index)).permute(1, 2, 0).numpy())
+    except (DataError, MemoryError):  # it could be read a moment ago, or was left out as unreadable
+        source = ""
+    names = [shown(name, NAME_LENGTH) for name in class_names]
+    return Picture(group, row, source, width, height, tuple(_boxes(image, judged, names)))
+
+
+def encode(pixels: Any) -> str:
+    """(h, w, 3) uint8 -> a JPEG as data URI, scaled down until it is small enough."""
+    image = Image.fromarray(pixels)
+    content = b""
+    for side in SIDES:
+        scale = min(1.0, side / max(image.size))
+        if scale < 1:
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            image = image.resize(size, Image.Resampling.HAMMING)  # the fastest that keeps thin lines
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=82)
+        content = buffer.getvalue()
+        if len(content) <= LARGEST_PICTURE:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+
+
+def _boxes(image: EvaluatedImage, judged: JudgedImage, names: Sequence[str]) -> list[Box]:
+    truth = image.truth
+    missed = {one.index: one for one in judged.missed}
+    drawn: list[Box] = []
+    for index in np.flatnonzero(~truth.iscrowd).tolist():
+        label = int(truth.labels[index])
+        if index in missed:
+            kind, caption = "missed", names[label]
+            title = f"missed: {names[label]} ({_because(missed[index].reason)})"
+        else:
+            kind, caption, title = "found", "", f"true {names[label]}, found"
+        drawn.append(_box(kind, (label,), truth.boxes_xyxy[index], caption, title))
+    for one in judged.detections:
+        caption = f"{names[one.label]} {image.scores[one.index]:.2f}"
+        labels: tuple[int, ...] = (one.label,)
+        title = f"{WORDS.get(one.kind, 'in a crowd region, not counted')}: {caption}"
+        if one.about >= 0:
+            of = int(truth.labels[one.about])
+            labels = (one.label,) if of == one.label else (one.label, of)
+            title += f", on a true {names[of]} with IoU {one.overlap:.2f}"
+        drawn.append(_box(one.kind, labels, image.boxes_xyxy[one.index], caption, title))
+    drawn.sort(key=lambda box: DRAWN_FIRST.index(box.kind) if box.kind in DRAWN_FIRST else len(DRAWN_FIRST))
+    count: dict[str, int] = {}
+    kept = []
+    for box in drawn:
+        count[box.kind] = count.get(box.kind, 0) + 1
+        if count[box.kind] <= MOST_BOXES:
+            kept.append(box)
+    return kept
+
+
+def _because(reason: str) -> str:
+    return {
+        "wrong_class": "detected as another class",
+        "wrong_place": "a detection lies beside it",
+        "low_score": "detected with a score below the threshold",
+        "unseen": "not seen at all",
+    }[reason]
+
+
+def _box(kind: str, labels: tuple[int, ...], corners: Any, caption: str, title: str) -> Box:
+    x1, y1, x2, y2 = (round(float(value), 1) for value in corners)
+    return Box(
+        kind, labels, (min(x1, x2), min(y1, y2)), (round(abs(x2 - x1), 1), round(abs(y2 - y1), 1)), caption, title
+    )

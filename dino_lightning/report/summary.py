@@ -1,0 +1,318 @@
+"""All numbers of a report as one JSON object: what the page shows, and what another run is compared with."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.metrics import Evaluation, PrecisionRecallCurve
+from dino_lightning.report.errors import (
+    ERROR_KINDS,
+    FALSE_KINDS,
+    REASONS,
+    JudgedImage,
+    f1_of,
+    f1_without,
+    judge_image,
+)
+
+SCHEMA = 1
+KIND = "dino_lightning evaluation"
+RECALLS = np.linspace(0, 1, 101)
+THRESHOLDS = np.linspace(0, 1, 101)
+IOUS = {"0.50": 0, "0.75": 5, "0.90": 8}  # of the precision-recall curves, and their place in COCO's array
+AREAS = {"small": 1, "medium": 2, "large": 3}  # and their place in COCO's array
+LIMITS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # square pixels, COCO's own
+BINS = 10  # of scores
+EXPLAINED = ("wrong_class", "wrong_place")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was evaluated.
+
+    Attributes:
+        stage: "validate" or "test".
+        annotations: the file that the images are from.
+        category_ids: the `category_id` of each label.
+        checkpoint: the weights that were used, as text; empty if there were none.
+    """
+
+    stage: str
+    annotations: CocoAnnotations
+    category_ids: Sequence[int]
+    checkpoint: str = ""
+
+
+def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> dict[str, Any]:
+    """All numbers, with None where there is nothing to measure.
+
+    Args:
+        evaluation: the images and how they were judged.
+        source: where they are from.
+        threshold: the score from which a detection is kept, where errors, counts and images are concerned.
+    """
+    tally = _Tally(len(evaluation.class_names))
+    names = {entry.id: entry.file_name for entry in source.annotations.images}
+    rows = []
+    for image_id, image in zip(evaluation.image_ids, evaluation.images, strict=True):
+        judged = judge_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        tally.add(judged, np.bincount(image.truth.labels[~image.truth.iscrowd], minlength=len(tally.counted_off)))
+        rows.append(image_row(image_id, names.get(image_id, ""), judged))
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "stage": source.stage,
+        "checkpoint": source.checkpoint,
+        "annotations": str(source.annotations.path),
+        "num_images": len(rows),
+        "num_boxes": int(evaluation.matches.num_boxes.sum()),
+        "num_detections": len(evaluation.matches.scores),
+        "threshold": threshold,
+        "iou_threshold": evaluation.iou_threshold,
+        "values": {name: _number(value) for name, value in evaluation.values.items() if "/" not in name},
+        "at_threshold": _at_threshold(tally),
+        "sizes": _sizes(evaluation),
+        "classes": _classes(evaluation, source, tally),
+        "curves": _curves(evaluation),
+        "errors": tally.errors(),
+        "missed_because": {reason: tally.reasons[reason] for reason in REASONS},
+        "confusion": [
+            {"true": true, "predicted": predicted, "count": count}
+            for (true, predicted), count in sorted(tally.confusion.items())
+        ],
+        "calibration": _calibration(evaluation, threshold),
+        "counts": count_figures(rows),
+        "images": rows,
+    }
+
+
+class _Tally:
+    """What is summed up over the images; -1 in `confusion` stands for "no true box" and for "not found"."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.by_class = {kind: np.zeros(num_classes, np.int64) for kind in ("right", *ERROR_KINDS)}
+        self.counted_off = np.zeros(num_classes, np.int64)  # sum over images of |counted - true|
+        self.put_right: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.confusion: Counter[tuple[int, int]] = Counter()
+
+    def add(self, judged: JudgedImage, true_by_class: npt.NDArray[np.int64]) -> None:
+        counted = np.zeros_like(true_by_class)
+        mistaken = set()
+        label_of_missed = {one.index: one.label for one in judged.missed}
+        for one in judged.detections:
+            if one.kind == "ignored":
+                continue
+            counted[one.label] += 1
+            self.by_class[one.kind][one.label] += 1
+            self.put_right[one.kind] += one.instead_of >= 0
+            true = one.label if one.kind == "right" else -1
+            if one.kind == "wrong_class" and one.instead_of >= 0:
+                true = label_of_missed[one.instead_of]
+                mistaken.add(one.instead_of)
+            self.confusion[true, one.label] += 1
+        for missed in judged.missed:
+            self.by_class["missed"][missed.label] += 1
+            self.reasons[missed.reason] += 1
+            if missed.index not in mistaken:
+                self.confusion[missed.label, -1] += 1
+        self.counted_off += np.abs(counted - true_by_class)
+
+    def counts(self) -> dict[str, int]:
+        return {kind: int(values.sum()) for kind, values in self.by_class.items()}
+
+    def errors(self) -> list[dict[str, Any]]:
+        """How many there are of each kind, and the F1 there would be without them."""
+        counts = self.counts()
+        explained = sum(self.reasons[reason] for reason in EXPLAINED)
+        f1 = f1_of(counts["right"], sum(counts[kind] for kind in FALSE_KINDS), counts["missed"])
+        return [
+            {
+                "kind": kind,
+                "count": counts[kind],
+                "f1_gained": _number(f1_without(kind, counts, self.put_right, explained) - f1, lowest=-2),
+            }
+            for kind in ERROR_KINDS
+            if kind != "wrong_class" or len(self.counted_off) > 1
+        ]
+
+
+def image_row(image_id: int, file_name: str, judged: JudgedImage) -> dict[str, Any]:
+    """One image in numbers."""
+    return {
+        "image_id": image_id,
+        "file_name": file_name,
+        "true": judged.num_boxes,
+        "counted": judged.num_counted,
+        "f1": round(judged.f1, 6),
+        "right": judged.count("right"),
+        **{kind: judged.count(kind) for kind in ERROR_KINDS},
+    }
+
+
+def count_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How well boxes are counted: the mean error has a sign, +1 is one too many in each image."""
+    off = np.array([row["counted"] - row["true"] for row in rows], dtype=np.int64)
+    if not len(off):
+        return dict.fromkeys(("true", "counted"), 0) | dict.fromkeys(
+            ("exact", "within_one", "mean_error", "mean_absolute_error", "largest_error")
+        )
+    return {
+        "true": sum(row["true"] for row in rows),
+        "counted": sum(row["counted"] for row in rows),
+        "exact": _number((off == 0).mean()),
+        "within_one": _number((np.abs(off) <= 1).mean()),
+        "mean_error": _number(off.mean(), lowest=-np.inf),
+        "mean_absolute_error": _number(np.abs(off).mean()),
+        "largest_error": int(off[np.argmax(np.abs(off))]),
+    }
+
+
+def _at_threshold(tally: _Tally) -> dict[str, Any]:
+    counts = tally.counts()
+    right, missed, wrong = counts["right"], counts["missed"], sum(counts[kind] for kind in FALSE_KINDS)
+    return {
+        "right": right,
+        "precision": _number(right / (right + wrong)) if right + wrong else None,
+        "recall": _number(right / (right + missed)) if right + missed else None,
+        "f1": _number(f1_of(right, wrong, missed)) if right + missed else None,
+    }
+
+
+def _sizes(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Average precision of all boxes and of those of a size."""
+    areas = [image.truth.area[~image.truth.iscrowd] for image in evaluation.images]
+    area = np.concatenate([np.zeros(0), *areas])
+    rows = []
+    for name, (least, most) in {"all": (-np.inf, np.inf), **LIMITS}.items():
+        precision = evaluation.precision[..., AREAS.get(name, 0)]
+        rows.append(
+            {
+                "name": name,
+                "num_boxes": int(((area >= least) & (area <= most)).sum()),
+                "AP": _mean(precision),
+                "AP50": _mean(precision[0]),
+                "AP75": _mean(precision[5]),
+            }
+        )
+    return rows
+
+
+def _classes(evaluation: Evaluation, source: Source, tally: _Tally) -> list[dict[str, Any]]:
+    rows = []
+    for one in evaluation.classes:
+        precision = evaluation.precision[:, :, one.label]
+        rows.append(
+            {
+                "label": one.label,
+                "category_id": source.category_ids[one.label],
+                "name": one.name,
+                "num_boxes": one.num_boxes,
+                "AP": _number(one.ap),
+                "AP50": _number(one.ap50),
+                "AP75": _mean(precision[5, :, 0]),
+                **{f"AP_{name}": _mean(precision[:, :, area]) for name, area in AREAS.items()},
+                "best_f1": _number(one.f1),
+                "best_precision": _number(one.precision),
+                "best_recall": _number(one.recall),
+                "best_threshold": _number(one.threshold),
+                **{kind: int(values[one.label]) for kind, values in tally.by_class.items()},
+                "count_mean_absolute_error": _number(tally.counted_off[one.label] / max(1, len(evaluation.images))),
+            }
+        )
+    return rows
+
+
+def _curves(evaluation: Evaluation) -> dict[str, Any]:
+    """Precision at 101 recalls (COCO's, 0 where a recall is not reached), and F1 at 101 thresholds."""
+    overall = {}
+    for name, index in IOUS.items():
+        values = evaluation.precision[index, :, :, 0]
+        measured = values[:, (values > -1).all(axis=0)]
+        overall[name] = measured.mean(axis=1).round(4).tolist() if measured.size else None
+    classes = []
+    for one, curve in zip(evaluation.classes, evaluation.matches.class_curves(), strict=True):
+        precision = evaluation.precision[0, :, one.label, 0] if one.num_boxes else None
+        classes.append(
+            {
+                "label": one.label,
+                "precision_at_recall": None if precision is None else precision.round(4).tolist(),
+                "f1_at_threshold": _over_thresholds(curve)["f1"] if one.num_boxes else None,
+            }
+        )
+    over_thresholds = _over_thresholds(evaluation.matches.curve()) if evaluation.matches.num_boxes.any() else None
+    return {
+        "recalls": RECALLS.round(2).tolist(),
+        "thresholds": THRESHOLDS.round(2).tolist(),
+        "precision_at_recall": overall,
+        "at_threshold": over_thresholds,
+        "classes": classes,
+    }
+
+
+def _over_thresholds(curve: PrecisionRecallCurve) -> dict[str, list[float | None]]:
+    """What is left at each of `THRESHOLDS`; no precision where no detection is left."""
+    last = np.searchsorted(-curve.scores, -THRESHOLDS, side="right") - 1  # the lowest score that is kept
+    at: dict[str, list[float | None]] = {}
+    for name, values, without in (
+        ("precision", curve.precision, None),
+        ("recall", curve.recall, 0),
+        ("f1", curve.f1, 0),
+    ):
+        at[name] = [without if index < 0 else round(float(values[index]), 4) for index in last.tolist()]
+    return at
+
+
+def _calibration(evaluation: Evaluation, threshold: float) -> dict[str, Any]:
+    """How often detections of a score are right: a calibrated score of 0.7 is right seven times in ten.
+
+    `error` is the expected calibration error: the difference of the two, averaged over all detections; `error_kept`
+    the same for those of at least the threshold, since there are many low scores that nobody looks at.
+    """
+    counted = ~evaluation.matches.is_ignored
+    scores = evaluation.matches.scores[counted].astype(np.float64)
+    right = evaluation.matches.is_true_positive[counted]
+    bins = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    kept = scores >= threshold
+    return {
+        "error": _calibration_error(scores, right, bins),
+        "error_kept": _calibration_error(scores[kept], right[kept], bins[kept]),
+        "bins": [
+            {
+                "from": index / BINS,
+                "to": (index + 1) / BINS,
+                "count": int((bins == index).sum()),
+                "mean_score": _number(scores[bins == index].mean()) if (bins == index).any() else None,
+                "right": _number(right[bins == index].mean()) if (bins == index).any() else None,
+            }
+            for index in range(BINS)
+        ],
+    }
+
+
+def _calibration_error(
+    scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], bins: npt.NDArray[np.int64]
+) -> float | None:
+    if not len(scores):
+        return None
+    off = np.bincount(bins, weights=scores - right, minlength=BINS)
+    return _number(np.abs(off).sum() / len(scores))
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float | None:
+    measured = values[values > -1]
+    return _number(measured.mean()) if measured.size else None
+
+
+def _number(value: Any, lowest: float = 0.0) -> float | None:
+    """Rounded to what means something; None for COCO's -1, "nothing to measure"."""
+    return round(float(value), 6) if value >= lowest else None

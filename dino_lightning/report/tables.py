@@ -1,0 +1,47 @@
+"""A report as files for other programs (JSON, CSV) and as a few lines for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+WORDS = {
+    "right": "right",
+    "missed": "missed",
+    "duplicate": "duplicate",
+    "wrong_class": "wrong class",
+    "wrong_place": "wrong place",
+    "background": "background",
+}
+
+
+def as_json(summary: dict[str, Any]) -> str:
+    """Strict JSON: there is no NaN in it."""
+    return json.dumps(summary, allow_nan=False)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A heading and one line for each row, with nothing in it where there is nothing to measure."""
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """What the detections come to at the threshold, in two lines."""
+    at, counts = summary["at_threshold"], summary["counts"]
+    shown = ", ".join(f"{row['count']} {WORDS[row['kind']]}" for row in summary["errors"])
+    lines = [f"at a score of {summary['threshold']:.2f}: {at['right']} right, {shown}"]
+    if counts["exact"] is not None:
+        lines.append(
+            f"boxes counted: {counts['counted']} of {counts['true']} true ones; the number is exact in "
+            f"{counts['exact']:.0%} of the images and off by {counts['mean_absolute_error']:.2f} on average"
+        )
+    return "\n".join(lines)

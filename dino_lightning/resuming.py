@@ -1,0 +1,91 @@
+"""What a run that goes on from a checkpoint must have in common with it, and which of its weights it trains on from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.model import DINO
+
+# Arguments of the detector that a run may change when it goes on: they concern training, not what is trained.
+FREE_TO_CHANGE = (
+    "num_denoising",
+    "label_noise_ratio",
+    "box_noise_scale",
+    "denoising_multiple",
+    "dropout",
+    "recompute_encoder",
+)
+RAW_WEIGHTS, AVERAGED_WEIGHTS = "raw_state_dict", "averaged_state_dict"  # in checkpoints of runs with `callbacks.EMA`
+
+
+def refuse_another_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare classes and architecture.
+
+    Args:
+        before: the hyperparameters in the checkpoint.
+        now: those of the module.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    differences = _differences(before, now)
+    if differences:
+        raise CheckpointError(
+            f"The checkpoint is of another model: {'; '.join(differences)}. To start a new run from its weights, "
+            "give it as --model.weights instead of --ckpt_path."
+        )
+
+
+def refuse_another_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the sizes of parameter groups.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    states = checkpoint.get("optimizer_states")
+    if not states:
+        return
+    stored = [len(group["params"]) for group in states[0]["param_groups"]]
+    if stored != [len(group["params"]) for group in groups]:
+        raise CheckpointError(
+            "The checkpoint's optimizer has other groups of parameters than this run. Go on with the same freeze, "
+            "group_rule, backbone_layer_decay and trainable_backbone_layers, or start a new run from its weights with "
+            "--model.weights."
+        )
+
+
+def go_on_from_raw_weights(checkpoint: dict[str, Any]) -> None:
+    """Let `state_dict` be the raw weights, where averaged ones were evaluated and stand there."""
+    if RAW_WEIGHTS in checkpoint:
+        rank_zero_info(
+            "The checkpoint holds averaged weights, which were evaluated, and raw ones: training goes on from the raw "
+            "ones. Without the EMA callback (--ema_decay) the average ends here."
+        )
+        checkpoint[AVERAGED_WEIGHTS] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = checkpoint.pop(RAW_WEIGHTS)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of a model's classes and architecture is different, in words."""
+    names = [name for name in inspect.signature(DINO).parameters if name not in FREE_TO_CHANGE]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DINO).parameters.items()}
+    found = []
+    for name in ("class_names", "category_ids", *names):
+        old, new = before.get(name, defaults.get(name)), now.get(name, defaults.get(name))
+        if name in ("class_names", "category_ids") and (old is None or new is None):
+            continue
+        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+        if name in before and old != new:
+            found.append(f"{name} {_shortened(old)} in the checkpoint, {_shortened(new)} here")
+    return found
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 6:
+        return f"[{', '.join(map(str, value[:5]))}, ... {len(value)} in all]"
+    return str(value)

@@ -1,0 +1,264 @@
+"""Starting a detector from weights of any origin, and the table of what became of each of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torchvision
+from torch import Tensor
+
+from dino_lightning.architecture import differences
+from dino_lightning.checkpoint import CLASS_ENTRIES, CheckpointError, FoundWeights, coco_names, read_weights
+from dino_lightning.model import DINO
+from dino_lightning.model.backbone import pretrained_state
+from dino_lightning.weights import in_turn, is_address, local_file
+
+OUTCOMES = ("loaded", "re-mapped", "new", "ignored")
+_PARTS = {
+    "backbone": "backbone",
+    "neck": "neck",
+    "encoder": "encoder",
+    "level_embedding": "encoder",
+    "query_selection": "query selection",
+    "decoder": "decoder",
+}
+_CLASS_PART = "class heads"
+_TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the weights in a file and of the weights in the model.
+
+    Attributes:
+        source: the file or name, and what kind of weights they were.
+        counts: tensors by (part of the model, outcome), an outcome being one of `OUTCOMES`.
+        classes: what became of the classes, in a sentence; empty for a backbone alone.
+        notes: further sentences.
+    """
+
+    source: str
+    counts: Mapping[tuple[str, str], int]
+    classes: str = ""
+    notes: tuple[str, ...] = ()
+
+    def total(self, outcome: str) -> int:
+        """Tensors with that outcome in all parts."""
+        return sum(count for (_, found), count in self.counts.items() if found == outcome)
+
+    def line(self) -> str:
+        """The source and the sums alone."""
+        sums = ", ".join(f"{self.total(outcome)} {outcome}" for outcome in OUTCOMES if self.total(outcome))
+        return f"{self.source}: {sums} tensors."
+
+    def __str__(self) -> str:
+        present = {part for part, _ in self.counts}
+        parts = [part for part in (*dict.fromkeys(_PARTS.values()), _CLASS_PART) if part in present]
+        rows = [[part, *(self.counts.get((part, outcome), 0) for outcome in OUTCOMES)] for part in parts]
+        rows.append(["all tensors", *(self.total(outcome) for outcome in OUTCOMES)])
+        lines = ["".join(f"{cell:>11}" if index else f"  {cell:<17}" for index, cell in enumerate(row)) for row in rows]
+        header = "  " + " " * 17 + "".join(f"{outcome:>11}" for outcome in OUTCOMES)
+        said = [self.classes] if self.classes else []
+        return "\n".join([f"{self.source}:", header, *lines, *said, *self.notes])
+
+
+def start_from(model: DINO, place: str, class_names: Sequence[str] | None = None) -> LoadReport:
+    """Start a detector from weights wherever they are.
+
+    Args:
+        model: changed in place.
+        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, or a name of
+            torchvision's weights for the model's backbone, such as `IMAGENET1K_V2`.
+        class_names: the names of the model's labels, where known.
+
+    Raises:
+        CheckpointError: no such place, or weights that do not fit.
+    """
+    if _is_torchvision_name(place):
+        return start_backbone_from(model, place)
+    return load_weights(model, local_file(place), class_names)
+
+
+def start_backbone_from(model: DINO, place: str) -> LoadReport:
+    """Start a detector's backbone from weights wherever they are; as `start_from`, but for backbones alone.
+
+    Raises:
+        CheckpointError: no such place, or weights that do not fit.
+    """
+    if not _is_torchvision_name(place):
+        file = local_file(place)
+        found = read_weights(file)
+        if found.part == "detector":
+            raise CheckpointError(
+                f"{file} holds a whole detector; give it to --model.weights, not to backbone_weights."
+            )
+        return _load_backbone(model, found, file)
+    name = model.backbone.name
+    try:
+        with in_turn("torchvision"):  # the first process downloads, the others find it in torchvision's cache
+            state = pretrained_state(name, _weights_of(name, place))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    found = FoundWeights("backbone", {f"body.{key}": value for key, value in state.items()}, "torchvision backbone")
+    return _load_backbone(model, found, f"{place} for {name}")
+
+
+def needs_download(place: str) -> bool:
+    """Whether weights are named by an address or a name of torchvision's, rather than by a path."""
+    return is_address(place) or _is_torchvision_name(place)
+
+
+def _is_torchvision_name(place: str) -> bool:
+    return not is_address(place) and not Path(place).exists() and _TORCHVISION_NAME.fullmatch(place) is not None
+
+
+def _weights_of(backbone: str, place: str) -> str:
+    """The name of weights without the name of their network, which must be the backbone's."""
+    network, _, name = place.rpartition(".")
+    if network and backbone in torchvision.models.list_models():
+        expected = torchvision.models.get_model_weights(backbone).__name__
+        if network != expected:
+            raise ValueError(f"{place} are weights of another network than the backbone {backbone} ({expected}).")
+    return name
+
+
+def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | None = None) -> LoadReport:
+    """Start a detector, or its backbone, from the weights in a file.
+
+    Classes of the same name keep their rows of the class heads. Without names, COCO's 91 rows give those of its 80
+    classes, and an equal number of rows is kept as it is. The other classes start afresh.
+
+    Args:
+        model: changed in place.
+        path: see `read_weights`.
+        class_names: the names of the model's labels, where known.
+
+    Raises:
+        CheckpointError: the file is not a checkpoint, or of another architecture.
+    """
+    found = read_weights(path)
+    return (
+        _load_backbone(model, found, path)
+        if found.part == "backbone"
+        else _load_detector(model, found, path, class_names)
+    )
+
+
+def _load_detector(model: DINO, found: FoundWeights, path: str | Path, class_names: Sequence[str] | None) -> LoadReport:
+    own, state = model.state_dict(), found.state
+    others = [key for key in own if key not in CLASS_ENTRIES]
+    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state]
+    unknown = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and not _fits(key, state[key], own[key])]
+    if missing or unknown or reshaped:
+        raise CheckpointError(
+            f"{path} is of another architecture: {len(missing)} of the model's {len(own)} entries are missing, "
+            f"{len(unknown)} are unknown and {len(reshaped)} have another shape (first: "
+            f"{[*missing, *unknown, *reshaped][0]}). " + differences(state, own)
+        )
+    rows, how = _class_rows(found, class_names, model.num_classes)
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in own:
+        if key in CLASS_ENTRIES:
+            own[key], outcome = _class_entry(state[key], own[key], rows, model.num_classes)
+            counts[_CLASS_PART, outcome] += 1
+        else:
+            own[key] = state[key]
+            counts[_part(key), "loaded"] += 1
+    counts.update((_part(key), "ignored") for key in found.ignored)
+    model.load_state_dict(own)
+    classes = _describe(rows, class_names, len(state["decoder.class_head.bias"]), how)
+    return LoadReport(f"{path}, a {found.source}", dict(counts), classes, found.notes)
+
+
+def _fits(key: str, theirs: Tensor, own: Tensor) -> bool:
+    """Whether the shapes agree; of entries for each class, but for the number of classes."""
+    first = 1 if key in CLASS_ENTRIES and theirs.ndim == own.ndim else 0
+    return theirs.shape[first:] == own.shape[first:] and theirs.is_floating_point() == own.is_floating_point()
+
+
+def _class_entry(theirs: Tensor, own: Tensor, rows: Sequence[int | None], num_classes: int) -> tuple[Tensor, str]:
+    """The rows of a class head or of the label embedding, and what became of them."""
+    if theirs.shape == own.shape and list(rows) == list(range(num_classes)):
+        return theirs, "loaded"
+    taken = [(row, source) for row, source in enumerate(rows) if source is not None and source < len(theirs)]
+    if not taken:
+        return own, "new"
+    fresh = own.clone()
+    targets, sources = zip(*taken, strict=True)
+    fresh[list(targets)] = theirs[list(sources)].to(fresh.dtype)
+    if len(fresh) > num_classes:  # the label embedding's spare row
+        fresh[-1] = theirs[-1].to(fresh.dtype)
+    return fresh, "re-mapped"
+
+
+def _class_rows(found: FoundWeights, names: Sequence[str] | None, count: int) -> tuple[list[int | None], str]:
+    """For each of our labels, the row of the file to take, or None for a fresh start; and how they were matched."""
+    source_count = len(found.state["decoder.class_head.bias"])
+    if found.class_names is not None and names is not None:
+        row_of: dict[str, int] = {}
+        for row, name in enumerate(found.class_names):
+            if name != "N/A":
+                row_of.setdefault(_normalized(name), row)
+        return [row_of.get(_normalized(name)) for name in names], "matched by name"
+    if source_count == count:
+        nameless = "" if found.class_names is not None else ", which has no names for them"
+        return list(range(count)), f"kept in the order of the file{nameless}"
+    used = [row for row, name in enumerate(coco_names()) if name != "N/A"]
+    if source_count == len(coco_names()) and count == len(used):
+        return list(used), "matched by COCO's order"
+    return [None] * count, ""
+
+
+def _normalized(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
+def _describe(rows: Sequence[int | None], names: Sequence[str] | None, source_count: int, how: str) -> str:
+    kept = sum(row is not None for row in rows)
+    if not kept:
+        return f"class heads start afresh ({source_count} classes in the file, {len(rows)} here)."
+    fresh = f", {len(rows) - kept} start afresh" if kept < len(rows) else ""
+    listed = ""
+    if names is not None and how == "matched by name":
+        listed = f" ({_some([name for name, row in zip(names, rows, strict=True) if row is not None])}"
+        new = [name for name, row in zip(names, rows, strict=True) if row is None]
+        listed += f"; new: {_some(new)})" if new else ")"
+    return f"class heads: {kept} of {len(rows)} classes {how}{fresh}{listed}."
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _load_backbone(model: DINO, found: FoundWeights, source: str | Path) -> LoadReport:
+    """Load a backbone's weights; norms of its maps that the file does not have stay as they are."""
+    own = model.backbone.state_dict()
+    optional = {key for key in own if key.startswith("norms.") or key.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in found.state and key not in optional]
+    reshaped = [key for key in own if key in found.state and found.state[key].shape != own[key].shape]
+    if missing or reshaped:
+        raise CheckpointError(
+            f"{source}, a {found.source}, does not fit the backbone {model.backbone.name}: {len(missing)} of "
+            f"{len(own)} entries are missing and {len(reshaped)} have another shape (first: {(missing + reshaped)[0]})."
+        )
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in own:
+        counts["backbone", "loaded" if key in found.state else "new"] += 1
+        own[key] = found.state.get(key, own[key])
+    counts["backbone", "ignored"] += len(found.ignored) + sum(key not in own for key in found.state)
+    for key in model.state_dict():
+        if not key.startswith("backbone."):
+            counts[_CLASS_PART if key in CLASS_ENTRIES else _part(key), "new"] += 1
+    model.backbone.load_state_dict(own)
+    notes = ("Only the backbone starts from weights; the detector on top of it starts afresh.",)
+    return LoadReport(f"{source}, a {found.source}", dict(counts), notes=(*found.notes, *notes))
+
+
+def _part(key: str) -> str:
+    return _PARTS.get(key.partition(".")[0], "backbone")

@@ -1,0 +1,117 @@
+"""Images read in loader processes, as the views that the detector is given, and put into batches of like shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dino_lightning.data.coco import DataError
+from dino_lightning.data.image_list import ListedImage
+from dino_lightning.data.images import read_image
+from dino_lightning.data.transforms import LabelledImage, Transform
+from dino_lightning.tiling import Window, views
+
+SHAPES_PER_DOUBLING = 2  # of the aspect ratio: images of one such class share a batch
+
+
+@dataclass(frozen=True)
+class View:
+    """What the detector is given of an image: all of it, or a tile.
+
+    Attributes:
+        listed: the image.
+        size: (height, width) of the image in pixels.
+        window: the part seen, in pixels of the image.
+        number: how many views of this image there are.
+        pixels: (3, h, w) uint8, RGB, resized for the detector.
+    """
+
+    listed: ListedImage
+    size: tuple[int, int]
+    window: Window
+    number: int
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image of which there is no view, and why."""
+
+    listed: ListedImage
+    reason: str
+
+
+class Views(IterableDataset[View | Unreadable]):
+    """The views of images, one after another; each loader process reads every so-many-th image.
+
+    An image is decoded once, whatever the number of its tiles, and never more than one in each process.
+
+    Args:
+        images: the images.
+        transform: resizes each view.
+        tile: side of the tiles in pixels, or None for whole images only.
+        overlap: share of its side that a tile has in common with the next.
+        whole_image: look at the whole image as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: Sequence[ListedImage],
+        transform: Transform,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole_image: bool = True,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.tile = tile
+        self.overlap = overlap
+        self.whole_image = whole_image
+
+    def __iter__(self) -> Iterator[View | Unreadable]:
+        worker = get_worker_info()
+        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(start, len(self.images), step):
+            yield from self._views(self.images[index])
+
+    def _views(self, listed: ListedImage) -> Iterator[View | Unreadable]:
+        try:
+            pixels = read_image(listed.path)
+        except DataError as error:
+            yield Unreadable(listed, str(error))
+            return
+        except MemoryError:
+            yield Unreadable(listed, f"{listed.path} does not fit into memory; scale it down.")
+            return
+        size = (int(pixels.shape[1]), int(pixels.shape[2]))
+        windows = views(size, self.tile, self.overlap, whole=self.whole_image)
+        for window in windows:
+            x1, y1, x2, y2 = window.xyxy
+            part = LabelledImage(pixels[:, y1:y2, x1:x2], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+            seen = self.transform(part).image.contiguous()
+            yield View(listed, size, window, len(windows), seen)
+
+
+def batches(stream: Iterable[View | Unreadable], size: int) -> Iterator[list[View] | Unreadable]:
+    """Views of like shape by `size`, as soon as so many are there, so that little is padded.
+
+    What is held back is bounded: fewer than `size` views of each of the few classes of shape.
+    """
+    waiting: dict[int, list[View]] = {}
+    for view in stream:
+        if isinstance(view, Unreadable):
+            yield view
+            continue
+        height, width = view.pixels.shape[1:]
+        shape = round(SHAPES_PER_DOUBLING * math.log2(height / width))
+        group = waiting.setdefault(shape, [])
+        group.append(view)
+        if len(group) == size:
+            yield waiting.pop(shape)
+    yield from waiting.values()

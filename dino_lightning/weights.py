@@ -1,0 +1,233 @@
+"""Where weights are: a local file, or an address from which they are downloaded once, into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import fsspec
+from filelock import FileLock
+from tqdm import tqdm
+
+from dino_lightning.checkpoint import CheckpointError
+
+_SCHEMES = ("https://", "http://", "s3://")
+_CHUNK = 1 << 20
+_TRIES = 5
+_PAUSE = 1.0  # seconds before the second try, doubled for each further one
+_SECONDS_WITHOUT_DATA = 60.0
+
+
+class _Interrupted(Exception):
+    """A transfer that broke off and may go on where it was."""
+
+
+class _Part(NamedTuple):
+    """A stream that begins at `start`, of a file of `size` bytes (None where nobody says) in some `version`."""
+
+    stream: BinaryIO
+    start: int
+    size: int | None
+    version: str
+
+
+def is_address(place: str) -> bool:
+    """Whether weights are named by an address rather than by a path."""
+    return place.startswith(_SCHEMES)
+
+
+def cache_folder() -> Path:
+    """Where downloaded weights are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_lightning" / "weights"
+
+
+def local_file(place: str) -> Path:
+    """The file with weights, downloaded first where `place` is an address and the cache does not have it.
+
+    A download that breaks off goes on from where it was, in this run or the next.
+
+    Args:
+        place: a path, or an address beginning with https:// or s3://, with `#sha256=...` at its end to have the
+            content checked.
+
+    Raises:
+        CheckpointError: no such file, an address that cannot be read, or another checksum.
+    """
+    if is_address(place):
+        return _downloaded(place)
+    path = Path(place)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{place} does not exist: it is no file, no address (https:// or s3://) and no name of weights that "
+            "torchvision has (such as IMAGENET1K_V2)."
+        )
+    return path
+
+
+@contextmanager
+def in_turn(name: str) -> Iterator[None]:
+    """Let the processes of this machine through one at a time: the first downloads, the others find it done."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise CheckpointError(
+            f"The cache for downloaded weights, {folder}, cannot be written ({error.strerror}); set XDG_CACHE_HOME to "
+            "another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _downloaded(place: str) -> Path:
+    address, checksum = _split(place)
+    name = Path(urllib.parse.urlsplit(address).path).name
+    # The whole address is in the name: the same file name at two places may mean two files.
+    path = cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
+    with in_turn(path.name):
+        if path.is_file() and checksum is not None and _sha256(path) != checksum:
+            path.unlink()  # of an earlier time, or damaged
+        if not path.is_file():
+            part = path.with_name(f"{path.name}.part")
+            try:
+                _download(address, part)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{_shown(address)} cannot be stored in {path.parent} ({error.strerror})."
+                ) from error
+            if checksum is not None and (found := _sha256(part)) != checksum:
+                part.unlink()
+                raise CheckpointError(
+                    f"{_shown(address)} is another file than expected, and was removed: its sha256 is {found}, not "
+                    f"{checksum}."
+                )
+            part.replace(path)
+    return path
+
+
+def _split(place: str) -> tuple[str, str | None]:
+    """The address and the checksum in its fragment."""
+    address, _, fragment = place.partition("#")
+    if not fragment:
+        return address, None
+    found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if found is None:
+        raise CheckpointError(
+            f"{_shown(address)}: a checksum is given as #sha256= and 64 hexadecimal digits after the address."
+        )
+    return address, found[1].lower()
+
+
+def _shown(address: str) -> str:
+    """The address without what may be secret in it: a password, or the signature in its query."""
+    parts = urllib.parse.urlsplit(address)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(address: str, part: Path) -> None:
+    """Bring `part` to the whole of what is at the address, with a progress bar; starts from what is there."""
+    reason = ""
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
+        try:
+            _transfer(address, part)
+        except _Interrupted as error:
+            reason = str(error)
+        else:
+            return
+    have = part.stat().st_size if part.exists() else 0
+    kept = f"{have:,} bytes are kept, and the next start goes on from there" if have else "nothing came"
+    raise CheckpointError(f"Downloading {_shown(address)} failed {_TRIES} times (last: {reason}); {kept}.")
+
+
+def _transfer(address: str, part: Path) -> None:
+    """Append to `part` what it lacks; beside it stands which version of the file its bytes are of."""
+    version = part.with_name(f"{part.name}.version")
+    known = version.read_text() if version.is_file() else ""
+    have = part.stat().st_size if part.is_file() and known else 0
+    opened = _open_s3(address, have, known) if address.startswith("s3://") else _open_http(address, have, known)
+    name = Path(urllib.parse.urlsplit(address).path).name
+    with (
+        opened.stream as stream,
+        part.open("ab") as file,
+        tqdm(total=opened.size, initial=opened.start, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
+    ):
+        file.truncate(opened.start)
+        version.write_text(opened.version)
+        while chunk := _read(stream):
+            file.write(chunk)
+            bar.update(len(chunk))
+        have = file.tell()
+    if opened.size is not None and have != opened.size:
+        raise _Interrupted(f"{have:,} of {opened.size:,} bytes came")
+    version.unlink()
+
+
+def _read(stream: BinaryIO) -> bytes:
+    try:
+        return stream.read(_CHUNK)
+    except Exception as error:  # of whichever package reads the stream
+        raise _Interrupted(str(error) or type(error).__name__) from error
+
+
+def _open_http(address: str, have: int, known: str) -> _Part:
+    """The bytes after the first `have`, or all of them if the server cannot skip or has another version by now."""
+    # The server sends everything when the version is another one.
+    headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_SECONDS_WITHOUT_DATA)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing lies past what we have; rare enough to begin anew
+            return _open_http(address, 0, "")
+        if error.code >= 500 or error.code == 429:
+            raise _Interrupted(f"the server says {error.code} {error.reason}") from error
+        raise CheckpointError(
+            f"{_shown(address)} cannot be downloaded: the server says {error.code} {error.reason}."
+        ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise _Interrupted(str(getattr(error, "reason", None) or error)) from error
+    length = answer.headers.get("Content-Length")
+    start = have if answer.status == 206 else 0
+    tag = answer.headers.get("ETag") or ""
+    version = answer.headers.get("Last-Modified") or "" if tag.startswith("W/") or not tag else tag
+    return _Part(answer, start, start + int(length) if length is not None else None, version)
+
+
+def _open_s3(address: str, have: int, known: str) -> _Part:
+    """As `_open_http`, from S3 with the credentials of the environment."""
+    try:
+        stream = fsspec.open(address, "rb").open()
+        version = str(stream.details.get("ETag", ""))
+        size = int(stream.size)
+        start = have if version == known and have <= size else 0
+        stream.seek(start)
+    except ImportError as error:
+        raise CheckpointError(f"Reading {_shown(address)} takes the package s3fs: pip install s3fs.") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{_shown(address)} does not exist.") from error
+    except Exception as error:  # credentials, permissions, network: errors of packages that are not imported here
+        raise CheckpointError(f"{_shown(address)} cannot be read ({' '.join(str(error).split())}).") from error
+    return _Part(stream, start, size, version)

@@ -1,0 +1,329 @@
+"""Weights from addresses: servers that break off, skip, forget and change; checksums; the cache; S3."""
+
+import hashlib
+import os
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_lightning import weights as weights_module
+from dino_lightning.__main__ import run
+from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.model import DINO
+from dino_lightning.starting_weights import start_from
+from dino_lightning.weights import cache_folder, local_file
+from tests.conftest import TINY_ARGS, TINY_SIZES
+
+
+class Server:
+    """Serves `content`; what it does wrong is set by attributes."""
+
+    def __init__(self):
+        self.content = b""
+        self.etag = '"1"'
+        self.ranges = True  # understands Range and If-Range
+        self.break_after = []  # for each answer still to come, after how many bytes the line goes dead
+        self.status = []  # for each answer still to come, a status instead of the file
+        self.asked = []  # the Range header of each request
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.httpd.server_port}/some/weights.pth"
+        threading.Thread(target=partial(self.httpd.serve_forever, poll_interval=0.01), daemon=True).start()
+
+    def answer(self, handler):
+        asked = handler.headers.get("Range")
+        self.asked.append(asked)
+        if self.status:
+            handler.send_error(self.status.pop(0))
+            return
+        start = 0
+        if asked and self.ranges and handler.headers.get("If-Range") == self.etag:
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            if start >= len(self.content):
+                handler.send_error(416)
+                return
+        body = self.content[start:]
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        if self.etag:
+            handler.send_header("ETag", self.etag)
+        handler.end_headers()
+        handler.wfile.write(body[: self.break_after.pop(0)] if self.break_after else body)
+        handler.close_connection = True
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    server.content = os.urandom(300_000)
+    yield server
+    server.httpd.shutdown()
+    server.httpd.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights_module, "_PAUSE", 0.0)
+    return tmp_path / "cache" / "dino_lightning" / "weights"
+
+
+def files(cache):
+    return sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_a_file_is_downloaded_once(server, cache, capfd):
+    path = local_file(server.address)
+    assert path.parent == cache == cache_folder()
+    assert path.read_bytes() == server.content
+    assert "weights.pth: 100%" in capfd.readouterr().err  # the progress bar
+    assert local_file(server.address) == path
+    assert server.asked == [None]
+    assert files(cache) == [".pth"]
+
+
+def test_two_places_with_one_name_are_two_files(server):
+    first = local_file(server.address)
+    old, server.content = server.content, b"other"
+    second = local_file(server.address.replace("some", "other"))
+    assert (first.read_bytes(), second.read_bytes()) == (old, b"other")
+
+
+def test_a_dropped_connection_goes_on_where_it_was(server):
+    server.break_after = [100_000, 50_000]
+    assert local_file(server.address).read_bytes() == server.content
+    assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_the_next_start_goes_on_where_the_last_one_ended(server, cache):
+    server.break_after = [10_000] * 5
+    with pytest.raises(CheckpointError, match=r"failed 5 times .*; 50,000 bytes are kept, and the next start goes on"):
+        local_file(server.address)
+    assert ".pth" not in files(cache)
+    assert local_file(server.address).read_bytes() == server.content
+    assert server.asked[-1] == "bytes=50000-"
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["it has another version", "it cannot skip"])
+def test_a_server_that_sends_all_again_is_understood(server, ranges):
+    """The file was replaced in between, or the server knows no ranges: nothing of the first half may stay."""
+    server.ranges = ranges
+    server.break_after = [20_000] * 5
+    with pytest.raises(CheckpointError, match="failed 5 times"):
+        local_file(server.address)
+    if ranges:
+        server.content, server.etag = os.urandom(200_000), '"2"'
+    assert local_file(server.address).read_bytes() == server.content
+
+
+def test_without_a_version_nothing_is_pieced_together(server):
+    server.etag = ""
+    server.break_after = [100_000]
+    assert local_file(server.address).read_bytes() == server.content
+    assert server.asked == [None, None]
+
+
+def test_a_rest_longer_than_the_file_is_thrown_away(server, cache):
+    local_file(server.address)
+    path = next(cache.glob("*.pth"))
+    path.rename(f"{path}.part").write_bytes(b"x" * 400_000)
+    Path(f"{path}.part.version").write_text(server.etag)
+    assert local_file(server.address).read_bytes() == server.content
+    assert files(cache) == [".pth"]
+
+
+def test_a_busy_server_is_asked_again(server):
+    server.status = [503, 429, 500]
+    assert local_file(server.address).read_bytes() == server.content
+
+
+def test_checksums(server, cache):
+    right = hashlib.sha256(server.content).hexdigest()
+    path = local_file(f"{server.address}#sha256={right.upper()}")
+    assert path.read_bytes() == server.content
+    path.write_bytes(b"damaged later")
+    assert local_file(f"{server.address}#sha256={right}").read_bytes() == server.content
+    with pytest.raises(CheckpointError, match=f"its sha256 is {right}, not {'0' * 64}"):
+        local_file(f"{server.address}#sha256={'0' * 64}")
+    assert files(cache) == []
+    with pytest.raises(CheckpointError, match="64 hexadecimal digits"):
+        local_file(f"{server.address}#sha256=12")
+    with pytest.raises(CheckpointError, match="64 hexadecimal digits"):
+        local_file(f"{server.address}#md5={'0' * 32}")
+
+
+def test_an_absent_file_is_refused_at_once(server, cache):
+    server.status = [404]
+    with pytest.raises(CheckpointError, match=r"weights.pth cannot be downloaded: the server says 404 Not Found\."):
+        local_file(server.address)
+    assert len(server.asked) == 1
+    assert files(cache) == []
+
+
+def test_a_file_that_vanishes_halfway_is_refused(server):
+    server.break_after = [1000]
+    original = server.answer
+
+    def answer(handler):
+        if server.asked:
+            server.status = [404]
+        original(handler)
+
+    server.answer = answer
+    with pytest.raises(CheckpointError, match="404"):
+        local_file(server.address)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/weights.pth", "https://nowhere.invalid/weights.pth"])
+def test_no_server_at_all(address):
+    with pytest.raises(CheckpointError, match=r"failed 5 times \(last: .*\); nothing came\.$"):
+        local_file(address)
+
+
+def test_what_is_no_place(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^none.pth does not exist: it is no file, no address .* and no name"):
+        local_file("none.pth")
+    (tmp_path / "here.pth").touch()
+    assert local_file(str(tmp_path / "here.pth")) == tmp_path / "here.pth"
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="set XDG_CACHE_HOME"):
+        local_file(server.address)
+
+
+def test_several_at_once_download_once(server):
+    """As the processes of one machine do; the lock is one of the file system's, so it works between processes too."""
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(local_file, [server.address] * 4))
+    assert len(paths) == len(server.asked) == 1
+    assert paths.pop().read_bytes() == server.content
+
+
+def test_signatures_and_passwords_in_addresses_stay_out_of_messages(server):
+    address = server.address.replace("http://", "http://me:secret@") + "?X-Amz-Signature=secret"
+    server.status = [403]
+    with pytest.raises(CheckpointError, match=r"http://127.0.0.1:\d+/some/weights.pth cannot .* 403") as caught:
+        local_file(address.replace("me:secret@", ""))
+    assert "secret" not in str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        local_file(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_model_starts_from_an_address(server, tmp_path):
+    source = DINO(num_classes=2, **TINY_SIZES)
+    torch.save(
+        {"state_dict": {f"model.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "a.ckpt"
+    )
+    server.content = (tmp_path / "a.ckpt").read_bytes()
+    model = DINO(num_classes=2, **TINY_SIZES)
+    report = start_from(model, server.address)
+    assert "dino_lightning checkpoint" in str(report)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def fit(rooms, tmp_path, *args):
+    options = ["--data.root", str(rooms), "--trainer.fast_dev_run=true", f"--run_dir={tmp_path / 'run'}"]
+    return run(["fit", *options, *TINY_ARGS, *args])
+
+
+def test_fit_refuses_a_wrong_address_in_one_sentence(rooms, tmp_path, server, capsys):
+    server.status = [404]
+    assert fit(rooms, tmp_path, f"--model.weights={server.address}") == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "404" in error[0]
+
+
+def test_from_scratch_on_few_images_is_warned_of(rooms, tmp_path, recwarn, caplog):
+    assert fit(rooms, tmp_path) == 0
+    said = [str(warning.message) for warning in recwarn if "from scratch" in str(warning.message)]
+    assert len(said) == 1
+    assert "8 images" in said[0]
+    assert "--model.weights" in said[0]
+
+
+def test_a_backbone_alone_gets_a_hint_and_weights_get_a_table(rooms, tmp_path, recwarn, caplog):
+    source = DINO(num_classes=1, **TINY_SIZES)
+    torch.save(source.backbone.state_dict(), tmp_path / "backbone.pth")
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    with caplog.at_level("INFO"):
+        assert fit(rooms, tmp_path, f"--model.backbone_weights={tmp_path / 'backbone.pth'}") == 0
+        assert "8 images are few" in caplog.text
+        assert "backbone.pth, a backbone of dino_lightning: " in caplog.text
+        caplog.clear()
+        assert fit(rooms, tmp_path, f"--model.weights={tmp_path / 'whole.pth'}") == 0
+        assert re.search(r"loaded +re-mapped +new +ignored", caplog.text)
+        assert "images are few" not in caplog.text
+    assert not [warning for warning in recwarn if "from scratch" in str(warning.message)]
+
+
+# ------------------------------------------------------------------ S3
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    import boto3
+
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="weights")
+    yield client
+    server.stop()
+
+
+def test_s3(bucket, cache):
+    content = os.urandom(300_000)
+    bucket.put_object(Bucket="weights", Key="a/b.pth", Body=content)
+    path = local_file("s3://weights/a/b.pth")
+    assert path.read_bytes() == content
+    path.unlink()
+    # broken off earlier, at a third
+    etag = bucket.head_object(Bucket="weights", Key="a/b.pth")["ETag"]
+    Path(f"{path}.part").write_bytes(content[:100_000])
+    Path(f"{path}.part.version").write_text(etag)
+    assert local_file("s3://weights/a/b.pth").read_bytes() == content
+    assert files(cache) == [".pth"]
+    with pytest.raises(CheckpointError, match=r"s3://weights/none.pth does not exist\."):
+        local_file("s3://weights/none.pth")
+    with pytest.raises(CheckpointError, match=r"s3://nobucket/none\.pth"):
+        local_file("s3://nobucket/none.pth")
+
+
+def test_s3_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not there
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # loaded before
+    with pytest.raises(CheckpointError, match=r"takes the package s3fs: pip install s3fs\.$"):
+        local_file("s3://bucket/file.pth")
