@@ -65,8 +65,8 @@ def draw_boxes(
         caption = caption.replace("\n", " ")
         left, top, right, bottom = font.getbbox(caption)
         size = (right - left + 2 * margin, bottom - top + 2 * margin)
-        places = _places(_within(box, page.size), size, page.size)
-        place = next((place for place in places if not _overlaps(place, taken)), None)
+        places = caption_places(_within(box, page.size), size, page.size)
+        place = next((place for place in places if not overlaps(place, taken)), None)
         if not caption or place is None:
             continue
         taken.append(place)
@@ -105,7 +105,7 @@ def _within(box: Sequence[float], size: tuple[int, int]) -> Place:
     return min(x1, size[0] - 1.0), min(y1, size[1] - 1.0), max(x1, x2), max(y1, y2)
 
 
-def _places(box: Place, size: tuple[float, float], canvas: tuple[int, int]) -> Iterator[Place]:
+def caption_places(box: Place, size: tuple[float, float], canvas: tuple[int, int]) -> Iterator[Place]:
     """Where a caption of (width, height) may stand, best first; all within the canvas of (width, height)."""
     x1, y1, x2, y2 = box
     width, height = size
@@ -118,6 +118,7 @@ def _places(box: Place, size: tuple[float, float], canvas: tuple[int, int]) -> I
             yield left, top, left + width, top + height
 
 
-def _overlaps(place: Place, taken: Sequence[Place]) -> bool:
+def overlaps(place: Place, taken: Sequence[Place]) -> bool:
+    """Whether a place has something in common with one that is taken."""
     left, top, right, bottom = place
     return any(left < x2 and right > x1 and top < y2 and bottom > y1 for x1, y1, x2, y2 in taken)

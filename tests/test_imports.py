@@ -45,7 +45,7 @@ ALLOWED = {
     "export_check": {"data", "module", "structures"},
     "export_formats": {"arguments", "model", "module", "onnx_model"},
     "callbacks": {
-        "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "resuming", "structures",
+        "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "overlay", "resuming", "structures",
     },
     "report": {"data", "files", "metrics"},
     "arguments": {"checkpoint", "data", "files", "module"},

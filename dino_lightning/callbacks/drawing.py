@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from dino_lightning.files import written_whole
+from dino_lightning.overlay import Place, caption_places, colour_of, overlaps
 
 TRUTH_COLOUR = "#2a9d4a"
-PALETTE = ("#d1495b", "#00798c", "#edae49", "#5f4bb6", "#ef7b45", "#1b998b", "#8d6a9f", "#3a506b")
-GOLDEN_RATIO = 0.618034
 STRIPES = (215, 240)  # greys of padding, which paper could be mistaken for if it were plain
 STRIPE = 0.06  # inches
 
@@ -36,8 +33,6 @@ FONT_SIZE = 6  # of captions, in points
 CAPTION = 0.115  # height of a caption
 MARGIN = 0.015  # round it
 MANY_BOXES = 25  # are drawn with thinner lines
-
-Place = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -137,9 +132,10 @@ def _draw(axes: Axes, panel: Panel, inches: float) -> None:
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_colour(label), linewidth=line_width)
         )
     taken: list[Place] = []
+    canvas = (pixels.shape[1], pixels.shape[0])
     for box, label, caption in zip(panel.boxes_xyxy, panel.labels, panel.captions, strict=True):
         size = (_caption_width(caption) / inches, CAPTION / inches)
-        room = next((place for place in _places(box, size, pixels.shape) if not _overlaps(place, taken)), None)
+        room = next((place for place in caption_places(box.tolist(), size, canvas) if not overlaps(place, taken)), None)
         if not caption or room is None:
             continue
         taken.append(room)
@@ -149,7 +145,7 @@ def _draw(axes: Axes, panel: Panel, inches: float) -> None:
             room[1] + MARGIN / inches,
             caption,
             fontsize=FONT_SIZE,
-            color="black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.6 else "white",
+            color="black" if np.dot(colour, (0.3, 0.59, 0.11)) > 0.6 else "white",
             va="top",
             clip_on=True,
             parse_math=False,
@@ -170,26 +166,6 @@ def _caption_width(caption: str) -> float:
     return float(width) / resolution + 2 * MARGIN
 
 
-def _places(box: npt.NDArray[np.float64], size: tuple[float, float], canvas: tuple[int, ...]) -> Iterator[Place]:
-    """Where a caption of (width, height) may stand, best first; all within the picture."""
-    x1, y1, x2, y2 = box.tolist()
-    width, height = size
-    inside, above, below, beside = (x1, y1), (x1, y1 - height), (x1, y2), (x2, y1)
-    # in a small box, it would hide what the box is about
-    corners = [inside, above] if x2 - x1 > width and y2 - y1 > 2.5 * height else [above, below, beside, inside]
-    for left, top in [*corners, (x1, y2 - height), (x2 - width, y1)]:
-        left = max(0.0, min(left, canvas[1] - width))
-        if 0 <= top <= canvas[0] - height:
-            yield left, top, left + width, top + height
-
-
-def _overlaps(place: Place, taken: Sequence[Place]) -> bool:
-    left, top, right, bottom = place
-    return any(left < x2 and right > x1 and top < y2 and bottom > y1 for x1, y1, x2, y2 in taken)
-
-
-def _colour(label: int) -> str | tuple[float, float, float]:
-    """The colour of a class; those of many classes follow the circle of hues in steps that never meet."""
-    if label < len(PALETTE):
-        return PALETTE[label]
-    return colorsys.hsv_to_rgb(label * GOLDEN_RATIO % 1.0, 0.85, (0.55, 0.75, 0.95)[label % 3])
+def _colour(label: int) -> tuple[float, float, float]:
+    red, green, blue = colour_of(label)
+    return red / 255, green / 255, blue / 255
