@@ -21,13 +21,14 @@ from dino_lightning.module import DINOModule
 from dino_lightning.onnx_model import onnxruntime_session
 
 OPSETS = range(18, 21)  # resizing with antialiasing came with 18
-OUTPUTS = ("boxes", "scores", "labels")
+OUTPUTS = ("boxes", "scores", "labels", "tokens")
 INPUTS = {"inside": ("images",), "outside": ("images", "image_sizes", "original_sizes")}
+NAMES = {"images": ("batch", "channels", "height", "width"), "tokens": ("batch", "queries")}  # of open sizes
 PREPARED = ("prepared_images", "prepared_sizes", "sizes")  # what the preprocessing gives to the detector
 MISSING = 'Exporting to ONNX needs more packages: pip install "dino-lightning[export]".'
 DESCRIPTION_FILE = "dino_lightning.json"  # within a .pt2 file
 
-Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Run = Callable[..., tuple[Tensor, ...]]
 
 
 def describe_module(module: DINOModule, preprocessing: str) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def write_torch(module: DINOModule, path: Path, description: Mapping[str, Any]) 
 
 def run_torch(path: Path) -> Run:
     """The function in a .pt2 file."""
-    return torch.export.load(path).module()  # type: ignore[return-value]  # a module is a function
+    return torch.export.load(path).module()
 
 
 def write_onnx(module: DINOModule, path: Path, description: Mapping[str, Any], *, opset: int = OPSETS[0]) -> Run | None:
@@ -104,10 +105,9 @@ def run_onnx(file: Path | bytes, outputs: Sequence[str] = OUTPUTS) -> Run:
     session = onnxruntime_session(file, ["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
-    def run(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = {name: value.contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
-        first, second, third = (torch.from_numpy(value) for value in session.run(list(outputs), given))
-        return first, second, third
+        return tuple(torch.from_numpy(value) for value in session.run(list(outputs), given))
 
     return run
 
@@ -188,9 +188,7 @@ def _name_dimensions(model: Any) -> None:
     """Call the open sizes what they are."""
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
-        names = (
-            ["batch", "channels", "height", "width"] if value.name == "images" else ["batch", "detections", "corners"]
-        )
+        names = NAMES.get(value.name, ("batch", "detections"))
         for dim, name in zip(dims, names, strict=False):
             if not dim.HasField("dim_value"):
                 dim.dim_param = name

@@ -17,6 +17,7 @@ from dino_lightning import Batch, export, load_detector
 from dino_lightning.data.transforms import resize_pixels, resized_size
 from dino_lightning.export_check import compare_with_module, difference, drawn, table
 from dino_lightning.export_formats import DESCRIPTION_FILE, describe_module, run_onnx, run_torch, write_onnx
+from dino_lightning.model.query_selection import QuerySelection
 from dino_lightning.model.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.structures import Detections
 from tests.exported import CLASSES, assert_same, images, save, tiny_module
@@ -53,7 +54,7 @@ def outside(exported):
 def test_the_traced_function_is_the_module_to_the_last_bit_on_padded_batches(module):
     batch = Batch.from_images(images([(96, 130), (120, 64), (33, 47)]), original_sizes=[(192, 260), (60, 32), (33, 47)])
     with torch.no_grad():
-        boxes, scores, labels = TraceableDetector(module.model)(
+        boxes, scores, labels, _ = TraceableDetector(module.model)(
             module.model.normalize(batch.images), torch.tensor(batch.image_sizes), torch.tensor(batch.original_sizes)
         )
         for index, expected in enumerate(module(batch)):
@@ -132,7 +133,7 @@ def test_onnx_agrees_with_the_module_over_images_of_varied_sizes_in_batches_of_1
             )
             assert values[0].shape == (len(batch), 36, 4)
             for index in range(len(batch)):
-                assert_same(Detections(*(value[index] for value in values)), expected[index])
+                assert_same(Detections(*(value[index] for value in values[:3])), expected[index])
 
 
 def test_an_image_with_fewer_tokens_than_queries_gives_fewer(module, outside):
@@ -145,7 +146,7 @@ def test_an_image_with_fewer_tokens_than_queries_gives_fewer(module, outside):
         values = run_onnx(outside)(module.model.normalize(batch.images), sizes, sizes)
         assert values[1].shape == (1, number)
         with torch.no_grad():
-            assert_same(Detections(*(value[0] for value in values)), module(batch)[0])
+            assert_same(Detections(*(value[0] for value in values[:3])), module(batch)[0])
 
 
 def test_the_file_has_names_ids_threshold_and_open_sizes(outside):
@@ -168,6 +169,7 @@ def test_the_file_has_names_ids_threshold_and_open_sizes(outside):
         "boxes": ["batch", "detections", 4],
         "scores": ["batch", "detections"],
         "labels": ["batch", "detections"],
+        "tokens": ["batch", "queries"],
     }
 
 
@@ -211,6 +213,27 @@ def test_a_pt2_file_agrees_with_the_module(module, checkpoint, tmp_path, capsys)
     torch.export.load(path, extra_files=files)
     assert json.loads(files[DESCRIPTION_FILE])["class_names"] == CLASSES["class_names"]
     assert all(row.same for row in compare_with_module(module, run_torch(path)))
+
+
+def test_detections_are_compared_from_the_same_proposals_which_must_be_as_good(module):
+    eager = TraceableDetector(module.model)
+
+    def exchange(_, given, named):
+        tokens = QuerySelection.forward(module.model.query_selection, *given).token_indices
+        return given, {**named, "token_indices": tokens.flip(1)}
+
+    def from_wrong_ranks(*inputs):
+        hook = module.model.query_selection.register_forward_pre_hook(exchange, with_kwargs=True)
+        try:
+            return eager(*inputs)
+        finally:
+            hook.remove()
+
+    pixels = [images([(96, 130)])]
+    (right,) = compare_with_module(module, eager, None, pixels)
+    assert right.same and right.exchanged == 0 and right.boxes < 1e-3
+    (wrong,) = compare_with_module(module, from_wrong_ranks, None, pixels)
+    assert wrong.exchanged == 12 and wrong.boxes < 1e-3 and wrong.proposals > 1e-3 and not wrong.same
 
 
 def test_a_model_directory_detects_the_same_and_has_the_code_to_serve_it(module, checkpoint, tmp_path, capsys):

@@ -42,7 +42,7 @@ ALLOWED = {
     "detector": {"checkpoint", "data", "module", "onnx_model", "structures", "tiling"},
     "package_code": set(),
     "model_directory": {"checkpoint"},
-    "export_check": {"data", "module", "structures"},
+    "export_check": {"data", "model", "module", "structures"},
     "export_formats": {"arguments", "model", "module", "onnx_model"},
     "callbacks": {
         "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "overlay", "resuming", "structures",

@@ -57,6 +57,7 @@ class QuerySelection(nn.Module):
         spatial_shapes: tuple[tuple[int, int], ...],
         valid_ratios: Tensor,
         padding_mask: Tensor,
+        token_indices: Tensor | None = None,
     ) -> SelectedQueries:
         """Select.
 
@@ -65,6 +66,7 @@ class QuerySelection(nn.Module):
             spatial_shapes: (height, width) of each level.
             valid_ratios: (B, L, 2) float32.
             padding_mask: (B, S) bool, True = padding.
+            token_indices: (B, Q) int64, the tokens to take instead of the best, to repeat the selection of another run.
 
         Returns:
             At most `num_queries` proposals: fewer where the image has fewer tokens.
@@ -75,7 +77,7 @@ class QuerySelection(nn.Module):
         with torch.autocast(device_type=memory.device.type, enabled=False):
             tokens = tokens.float()  # ranks and boxes need more than bfloat16's eight bits
             logits = self.class_head(tokens)
-            indices = logits.amax(-1).topk(count, dim=1).indices
+            indices = logits.amax(-1).topk(count, dim=1).indices if token_indices is None else token_indices
 
         def selected(values: Tensor) -> Tensor:
             return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))

@@ -12,6 +12,8 @@ from dino_lightning.boxes import cxcywh_to_xyxy
 from dino_lightning.model.dino import DINO
 from dino_lightning.model.position_encoding import image_position_embedding
 
+Size = int | torch.SymInt
+
 
 class TraceableDetector(nn.Module):
     """The evaluation pass of a `DINO`, with its own weights; batch size, height and width may be symbols.
@@ -25,7 +27,9 @@ class TraceableDetector(nn.Module):
         super().__init__()
         self.model, self.max_detections = model, max_detections
 
-    def forward(self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Detect.
 
         Args:
@@ -50,7 +54,7 @@ class TraceableDetector(nn.Module):
         queries = top_indices.div(model.num_classes, rounding_mode="floor")
         chosen = boxes[-1].gather(1, queries[..., None].expand(-1, -1, 4))
         scale = original_sizes.flip(-1).repeat(1, 2)[:, None].to(chosen.dtype)
-        return cxcywh_to_xyxy(chosen) * scale, top_scores, labels
+        return cxcywh_to_xyxy(chosen) * scale, top_scores, labels, selected.token_indices
 
     def _flatten(
         self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor
@@ -101,11 +105,12 @@ class TraceablePreprocessing(nn.Module):
         # Across, rounded to bytes, then down: as the resizing of bytes goes in evaluation.
         pixels = images.float()
         for size in ((height, new_width), (new_height, new_width)):
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True).round().clamp(0, 255)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # type: ignore[arg-type]
+            pixels = pixels.round().clamp(0, 255)
         normalized = (pixels - self.mean) / self.std
         return normalized, _sizes(images, batch, new_height, new_width), _sizes(images, batch, height, width)
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def _resized(self, height: Size, width: Size) -> tuple[Size, Size]:
         """`data.transforms.resized_size` in integers and without branches, which symbols do not have."""
         if self.stretch_to is not None:
             return self.stretch_to, self.stretch_to
@@ -117,7 +122,7 @@ class TraceablePreprocessing(nn.Module):
         return short_side * height // short, short_side * width // short
 
 
-def _sizes(images: Tensor, batch: int, height: int, width: int) -> Tensor:
+def _sizes(images: Tensor, batch: int, height: Size, width: Size) -> Tensor:
     """(B, 2) int64, all rows the same."""
     columns = [torch.full((batch, 1), side, dtype=torch.int64, device=images.device) for side in (height, width)]
     return torch.cat(columns, dim=1)
