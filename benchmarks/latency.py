@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import Timing, environment, interleaved, save, table
 from dino_lightning.detector import load_module
-from dino_lightning.export_formats import describe_module, run_onnx, write_onnx
+from dino_lightning.exporting.formats import describe_module, run_onnx, write_onnx
 from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
 

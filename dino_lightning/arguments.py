@@ -20,6 +20,7 @@ from dino_lightning.checkpoint import CheckpointError, read_checkpoint
 from dino_lightning.data import CocoDataModule
 from dino_lightning.files import previous_checkpoint
 from dino_lightning.module import DINOModule
+from dino_lightning.options import add_own_options
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
 RUNS = Path("runs")
@@ -32,11 +33,6 @@ FROM_DATA = (
     "max_size",
     "stretch_to",
 )  # arguments the model takes over
-OWN_OPTIONS = (  # of `fit`, beside Lightning's
-    *("compress_gradients", "save_every_minutes", "save_every_steps", "report", "against"),
-    *("ema_decay", "ema_tau", "ema_evaluate", "early_stopping_patience"),
-    "auto_batch_size",
-)
 
 
 class UsageError(ValueError):
@@ -133,8 +129,9 @@ def known_options() -> list[str]:
     parser.add_lightning_class_args(CocoDataModule, "data")
     parser.add_lightning_class_args(DINOModule, "model")
     parser.add_class_arguments(Trainer, "trainer")
+    add_own_options(parser)
     own = [action.dest for action in parser._actions if action.dest not in ("help", "data", "model", "trainer")]
-    return [*own, "config", "seed_everything", "run_dir", "ckpt_path", *OWN_OPTIONS, "data", "model", "trainer"]
+    return [*own, "config", "seed_everything", "ckpt_path", "data", "model", "trainer"]
 
 
 def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -47,6 +46,7 @@ from dino_lightning.data import CocoDataModule, DataError
 from dino_lightning.losses import NonFiniteError
 from dino_lightning.memory import OutOfMemory, is_out_of_memory
 from dino_lightning.module import DINOModule
+from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
 
 EXPECTED_ERRORS = (
@@ -85,65 +85,7 @@ class DINOCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """State each value once: classes and sizes come from the data."""
-        # Both are taken off the command line by `prepare`; here they are for --help.
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Folder for this run's files; a new one in runs/ by default.",
-        )
-        parser.add_argument(
-            "--compress_gradients",
-            type=bool,
-            default=False,
-            help="With strategy ddp on GPUs: send gradients as bfloat16, half the bytes over the network.",
-        )
-        parser.add_argument(
-            "--save_every_minutes",
-            type=float,
-            default=10.0,
-            help="How often last.ckpt is saved within an epoch; 0: at the end of epochs only.",
-        )
-        parser.add_argument(
-            "--save_every_steps", type=int, default=0, help="The same, by optimizer steps; 0: by the clock only."
-        )
-        parser.add_argument(
-            "--ema_decay",
-            type=float | None,
-            default=None,
-            help="Keep an exponential moving average of the weights with this decay, such as 0.9997; 0: none.",
-        )
-        parser.add_argument(
-            "--ema_tau", type=float, default=2000.0, help="After how many steps the decay is at 63 percent; 0: at once."
-        )
-        parser.add_argument(
-            "--ema_evaluate",
-            type=bool,
-            default=True,
-            help="Evaluate the averaged weights rather than the raw ones, and let best.ckpt hold them.",
-        )
-        parser.add_argument(
-            "--early_stopping_patience",
-            type=PositiveInt | None,
-            default=None,
-            help="Stop once val/AP has not improved in so many validations.",
-        )
-        parser.add_argument(
-            "--report", type=bool, default=True, help="validate and test: write a report with plots and images."
-        )
-        parser.add_argument(
-            "--against",
-            type=str | None,
-            default=None,
-            help="validate and test: another run to compare with in the report; its folder or its report.json.",
-        )
-        parser.add_argument(
-            "--auto_batch_size",
-            type=PositiveInt | None,
-            default=None,
-            help="Images for each optimizer step, over all processes: data.batch_size becomes the largest that fits "
-            "into memory, and trainer.accumulate_grad_batches makes up for the rest.",
-        )
+        add_own_options(parser)
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -201,7 +143,7 @@ class DINOCLI(LightningCLI):
         callbacks = [*callbacks, *self.extra_callbacks]
         options = self.config[self.subcommand]
         if options.auto_batch_size and self.subcommand == "fit":
-            callbacks.append(AutoBatchSize(global_batch=options.auto_batch_size, checkpoint=options.ckpt_path))
+            callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.ckpt_path))
         if options.ema_decay:
             callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
         if options.early_stopping_patience and self.subcommand == "fit":

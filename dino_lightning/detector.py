@@ -13,8 +13,8 @@ import torch
 from dino_lightning.checkpoint import CheckpointError, read_checkpoint
 from dino_lightning.data.images import read_image
 from dino_lightning.module import DINOModule, ImageLike, to_pixels
+from dino_lightning.prediction.tiling import merge, views
 from dino_lightning.structures import Detections
-from dino_lightning.tiling import merge, views
 
 # Where a folder keeps its model, best first: of a SageMaker job, of a run, of a run's checkpoints.
 MODEL_FILES = (
@@ -148,7 +148,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     """
     file = find_model(path)
     if file.suffix.lower() == ".onnx":
-        from dino_lightning.onnx_model import OnnxModel  # needs packages that not everybody has
+        from dino_lightning.exporting.onnx_model import OnnxModel  # needs packages that not everybody has
 
         model = OnnxModel(file)
         return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)

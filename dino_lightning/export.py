@@ -15,12 +15,12 @@ import torch
 from dino_lightning.arguments import UsageError, newest_run
 from dino_lightning.cli import EXPECTED_ERRORS, explain
 from dino_lightning.detector import find_model, load_module
-from dino_lightning.export_check import compare_with_module, table
-from dino_lightning.export_formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
+from dino_lightning.exporting.check import compare_with_module, table
+from dino_lightning.exporting.formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
+from dino_lightning.exporting.model_directory import MODEL_FILE, write_model_directory
+from dino_lightning.exporting.package_code import serving_code
 from dino_lightning.files import written_whole
-from dino_lightning.model_directory import MODEL_FILE, write_model_directory
 from dino_lightning.module import DINOModule
-from dino_lightning.package_code import serving_code
 
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
 beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores

@@ -20,9 +20,9 @@ from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.image_list import ListedImage, list_images
 from dino_lightning.detector import find_model, load_module
 from dino_lightning.module import DINOModule
-from dino_lightning.prediction_files import Summary, finished, overlay_paths, prepare, settings_differ, write_results
-from dino_lightning.prediction_loop import predict_images
-from dino_lightning.views import Views
+from dino_lightning.prediction.files import Summary, finished, overlay_paths, prepare, settings_differ, write_results
+from dino_lightning.prediction.loop import predict_images
+from dino_lightning.prediction.views import Views
 
 LONGEST_WAIT = timedelta(days=7)  # of one process for another
 INTERRUPTED = 130  # exit code, as of a shell

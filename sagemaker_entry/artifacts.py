@@ -1,11 +1,11 @@
-"""The model directory at the end of a job; its content is that of `dino_lightning.model_directory`."""
+"""The model directory at the end of a job; its content is that of `dino_lightning.exporting.model_directory`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dino_lightning.model_directory import write_model_directory
-from dino_lightning.package_code import serving_code
+from dino_lightning.exporting.model_directory import write_model_directory
+from dino_lightning.exporting.package_code import serving_code
 from sagemaker_entry.settings import BEST
 
 

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dino_lightning import DINOModule
-from dino_lightning.export_check import drawn
+from dino_lightning.exporting.check import drawn
 from dino_lightning.structures import Detections
 from tests.conftest import TINY_SIZES
 from tests.golden_recipe import load_recipe

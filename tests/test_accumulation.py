@@ -99,6 +99,7 @@ def test_what_is_logged_is_the_loss_of_each_batch():
     assert (3 * accumulated["losses"][0] + 8 * accumulated["losses"][1]) / 11 == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_parts_and_averages_on_two_processes(tmp_path):
     """Plain ddp misses no gradient, and the averages, which fit leaves in the module, agree bit for bit."""
     options = {"counts": [3, 0, 1, 7, 2, 4, 0, 5], "batch_size": 1, "accumulate": 2, "denoising": 0, "adam": True}

@@ -92,7 +92,7 @@ def train(tmp_path, devices, *, denoising=0, empty="none"):
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("empty", ["none", "odd"])
+@pytest.mark.parametrize("empty", [pytest.param("none", marks=pytest.mark.slow), "odd"])
 def test_two_processes_train_as_one(tmp_path, empty):
     """Same global batches, same losses, same weights; with "odd" the second process never sees a box."""
     one, two = train(tmp_path, 1, empty=empty), train(tmp_path, 2, empty=empty)
@@ -102,7 +102,7 @@ def test_two_processes_train_as_one(tmp_path, empty):
         torch.testing.assert_close(two["state"][name], value, atol=2e-4, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("empty", ["odd", "all"])
+@pytest.mark.parametrize("empty", [pytest.param("odd", marks=pytest.mark.slow), "all"])
 def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
     """With denoising queries on one process and none on the other, plain ddp still finds every parameter used."""
     losses = train(tmp_path, 2, denoising=50, empty=empty)["losses"]
@@ -110,7 +110,7 @@ def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
     assert all(loss > 0 for loss in losses)
 
 
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("compress", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path, compress):
     command = [sys.executable, "-m", "dino_lightning.fit", "--data.root", str(rooms), *TINY_ARGS]
     command += [

@@ -36,29 +36,18 @@ ALLOWED = {
         "boxes", "data", "losses", "metrics", "model", "non_finite", "optim", "resuming", "starting_weights",
         "structures",
     },
-    "tiling": {"structures"},
-    "views": {"data", "tiling"},
-    "onnx_model": {"checkpoint", "data", "module", "structures"},
-    "detector": {"checkpoint", "data", "module", "onnx_model", "structures", "tiling"},
-    "package_code": set(),
-    "model_directory": {"checkpoint"},
-    "export_check": {"data", "model", "module", "structures"},
-    "export_formats": {"arguments", "model", "module", "onnx_model"},
+    "prediction": {"data", "detections", "files", "module", "structures"},
+    "exporting": {"arguments", "checkpoint", "data", "model", "module", "structures"},
+    "detector": {"checkpoint", "data", "exporting", "module", "prediction", "structures"},
     "callbacks": {
         "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "overlay", "resuming", "structures",
     },
     "report": {"data", "files", "metrics"},
-    "arguments": {"checkpoint", "data", "files", "module"},
-    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "memory", "module", "report"},
-    "prediction_files": {"data", "detections", "files", "structures"},
-    "prediction_loop": {"data", "detections", "module", "prediction_files", "structures", "tiling", "views"},
-    "predict": {
-        "arguments", "cli", "data", "detector", "module", "prediction_files", "prediction_loop", "views",
-    },
-    "export": {
-        "arguments", "cli", "detector", "export_check", "export_formats", "files", "model_directory", "module",
-        "package_code",
-    },
+    "options": set(),
+    "arguments": {"checkpoint", "data", "files", "module", "options"},
+    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "memory", "module", "options", "report"},
+    "predict": {"arguments", "cli", "data", "detector", "module", "prediction"},
+    "export": {"arguments", "cli", "detector", "exporting", "files", "module"},
     "convert": {"architecture", "checkpoint", "files", "module", "published_layout", "weights"},
     "fit": {"arguments", "cli", "data"},
     "health": {"cli", "data", "files", "metrics"},
@@ -67,8 +56,8 @@ ALLOWED = {
     "__init__": {"data", "detector", "losses", "metrics", "model", "module", "structures"},
 }  # fmt: skip
 MAY_USE_LIGHTNING = {
-    "arguments.py", "cli.py", "data/datamodule.py", "fit.py", "module.py", "predict.py", "prediction_loop.py",
-    "resuming.py", "__main__.py",
+    "arguments.py", "cli.py", "data/datamodule.py", "fit.py", "module.py", "options.py", "predict.py",
+    "prediction/loop.py", "resuming.py", "__main__.py",
 }  # fmt: skip
 
 TRITON = "model/deformable_attention/triton_kernels.py"

@@ -67,7 +67,7 @@ def wait_for_steps(folder, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(rooms, whole, tmp_path, number, capsys):
     folder = tmp_path / "interrupted"
     process = start(options(rooms, folder))

@@ -42,6 +42,7 @@ def draw(shapes, *, queries, batch=2, heads=2, dim=8, points=2):
     return value, shapes, locations, weights
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     """In another process, since the variable must come before Triton."""
     pytest.importorskip("triton")

@@ -132,7 +132,8 @@ def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_
 # ------------------------------------------------------------------ stopping
 
 
-@pytest.mark.parametrize("moment", ["epoch", pytest.param("validation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["epoch", "validation"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
     # Steps are counted between polls, so enough of them that one falls into the middle of an epoch; or so few that it
     # is the validation that notices.

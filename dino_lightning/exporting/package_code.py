@@ -6,12 +6,13 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 PROJECT = PACKAGE.parent  # a checkout, site-packages, or a job's code folder
 DISTRIBUTION = "dino-lightning"
 REQUIREMENTS = "requirements.txt"
 FROM_THE_IMAGE = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
 HANDLER = "inference.py"
+SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js")
 
 
 def requirements() -> list[str]:
@@ -43,5 +44,5 @@ def serving_code() -> dict[str, bytes]:
 
 
 def sources(folder: Path) -> list[Path]:
-    """The files of a package that a program or its types are made of."""
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".yaml", ".typed")]
+    """The files of a package that a program, its types and its pages are made of."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in SOURCES]

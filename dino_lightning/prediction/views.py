@@ -14,7 +14,7 @@ from dino_lightning.data.coco import DataError
 from dino_lightning.data.image_list import ListedImage
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
-from dino_lightning.tiling import Window, views
+from dino_lightning.prediction.tiling import Window, views
 
 SHAPES_PER_DOUBLING = 2  # of the aspect ratio: images of one such class share a batch
 

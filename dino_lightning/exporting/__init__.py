@@ -1,0 +1,1 @@
+"""What `export` writes: formats, how they are checked, model directories; and how an ONNX file is run."""
