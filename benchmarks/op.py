@@ -6,8 +6,8 @@ offsets and logits, and include the softmax:
 
 - stacked: our own plain writing of the published fallback: `grid_sample` level by level, all samples stacked, then
   weighted and summed.
-- per level: what trains on a CPU: the samples of each level are weighted and added up before those of the next.
-- gathered: what detects on a CPU when there are many queries; forward only.
+- ours: what trains: gathered rows of channels on a CPU; level by level where that is not so.
+- ours, detecting: what detects on a CPU when there are many queries; forward only.
 - kernel: what runs on a GPU, the copy to head-major order included.
 
 On a CPU: one thread, seconds of that thread. On a GPU: CUDA events around several calls, float32 and bfloat16; bytes
@@ -104,7 +104,7 @@ def stacked(inputs: Inputs) -> Tensor:
     return out.view(batch, heads * dim, queries).transpose(1, 2).to(inputs.value.dtype)
 
 
-def per_level(inputs: Inputs) -> Tensor:
+def trained_as(inputs: Inputs) -> Tensor:
     """(B, Q, H * D) as on a CPU in training."""
     set_implementation("pytorch")
     return dispatched(inputs)
@@ -130,7 +130,7 @@ def gathered(inputs: Inputs) -> Tensor:
 
 
 def forward(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """Detecting, with gradients switched on so that `per_level` is what trains; they are not computed."""
+    """Detecting, with gradients switched on so that `trained_as` is what trains; they are not computed."""
     detached = Inputs(*(getattr(inputs, name).detach() for name in Inputs.__dataclass_fields__))
     return attend(detached)
 
@@ -191,10 +191,10 @@ def corners_inside(inputs: Inputs) -> int:
 def measure(case: str, options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """All contestants of one case, in both directions."""
     inputs = draw(case, options.batch, device, dtype)
-    trained: dict[str, Callable[[Inputs], Tensor]] = {"stacked": stacked, "per level": per_level}
+    trained: dict[str, Callable[[Inputs], Tensor]] = {"stacked": stacked, "ours": trained_as}
     if device == "cuda":
         trained["kernel"] = kernel
-    detecting = trained if device == "cuda" else trained | {"gathered": gathered}
+    detecting = trained if device == "cuda" else trained | {"ours, detecting": gathered}
     directions = {"forward": (forward, detecting), "forward and backward": (both, trained)}
     result: dict[str, Any] = {"difference": largest_difference(detecting, inputs)}
     for direction, (run, contestants) in directions.items():

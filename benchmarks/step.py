@@ -51,9 +51,11 @@ def random_batch(height: int, width: int, size: int, device: str) -> Batch:
 class OurStep:
     """DINO R50 4-scale and its recipe."""
 
-    def __init__(self, batches: list[Batch], device: str, precision: str, compiled: bool) -> None:
+    def __init__(
+        self, batches: list[Batch], device: str, precision: str, compiled: bool, num_denoising: int = 100
+    ) -> None:
         torch.manual_seed(0)
-        self.model = DINO(num_classes=CLASSES).train().to(device)
+        self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising).train().to(device)
         if compiled:
             self.model.compile_layers()
         self.criterion = Criterion()
@@ -231,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--num_denoising", type=int, default=100, help="0: the work of a detector without them")
     parser.add_argument("--against", choices=("transformers",), help="a peer to measure beside")
     parser.add_argument("--baseline", help="module:callable, see above")
     parser.add_argument("--rounds", type=int, default=5)
@@ -243,7 +246,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     sizes = COCO_MIX if options.size == "coco-mix" else (tuple(int(side) for side in options.size.split("x")),)
     batches = [random_batch(height, width, options.batch_size, device) for height, width in sizes]
-    step = OurStep(batches, device, options.precision, options.compile)
+    step = OurStep(batches, device, options.precision, options.compile, options.num_denoising)
 
     def ours() -> None:
         for _ in batches:

@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attention(queries + position, reference_points, memory, spatial_shapes, padding_mask)
         queries = self.norm1(queries + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(queries).relu()))
+        hidden = self.linear2(self.dropout(self.linear1(queries).relu_()))
         out: Tensor = self.norm3(queries + self.dropout(hidden))
         return out
 

@@ -45,7 +45,7 @@ class EncoderLayer(nn.Module):
         """(B, S, D) tokens and their positions -> (B, S, D)."""
         attended = self.self_attention(tokens + position, reference_points, tokens, spatial_shapes, padding_mask)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(tokens).relu()))
+        hidden = self.linear2(self.dropout(self.linear1(tokens).relu_()))
         out: Tensor = self.norm2(tokens + self.dropout(hidden))
         return out
 

@@ -3,7 +3,8 @@
 | where | what runs with "auto" |
 |---|---|
 | CUDA device of capability 8.0 or newer | the Triton kernel, if it passes its trial |
-| any other device, training | plain PyTorch, level by level |
+| a CPU, training | plain PyTorch, gathered forward |
+| any other device | plain PyTorch, level by level |
 | CPU without gradients, many queries | plain PyTorch, one gathered sum for each head |
 """
 

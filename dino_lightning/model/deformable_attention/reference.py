@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ def deformable_attention(
 ) -> Tensor:
     """Weighted sum of bilinear samples of several feature maps; points outside a map read zero.
 
-    The levels are accumulated one by one, so that no tensor of all samples is ever held.
+    On a CPU rows of channels are gathered; elsewhere the levels are accumulated one by one, so that no tensor of all
+    samples is ever held.
 
     Args:
         value: (B, S, H, D), the maps of all levels flattened and concatenated, S = sum of their areas.
@@ -34,77 +34,120 @@ def deformable_attention(
     queries = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1).to(value.dtype)  # (B*H, Q, L, P, 2), -1..1
     weights = attention_weights.transpose(1, 2).flatten(0, 1)  # (B*H, Q, L, P)
-    if torch.is_grad_enabled() and value.device.type == "cpu" and not torch.compiler.is_compiling():
-        out: Tensor | None = _Accumulate.apply(value, grids, weights, spatial_shapes)
-    else:
-        out = None
-        for image, grid, weight in _levels(value, grids, weights, spatial_shapes):
-            part = (_sample(image, grid) * weight).sum(-1)
-            out = part if out is None else out + part
+    if torch.is_grad_enabled() and _can_gather(value, queries) and not torch.compiler.is_compiling():
+        return _by_query(_Gathered.apply(value, grids, weights, spatial_shapes), batch)
+    out: Tensor | None = None
+    maps = torch.split(value, [height * width for height, width in spatial_shapes], dim=1)
+    for level, (height, width) in enumerate(spatial_shapes):
+        image = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
+        samples = F.grid_sample(image, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        part = (samples * weights[:, None, :, level]).sum(-1)
+        out = part if out is None else out + part
     assert out is not None
     return out.view(batch, heads * dim, queries).transpose(1, 2)
 
 
-def _levels(
-    value: Tensor, grids: Tensor, weights: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each level: map (B*H, D, height, width), grid (B*H, Q, P, 2), weights (B*H, 1, Q, P)."""
-    batch, _, heads, dim = value.shape
-    maps = torch.split(value, [height * width for height, width in spatial_shapes], dim=1)
-    for level, (height, width) in enumerate(spatial_shapes):
-        image = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
-        yield image, grids[:, :, level], weights[:, None, :, level]
+def _by_query(out: Tensor, batch: int) -> Tensor:
+    """(B*H, Q, D) -> (B, Q, H * D)."""
+    _, queries, dim = out.shape
+    return out.view(batch, -1, queries, dim).transpose(1, 2).flatten(2)
 
 
-def _sample(image: Tensor, grid: Tensor) -> Tensor:
-    """(B*H, D, height, width) and (B*H, Q, P, 2) -> (B*H, D, Q, P)."""
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _can_gather(value: Tensor, queries: int) -> bool:
+    return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64) and value.numel() * queries > 0
 
 
-class _Accumulate(torch.autograd.Function):
-    """The loop of `deformable_attention`, to the last bit, in less time on a CPU.
+class _Gathered(torch.autograd.Function):
+    """The sum of `deformable_attention` in less time and memory on a CPU.
 
-    Tensors as large as the samples of a level (73 MB at 800 x 1066) are what this costs: each new one is cleared page
-    by page. Here all levels share one for the products of each pass. The gradient arrives with the channels of a query
-    side by side, for which PyTorch multiplies slowly and copies the result; where no sum depends on that order, it is
-    turned first.
+    Forward, every corner of every sample is one entry of a bag, so that gathering, weighting and summing are one pass
+    over rows of channels; no sample is ever held. Backward, the weights' gradients are products of such rows, formed
+    as they are read, too; those of maps and locations are `grid_sample`'s own.
     """
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, grids: Tensor, weights: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
-        out = product = None
-        kept = []
-        for image, grid, weight in _levels(value, grids, weights, spatial_shapes):
-            samples = _sample(image, grid)
-            product = torch.mul(samples, weight, out=product)
-            part = product.sum(-1)
-            out = part if out is None else out.add_(part)
-            kept += [image, samples]
-        ctx.save_for_backward(grids, weights, *kept)
-        ctx.num_heads = value.shape[2]
-        assert out is not None
-        return out
+        maps = value.transpose(1, 2).flatten(0, 1)
+        corners = [_corners(grid, spatial_shapes) for grid in grids]
+        cells, shares = (torch.stack(parts) for parts in zip(*corners, strict=True))
+        ctx.save_for_backward(grids, weights, maps, cells, shares)
+        ctx.spatial_shapes, ctx.num_heads = spatial_shapes, value.shape[2]
+        return torch.stack([_bag(*of_head) for of_head in zip(maps, cells, shares, weights, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grids, weights, *kept = ctx.saved_tensors
-        turned = grad.contiguous()[..., None]
-        product = by_samples = None
-        by_value, by_grid, by_weight = [], [], []
-        for level, (image, samples) in enumerate(zip(kept[::2], kept[1::2], strict=True)):
-            product = torch.mul(grad[..., None].expand_as(samples), samples, out=product)
-            by_weight.append(product.sum(1))
+        grids, weights, maps, cells, shares = ctx.saved_tensors
+        by_weight = _row_products(grad.contiguous(), maps, cells).mul_(shares).sum(-1)
+        turned = grad.transpose(1, 2).contiguous()[..., None]
+        by_samples = None  # large: one for all levels
+        by_value, by_grid = [], []
+        start = 0
+        for level, (height, width) in enumerate(ctx.spatial_shapes):
+            image = maps[:, start : start + height * width].transpose(1, 2).reshape(*turned.shape[:2], height, width)
+            start += height * width
             by_samples = torch.mul(turned, weights[:, None, :, level], out=by_samples)
             by_image, by_place = torch.ops.aten.grid_sampler_2d_backward(
                 by_samples, image, grids[:, :, level], 0, 0, False, (True, True)
             )
-            by_value.append(by_image.unflatten(0, (-1, ctx.num_heads)).flatten(3))  # (B, H, D, height * width)
+            by_value.append(
+                by_image.view(-1, ctx.num_heads, image.shape[1], height * width)
+            )  # (B, H, D, height * width)
             by_grid.append(by_place)
         value = torch.cat(by_value, dim=-1).permute(0, 3, 1, 2)
-        return value, torch.stack(by_grid, dim=2), torch.stack(by_weight, dim=2), None
+        return value, torch.stack(by_grid, dim=2), by_weight, None
+
+
+def _corners(grid: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """(Q, L, P, 2) places, -1..1 -> (Q, L, P, 4) int32 cells around them, and the share of each in the sample.
+
+    For one head of one image, so that what is computed on the way stays in the cache.
+
+    A corner outside its map, or of a place that is not finite, is cell 0; outside, with a share of 0.
+    """
+    cells = torch.empty(*grid.shape[:-1], 4, dtype=torch.int32)
+    shares = torch.empty(*grid.shape[:-1], 4, dtype=grid.dtype)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        x, y = ((grid[:, level, :, axis] + 1) * (size / 2) - 0.5 for axis, size in enumerate((width, height)))
+        column, row = x.floor(), y.floor()
+        right, below = x - column, y - row
+        corner = 0
+        for down, upright in ((0, 1 - below), (1, below)):
+            line = row + down
+            within = (line >= 0) & (line < height)
+            first, upright = torch.where(within, line * width, 0.0), upright * within
+            for along, share in ((0, 1 - right), (1, right)):
+                place = column + along
+                inside = (place >= 0) & (place < width) & within
+                cells[:, level, :, corner] = torch.where(inside, first + place, 0.0).to(torch.int32) + start
+                torch.mul(share * inside, upright, out=shares[:, level, :, corner])
+                corner += 1
+        start += height * width
+    return cells, shares
+
+
+def _bag(image: Tensor, cells: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
+    """(S, D) map, (Q, L, P, 4) cells and shares, (Q, L, P) weights, all of one head -> (Q, D) sums."""
+    counts = (shares * weights[..., None]).flatten(1)
+    return F.embedding_bag(cells.flatten(1), image, mode="sum", per_sample_weights=counts)
+
+
+def _row_products(grad: Tensor, maps: Tensor, cells: Tensor) -> Tensor:
+    """(N, Q, D) gradients, (N, S, D) maps, (N, Q, L, P, 4) cells -> their scalar products, shaped as the cells."""
+    rows = cells.flatten(2)
+    queries, corners = rows.shape[1:]
+    starts = torch.arange(0, queries * corners, corners, dtype=torch.int32)
+    bags = torch.arange(queries, dtype=torch.int32).repeat_interleave(corners)
+    products = [
+        torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad[index], maps[index], rows[index].flatten(), starts, bags, 0
+        )
+        for index in range(len(maps))
+    ]
+    return torch.stack(products).view(cells.shape)
 
 
 def gathered_deformable_attention(
@@ -113,10 +156,7 @@ def gathered_deformable_attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The same sum as `deformable_attention`, gathered by `embedding_bag`: faster forward on a CPU, slower backward.
-
-    Every corner of every sample is one entry of a bag, so that gathering, weighting and summing are one pass over
-    memory. One head at a time, whose map then stays in the cache.
+    """The sum of `deformable_attention` for inference on a CPU.
 
     Args:
         value: (B, S, H, D) float32.
@@ -129,33 +169,16 @@ def gathered_deformable_attention(
     """
     batch, _, heads, dim = value.shape
     queries = sampling_locations.shape[1]
-    out = value.new_empty(batch, queries, heads, dim)
-    for image in range(batch):
-        for head in range(heads):
-            cells, shares = [], []
-            start = 0
-            for level, (height, width) in enumerate(spatial_shapes):
-                x = sampling_locations[image, :, head, level, :, 0] * width - 0.5
-                y = sampling_locations[image, :, head, level, :, 1] * height - 0.5
-                column, row = x.floor(), y.floor()
-                right, below = x - column, y - row
-                weight = attention_weights[image, :, head, level]
-                for down, upright in ((0, 1 - below), (1, below)):
-                    for along, share in ((0, 1 - right), (1, right)):
-                        there_x, there_y = column + along, row + down
-                        inside = (there_x >= 0) & (there_x < width) & (there_y >= 0) & (there_y < height)
-                        # what is not finite is never inside, so that no index leaves the map
-                        cell = torch.where(inside, there_y * width + there_x, 0.0)
-                        cells.append(cell.to(torch.int32) + start)
-                        shares.append(weight * upright * share * inside)
-                start += height * width
-            out[image, :, head] = F.embedding_bag(
-                torch.cat(cells, dim=1),
-                value[image, :, head],
-                mode="sum",
-                per_sample_weights=torch.cat(shares, dim=1),
-            )
-    return out.flatten(2)
+    if not _can_gather(value, queries):
+        return value.new_zeros(batch, queries, heads * dim)
+    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)
+    weights = attention_weights.transpose(1, 2).flatten(0, 1)
+    maps = value.transpose(1, 2).flatten(0, 1)
+    bags = [
+        _bag(image, *_corners(grid, spatial_shapes), weight)
+        for image, grid, weight in zip(maps, grids, weights, strict=True)
+    ]
+    return _by_query(torch.stack(bags), batch)
 
 
 def sampling_locations(
