@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import difflib
 import json
@@ -9,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
@@ -37,6 +38,27 @@ FROM_DATA = (
 
 class UsageError(ValueError):
     """A command line that cannot be carried out; the message is one sentence."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of a command of its own: options are not abbreviated, and a bad one is an error to be caught, not an exit."""
+
+    def __init__(self, command: str, description: str, **more: Any) -> None:
+        super().__init__(
+            prog=f"python -m dino_lightning {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **more,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise.
+
+        Raises:
+            argparse.ArgumentError: always.
+        """
+        raise argparse.ArgumentError(None, message)
 
 
 def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:

@@ -8,11 +8,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from dino_lightning.arguments import UsageError, newest_run
+from dino_lightning.arguments import CommandParser, UsageError, newest_run
 from dino_lightning.cli import EXPECTED_ERRORS, explain
 from dino_lightning.detector import find_model, load_module
 from dino_lightning.exporting.check import compare_with_module, table
@@ -41,11 +40,6 @@ like. With --preprocessing
 --format torch: a .pt2 file for torch.export.load, its preprocessing outside.
 --format directory: a model directory as a SageMaker job leaves it: model.ckpt, model.json, and the code to serve it.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 def run(args: Sequence[str]) -> int:
@@ -78,12 +72,10 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m dino_lightning export",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "export",
+        DESCRIPTION,
         epilog="Example: python -m dino_lightning export --ckpt_path runs/.../best.ckpt --output rooms.onnx",
     )
     add = parser.add_argument

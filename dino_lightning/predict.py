@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined]  # exported, not declared
 
-from dino_lightning.arguments import UsageError, newest_run
+from dino_lightning.arguments import CommandParser, UsageError, newest_run
 from dino_lightning.cli import EXPECTED_ERRORS, default_precision, explain
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.image_list import ListedImage, list_images
@@ -39,11 +39,6 @@ Interrupted, the same command goes on where it stopped. An image that cannot be 
 reported, and tried again by the next run of the same command. Exit code: 0, 1 if images could not be read or nothing
 could be done, 2 for an option that does not exist, 130 when interrupted.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 def run(args: Sequence[str]) -> int:
@@ -74,12 +69,10 @@ def run(args: Sequence[str]) -> int:
         return 1
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m dino_lightning predict",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "predict",
+        DESCRIPTION,
         epilog="Example: python -m dino_lightning predict --ckpt_path runs/.../best.ckpt --images plans scans/*.tif",
     )
     add = parser.add_argument

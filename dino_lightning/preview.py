@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 
+from dino_lightning.arguments import CommandParser
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy
 from dino_lightning.callbacks.drawing import Panel, draw_panels, save_figure
 from dino_lightning.cli import explain, parse_fit
@@ -21,18 +22,12 @@ NAME_LENGTH = 40  # characters of a file name that fit above a picture
 MOST_IMAGES = 200  # on a sheet
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
 def run(args: Sequence[str]) -> int:
     """Draw; returns the exit code."""
-    parser = _Parser(
-        prog="python -m dino_lightning preview",
-        description="Draw training images after augmentation, resizing and padding, with their boxes and names. "
+    parser = CommandParser(
+        "preview",
+        "Draw training images after augmentation, resizing and padding, with their boxes and names.\n"
         "All options of fit are understood, --data.root and --config among them.",
-        allow_abbrev=False,
     )
     parser.add_argument("--num_images", type=int, default=12, help="how many images to draw, up to 200 (12)")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val: as in evaluation")

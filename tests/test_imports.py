@@ -51,7 +51,7 @@ ALLOWED = {
     "convert": {"architecture", "checkpoint", "files", "module", "published_layout", "weights"},
     "fit": {"arguments", "cli", "data"},
     "health": {"cli", "data", "files", "metrics"},
-    "preview": {"boxes", "callbacks", "cli", "data", "structures"},
+    "preview": {"arguments", "boxes", "callbacks", "cli", "data", "structures"},
     "__main__": {"cli", "convert", "data", "export", "fit", "health", "predict", "preview"},
     "__init__": {"data", "detector", "losses", "metrics", "model", "module", "structures"},
 }  # fmt: skip
