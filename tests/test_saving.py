@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 
+import lightning
 import psutil
 import pytest
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from dino_lightning import arguments
 from dino_lightning.__main__ import run
+from dino_lightning.callbacks import SaveAndStop
 from tests.conftest import TINY_ARGS
 
 PATIENCE = 200  # seconds, on a loaded machine
@@ -200,3 +203,15 @@ def test_going_on_does_not_need_the_starting_weights(whole, rooms, tmp_path):
     assert run(["fit", *options(rooms, folder, epochs=1), "--model.weights", str(weights)]) == 0
     weights.unlink()
     assert run(["fit", "--run_dir", str(folder), "--ckpt_path", "last", "--trainer.max_epochs=2"]) == 0
+
+
+def test_no_process_is_asked_before_each_batch_whether_it_got_a_signal(tmp_path, monkeypatch):
+    """Lightning's own question would be a wait for the device in each step of ddp."""
+    asked = []
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: asked.append(1), raising=False)
+    loop = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    ).fit_loop.epoch_loop
+    SaveAndStop(checkpoint=tmp_path / "last.ckpt").on_fit_start(loop.trainer, None)
+    loop._broadcast_sigterm_tensor()
+    assert not asked
