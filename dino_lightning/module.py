@@ -172,9 +172,9 @@ class DINOModule(lightning.LightningModule):
             return
         if few:
             rank_zero_warn(
-                f"Training from scratch on {images} images: of real ones, a detector of this kind takes {FEW_IMAGES:,} or more to "
-                "learn from nothing. Start from pretrained weights with --model.weights (a published checkpoint), or "
-                "at least a pretrained backbone with --model.backbone_weights."
+                f"Training from scratch on {images} images: of real ones, a detector of this kind takes "
+                f"{FEW_IMAGES:,} or more to learn from nothing. Start from pretrained weights with --model.weights (a "
+                "published checkpoint), or at least a pretrained backbone with --model.backbone_weights."
             )
         if self.model.backbone.norm == "frozen":
             rank_zero_warn(
