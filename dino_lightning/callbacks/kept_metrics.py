@@ -32,8 +32,9 @@ class KeptMetrics(lightning.Callback):
         self.path, self.copy = path, copy
         self._rows: list[dict[str, str]] = []
         if resuming:
-            self._rows = max(_rows(copy), _rows(path), key=_last_step)
-            if self._rows and self._rows == _rows(path):
+            kept, logged = _rows(copy), _rows(path)
+            self._rows = max(kept, logged, key=_last_step)
+            if self._rows and self._rows == logged:
                 self._keep()
             warnings.filterwarnings("ignore", message="Experiment logs directory")  # it says that they will be lost
         elif getattr(rank_zero_only, "rank", 0) == 0:  # set by Lightning, not declared

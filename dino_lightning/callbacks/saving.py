@@ -73,7 +73,7 @@ class SaveAndStop(lightning.Callback):
         """Take over from Lightning what asks all processes before each batch whether there was a SIGTERM."""
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning 2.6; a wait for the device in each step
-            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # it has no switch
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """From here on signals leave a note; Lightning has set its own handlers by now."""

@@ -65,10 +65,10 @@ def list_images(
 def _found(source: str) -> Iterator[str]:
     if os.path.isfile(source):  # noqa: PTH113 - the name may hold a null byte, at which Path raises
         yield source
-    elif os.path.isdir(source):  # noqa: PTH112
+    elif os.path.isdir(source):  # noqa: PTH112 - as above
         for folder, inside, files in os.walk(source):
             inside[:] = [name for name in inside if not name.startswith(".")]
-            yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118
+            yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118 - as above
     elif glob.has_magic(source):
         for name in glob.iglob(source, recursive=True):  # noqa: PTH207 - absolute patterns
             if _is_image(name) and Path(name).is_file():
