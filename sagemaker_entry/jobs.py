@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def resume_request(description: dict[str, Any], now: datetime) -> dict[str, Any]
     base, _, stamp = job.rpartition("-")
     if not stamp.isdigit():
         base = job
-    request["TrainingJobName"] = f"{base[:48]}-{now:%Y%m%d%H%M%S}"
+    names = (f"{base[:48]}-{now + timedelta(seconds=later):%Y%m%d%H%M%S}" for later in (0, 1))
+    request["TrainingJobName"] = next(name for name in names if name != job)  # AWS takes no name twice
     return request
 
 

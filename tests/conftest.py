@@ -1,10 +1,13 @@
-"""Shared fixtures: a small drawn dataset, tiny model sizes, one thread per test process."""
+"""Shared fixtures: a small drawn dataset, tiny model sizes, every test as if it ran alone, on one thread."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
+from dino_lightning.arguments import RUN_DIR_VARIABLE
 from dino_lightning.data.rooms import write_rooms_dataset
 
 TINY_SIZES = {
@@ -33,10 +36,31 @@ TINY_ARGS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tests run side by side; more threads than cores make each of them many times slower."""
+# What Lightning and the command line leave in the environment of the process that ran them.
+LEFT_BY_A_RUN = (
+    "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS", RUN_DIR_VARIABLE,
+)  # fmt: skip
+
+
+def forget_earlier_runs():
+    """As a process that has run nothing; with one thread, for tests run side by side."""
+    for name in LEFT_BY_A_RUN:
+        os.environ.pop(name, None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unlike_the_module_before():
+    forget_earlier_runs()
+
+
+@pytest.fixture(autouse=True)
+def unlike_the_test_before():
+    yield
+    forget_earlier_runs()
 
 
 @pytest.fixture(scope="session")

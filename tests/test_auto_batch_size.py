@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_lightning import DINOModule, arguments, memory
+from dino_lightning import DINOModule, memory
 from dino_lightning.__main__ import run
 from dino_lightning.callbacks import auto_batch_size
 from dino_lightning.callbacks.auto_batch_size import Choice, Gauge, largest_fitting
@@ -26,8 +26,6 @@ TOO_MUCH = 10**15  # bytes; no allocator has them
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(arguments.RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 def fit(rooms, folder, *more, epochs=1):
@@ -251,8 +249,7 @@ MEASURE = textwrap.dedent(
 
 
 def environment():
-    cleared = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
-    return {**cleared, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow

@@ -25,8 +25,6 @@ SMALL = ["--data.image_size=64", "--data.max_size=96", "--data.num_workers=0"]
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(arguments.RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.fixture(scope="module")

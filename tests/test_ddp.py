@@ -62,8 +62,7 @@ SCRIPT = textwrap.dedent(
 
 
 def child_environment():
-    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "MASTER_PORT")}
-    return {**environment, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_in(tmp_path, command):

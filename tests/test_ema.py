@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.__main__ import run
-from dino_lightning.arguments import RUN_DIR_VARIABLE
 from dino_lightning.callbacks import EMA
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
@@ -33,7 +32,6 @@ QUIET = {
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
 
 
 class Small(lightning.LightningModule):

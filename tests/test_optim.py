@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.__main__ import run
-from dino_lightning.arguments import RUN_DIR_VARIABLE
 from dino_lightning.checkpoint import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.optim import RateSchedule, freeze_parts, parameter_groups
@@ -22,7 +21,6 @@ from tests.conftest import TINY_ARGS, TINY_SIZES
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
 
 
 QUIET = {

@@ -15,7 +15,6 @@ import psutil
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from dino_lightning import arguments
 from dino_lightning.__main__ import run
 from dino_lightning.callbacks import SaveAndStop
 from tests.conftest import TINY_ARGS
@@ -26,8 +25,6 @@ PATIENCE = 200  # seconds, on a loaded machine
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(arguments.RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 def options(rooms, folder, epochs=4):
@@ -66,7 +63,8 @@ def wait_for_steps(folder, process):
     limit = time.monotonic() + PATIENCE
     metrics = folder / "metrics.csv"
     while not metrics.is_file() or metrics.read_text().count("\n") < 6:
-        assert process.poll() is None and time.monotonic() < limit
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
         time.sleep(0.02)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning import arguments
 from dino_lightning.__main__ import run
 from tests.conftest import TINY_ARGS
 
@@ -23,8 +22,6 @@ FILES = ["index.html", "per_class.csv", "per_image.csv", "report.json"]
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(arguments.RUN_DIR_VARIABLE, raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.fixture(scope="module")

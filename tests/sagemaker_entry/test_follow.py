@@ -205,6 +205,8 @@ def test_a_job_that_goes_on_is_the_same_but_for_its_name():
         assert request[name] == stopped[name]
     assert request["EnableManagedSpotTraining"] is True
     assert "TrainingJobStatus" not in request and "Environment" not in request
+    stopped["TrainingJobName"] = request["TrainingJobName"]  # and again within the second
+    assert jobs.resume_request(stopped, NOW)["TrainingJobName"] == "dino-rooms-2gpu-20261124120001"
     with pytest.raises(Problem, match="stop it first"):
         jobs.resume_request(description(), NOW)
     with pytest.raises(Problem, match="it is finished"):
