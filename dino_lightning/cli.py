@@ -5,37 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from dino_lightning.arguments import (
-    FROM_DATA,
-    UsageError,
-    explain_argument_error,
-    prepare,
-    with_packaged_configs,
-)
+from dino_lightning.arguments import FROM_DATA, UsageError, prepare, with_packaged_configs
 from dino_lightning.callbacks import (
-    EMA,
-    AutoBatchSize,
-    KeptMetrics,
     MemoryWatch,
     PredictionImages,
     Progress,
-    RunRecord,
     RunReport,
-    SaveAndStop,
     SavedConfig,
     StoppedOnRequest,
     WatchProcesses,
@@ -43,16 +29,13 @@ from dino_lightning.callbacks import (
 )
 from dino_lightning.checkpoint import CheckpointError
 from dino_lightning.data import CocoDataModule, DataError
-from dino_lightning.losses import NonFiniteError
+from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.memory import OutOfMemory, is_out_of_memory
 from dino_lightning.module import DINOModule
 from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
-
-EXPECTED_ERRORS = (
-    *(ArgumentError, UsageError, DataError, CheckpointError, NonFiniteError, OutOfMemory),
-    MisconfigurationException,
-)
+from dino_lightning.resuming import changed_options
+from dino_lightning.run_folder import as_list, asked_for, checkpoints_and_record, ddp_strategy, kept_metrics, loggers
 
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
 
@@ -121,60 +104,25 @@ class DINOCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         """The Trainer with this run's loggers, checkpoints and pictures, unless the user has others."""
-        checkpoints = self.run_dir / "checkpoints"
+        options = self.config[self.subcommand]
         if config.get("strategy") == "ddp":
-            # Gradients live in the buffers that are sent: a copy less. No static_graph: which queries are denoised, and
-            # so how often a weight is used, differs from batch to batch.
-            compress = self.config[self.subcommand].compress_gradients
-            config["strategy"] = DDPStrategy(
-                gradient_as_bucket_view=True, ddp_comm_hook=bf16_compress_hook if compress else None
-            )
+            config["strategy"] = ddp_strategy(compress_gradients=options.compress_gradients)
         if config.get("logger") in (None, True):
-            config["logger"] = [
-                # written at once: a run may be killed at any moment
-                CSVLogger(save_dir=str(self.run_dir), name="", version="", flush_logs_every_n_steps=1),
-                TensorBoardLogger(save_dir=str(self.run_dir), name="", version="tensorboard"),
-            ]
-        config["plugins"] = [*_as_list(config.get("plugins")), WholeCheckpoints()]
+            config["logger"] = loggers(self.run_dir)
+        config["plugins"] = [*as_list(config.get("plugins")), WholeCheckpoints()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
-        own_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(config.get("callbacks")))
+        own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.get("callbacks")))
         if config.get("enable_progress_bar") is not False and not own_bar:
             callbacks = [*callbacks, Progress()]
-        callbacks = [*callbacks, *self.extra_callbacks]
-        options = self.config[self.subcommand]
-        if options.auto_batch_size and self.subcommand == "fit":
-            callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.ckpt_path))
-        if options.ema_decay:
-            callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
-        if options.early_stopping_patience and self.subcommand == "fit":
-            callbacks.append(
-                EarlyStopping("val/AP", mode="max", patience=int(options.early_stopping_patience), verbose=True)
-            )
+        fitting = self.subcommand == "fit"
+        callbacks = [*callbacks, *self.extra_callbacks, *asked_for(options, fitting=fitting)]
         callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png")), WatchProcesses()]
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        if config.get("logger") and self.subcommand == "fit":
-            resuming = bool(self.config.fit.ckpt_path)
-            copy = checkpoints / "metrics.csv"
-            callbacks.append(KeptMetrics(path=self.run_dir / "metrics.csv", copy=copy, resuming=resuming))
+            if fitting:
+                callbacks.append(kept_metrics(self.run_dir, resuming=bool(options.ckpt_path)))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-            common: dict[str, Any] = {
-                "dirpath": str(checkpoints),
-                "auto_insert_metric_name": False,
-                "enable_version_counter": False,
-            }
-            callbacks += [
-                RunRecord(path=self.run_dir / "run.json"),
-                SaveAndStop(
-                    checkpoint=checkpoints / "last.ckpt",
-                    every_minutes=options.save_every_minutes,
-                    every_steps=options.save_every_steps,
-                    flag=self.stop_flag,
-                ),
-                ModelCheckpoint(filename="best", monitor="val/AP", mode="max", **common),
-                # at the end of the epoch, or it would be stale when validation is rarer
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
-            ]
+            callbacks += checkpoints_and_record(self.run_dir, options, self.stop_flag)
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
@@ -183,7 +131,8 @@ class DINOCLI(LightningCLI):
         if self.config.fit.ckpt_path is not None:
             assert isinstance(self.model, DINOModule)
             self.model.has_weights = True  # the Trainer tells so only after the module is set up
-            changes = changed_options(Path(self.config.fit.ckpt_path), self.config.fit.as_dict())
+            before = options_of(Path(self.config.fit.ckpt_path))
+            changes = [] if before is None else changed_options(before, self.config.fit.as_dict())
             if changes:
                 say("Changed since the checkpoint was written:\n  " + "\n  ".join(changes) + "\n")
 
@@ -312,40 +261,6 @@ def execute(
         raise watch.explained(error) from error
 
 
-def changed_options(checkpoint: Path, now: Mapping[str, Any]) -> list[str]:
-    """What differs from the options of the run that a checkpoint is from, one line each: `name: before -> now`."""
-    stored = checkpoint.resolve().parent.parent / "config.yaml"
-    if not stored.is_file():
-        return []
-    try:
-        before = parse_fit(["--config", str(stored)])
-    except EXPECTED_ERRORS:
-        return []  # of another version
-    before_flat, now_flat = _flat(before), _flat(now)
-    return [
-        f"{name}: {_short(before_flat.get(name))} -> {_short(value)}"
-        for name, value in now_flat.items()
-        if name.split(".")[0] not in ("config", "ckpt_path", "run_dir", "weights_only")
-        and before_flat.get(name) != value
-    ]
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 class _ParseOnly(DINOCLI):
     """Parses and checks a command line, and starts nothing."""
 
@@ -372,23 +287,21 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def explain(error: BaseException) -> str:
-    """What went wrong, in one sentence for the user."""
-    return explain_argument_error(str(error)) if isinstance(error, ArgumentError) else original_message(error)
+def options_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The options of the run that a checkpoint is from; None where they are not beside it or of another version."""
+    stored = checkpoint.resolve().parent.parent / "config.yaml"
+    if not stored.is_file():
+        return None
+    try:
+        return parse_fit(["--config", str(stored)])
+    except EXPECTED_ERRORS:
+        return None
 
 
 @rank_zero_only
 def say(text: str) -> None:
     """Print, on the first process only."""
     print(text, flush=True)
-
-
-def original_message(error: BaseException) -> str:
-    """The message of an error, without the traceback that a loader process wraps round it."""
-    message = str(error)
-    if "Original Traceback" in message:
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    return message
 
 
 def default_precision(accelerator: Any) -> str:

@@ -11,8 +11,8 @@ from typing import Any, Protocol, overload
 import torch
 
 from dino_lightning.checkpoint import CheckpointError, read_checkpoint
-from dino_lightning.data.images import read_image
-from dino_lightning.module import DINOModule, ImageLike, to_pixels
+from dino_lightning.data.images import ImageLike, read_image, to_pixels
+from dino_lightning.module import DINOModule
 from dino_lightning.prediction.tiling import merge, views
 from dino_lightning.structures import Detections
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from dino_lightning.arguments import CommandParser, UsageError, newest_run
-from dino_lightning.cli import EXPECTED_ERRORS, explain
 from dino_lightning.detector import find_model, load_module
+from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.exporting.check import compare_with_module, table
 from dino_lightning.exporting.formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
 from dino_lightning.exporting.model_directory import MODEL_FILE, write_model_directory

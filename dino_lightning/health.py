@@ -11,13 +11,14 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 
-from dino_lightning.cli import explain, parse_fit
+from dino_lightning.cli import parse_fit
 from dino_lightning.data.coco import DataError
 from dino_lightning.data.health import inspect_dataset
 from dino_lightning.data.health_checks import Limits
 from dino_lightning.data.health_page import as_html
 from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import resolve_split_files
+from dino_lightning.expected_errors import explain
 from dino_lightning.files import written_whole
 from dino_lightning.metrics.backends import MAX_DETECTIONS
 

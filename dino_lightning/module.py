@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
 from torch import Tensor
 
-from dino_lightning.data.images import read_image
+from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
 from dino_lightning.losses import Criterion, NonFiniteError, mean_num_boxes
@@ -26,11 +23,14 @@ from dino_lightning.model import DINO, postprocess
 from dino_lightning.non_finite import NonFiniteSteps
 from dino_lightning.optim import AccumulatedBoxes, GroupRule, RateSchedule, drop_epochs, freeze_parts, parameter_groups
 from dino_lightning.resuming import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
-from dino_lightning.starting_weights import start_backbone_from, start_from
-from dino_lightning.structures import Batch, Detections, to_uint8
-
-FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
-ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+from dino_lightning.starting_weights import (
+    advice_on_a_pretrained_backbone,
+    advice_on_random_weights,
+    start_backbone_from,
+    start_from,
+)
+from dino_lightning.structures import Batch, Detections
+from dino_lightning.training_figures import TrainingFigures
 
 
 class DINOModule(lightning.LightningModule):
@@ -118,10 +118,8 @@ class DINOModule(lightning.LightningModule):
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
         self.has_weights = False  # or will have: those of a checkpoint that the run goes on from
         self._noise_seed: int | None = None
-        self._terms: dict[str, Tensor] = {}  # what there is to log of the last step, on the device
-        self._shown: dict[str, float] = {}  # the same, if it is logged
-        self._loss_sum: Tensor | None = None  # of this epoch, weighted by images
-        self._images = 0
+        self._figures = TrainingFigures()
+        self._shown: dict[str, float] = {}  # figures of this step, where they are logged
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
 
@@ -140,7 +138,7 @@ class DINOModule(lightning.LightningModule):
         if data is not None:
             self._take_from_data(data)
         if stage == "fit" and not self.has_weights:
-            self._load_starting_weights()
+            self._load_starting_weights(num_images=len(getattr(data, "train_set", ())))
             self.has_weights = True
 
     def _take_from_data(self, data: Any) -> None:
@@ -154,33 +152,17 @@ class DINOModule(lightning.LightningModule):
             if self.hparams[name] is None and getattr(data, name, None) is not None:
                 self.hparams[name] = getattr(data, name)
 
-    def _load_starting_weights(self) -> None:
-        weights, backbone_weights = self.hparams["weights"], self.hparams["backbone_weights"]
-        if weights is not None:
-            rank_zero_info(start_from(self.model, weights, self.hparams["class_names"]))
-            return
-        data = getattr(self.trainer, "datamodule", None)
-        images = len(getattr(data, "train_set", ()))
-        few = 0 < images < FEW_IMAGES
-        if backbone_weights is not None:
-            rank_zero_info(start_backbone_from(self.model, backbone_weights).line())
-            if few:
-                rank_zero_info(
-                    f"Only the backbone is pretrained, and {images} images are few: with weights of a whole detector "
-                    "(--model.weights, a published checkpoint for instance) far fewer epochs do, and AP is higher."
-                )
-            return
-        if few:
-            rank_zero_warn(
-                f"Training from scratch on {images} images: of real ones, a detector of this kind takes "
-                f"{FEW_IMAGES:,} or more to learn from nothing. Start from pretrained weights with --model.weights (a "
-                "published checkpoint), or at least a pretrained backbone with --model.backbone_weights."
-            )
-        if self.model.backbone.norm == "frozen":
-            rank_zero_warn(
-                "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
-                "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
-            )
+    def _load_starting_weights(self, num_images: int) -> None:
+        whole, backbone = self.hparams["weights"], self.hparams["backbone_weights"]
+        if whole is not None:
+            rank_zero_info(start_from(self.model, whole, self.hparams["class_names"]))
+        elif backbone is not None:
+            rank_zero_info(start_backbone_from(self.model, backbone).line())
+            for advice in advice_on_a_pretrained_backbone(num_images):
+                rank_zero_info(advice)
+        else:
+            for advice in advice_on_random_weights(self.model, num_images):
+                rank_zero_warn(advice)
 
     def on_fit_start(self) -> None:
         """Compile, where that is wanted; the model is on its device by now."""
@@ -258,7 +240,7 @@ class DINOModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
         elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        self._terms["train/grad_norm"] = norm
+        self._figures.grad_norm = norm
         self._non_finite.leave_out(norm, optimizer, scaled=self.trainer.precision == "16-mixed")
 
     # ------------------------------------------------------------------ steps
@@ -284,10 +266,7 @@ class DINOModule(lightning.LightningModule):
             self._non_finite.check(batch, self.global_step, folder)
             return self._non_finite.note(batch, self.global_step, error, output, folder)
         self._non_finite.check(batch, self.global_step, folder)
-        self._terms = {name: value.detach() for name, value in _summary_terms(losses, "train").items()}
-        total = (losses["loss"].detach() * len(batch)).nan_to_num(nan=0.0, posinf=0.0)
-        self._loss_sum = total if self._loss_sum is None else self._loss_sum + total
-        self._images += len(batch)
+        self._figures.take(losses, images=len(batch))
         if self.trainer.accumulate_grad_batches == 1:
             return losses["loss"]
         return losses["loss"] * self._accumulated.share(num_boxes)
@@ -301,13 +280,12 @@ class DINOModule(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
         self._shown = {}
-        if self._terms and every and (self.global_step + 1) % every == 0:
-            values = torch.stack([value.float() for value in self._terms.values()]).cpu()
-            self._shown = dict(zip(self._terms, values.tolist(), strict=True))
+        if every and (self.global_step + 1) % every == 0:
+            self._shown = self._figures.of_step()
             self._send(self._shown, self.global_step)
 
     def _send(self, figures: dict[str, float], step: int) -> None:
-        for logger in self.loggers:
+        for logger in self.loggers if figures else ():
             logger.log_metrics({**figures, "epoch": self.current_epoch}, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -323,12 +301,12 @@ class DINOModule(lightning.LightningModule):
         if loss is not None:
             self._send({"train/loss_epoch": loss}, self.global_step - 1)
             self.log("train/loss_epoch", loss, logger=False, batch_size=1)
-        self._loss_sum, self._images = None, 0
+        self._figures.start_epoch()
 
     @property
     def epoch_loss(self) -> float | None:
         """The mean training loss of the epoch so far; None before its first step. Waits for the device."""
-        return None if self._loss_sum is None else float(self._loss_sum) / self._images
+        return self._figures.epoch_loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Detect, remember for the metric, and return the batch's `detections` for callbacks."""
@@ -390,7 +368,7 @@ class DINOModule(lightning.LightningModule):
         """Keep the score threshold of the best F1, the seed of the noise and the loss of the epoch so far."""
         checkpoint["score_threshold"] = float(self.score_threshold)
         checkpoint["noise_seed"] = self._noise_seed
-        checkpoint["epoch_loss"] = (self._loss_sum, self._images)
+        checkpoint["epoch_loss"] = self._figures.of_epoch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` keeps, and leave the loaded weights alone in `setup`.
@@ -401,8 +379,7 @@ class DINOModule(lightning.LightningModule):
         refuse_another_model(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
         self._noise_seed = checkpoint.get("noise_seed")
-        loss_sum, self._images = checkpoint.get("epoch_loss", (None, 0))
-        self._loss_sum = None if loss_sum is None else loss_sum.to(self.device)
+        self._figures.go_on_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
         self.has_weights = True
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
@@ -455,27 +432,3 @@ class DINOModule(lightning.LightningModule):
         finally:
             self.train(was_training)
         return detections
-
-
-def to_pixels(image: ImageLike) -> Tensor:
-    """Any image -> (3, H, W) uint8 RGB."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Tensor):
-        pixels = to_uint8(image)
-    else:
-        array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
-        array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
-        pixels = torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
-        raise ValueError(f"Expected an RGB image; got shape {tuple(pixels.shape)} of {pixels.dtype}.")
-    return pixels
-
-
-def _summary_terms(losses: Mapping[str, Tensor], stage: str) -> dict[str, Tensor]:
-    """The whole loss and its terms of the final layer, the encoder and the denoising queries."""
-    return {f"{stage}/loss_step": losses["loss"]} | {
-        f"{stage}/{name}": value
-        for name, value in losses.items()
-        if name != "loss" and not name.rpartition("_")[2].isdigit()
-    }

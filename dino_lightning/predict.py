@@ -15,10 +15,11 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined]  # exported, not declared
 
 from dino_lightning.arguments import CommandParser, UsageError, newest_run
-from dino_lightning.cli import EXPECTED_ERRORS, default_precision, explain
+from dino_lightning.cli import default_precision
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.image_list import ListedImage, list_images
 from dino_lightning.detector import find_model, load_module
+from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.module import DINOModule
 from dino_lightning.prediction.files import Summary, finished, overlay_paths, prepare, settings_differ, write_results
 from dino_lightning.prediction.loop import predict_images

@@ -89,3 +89,26 @@ def _shortened(value: Any) -> str:
     if isinstance(value, list) and len(value) > 6:
         return f"[{', '.join(map(str, value[:5]))}, ... {len(value)} in all]"
     return str(value)
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the options of two starts of a run, one line each: `name: before -> now`."""
+    before_flat, now_flat = _flat(before), _flat(now)
+    return [
+        f"{name}: {_short(before_flat.get(name))} -> {_short(value)}"
+        for name, value in now_flat.items()
+        if name.split(".")[0] not in ("config", "ckpt_path", "run_dir", "weights_only")
+        and before_flat.get(name) != value
+    ]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,6 +17,7 @@ from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights import in_turn, is_address, local_file
 
+FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
 OUTCOMES = ("loaded", "re-mapped", "new", "ignored")
 _PARTS = {
     "backbone": "backbone",
@@ -105,6 +106,33 @@ def start_backbone_from(model: DINO, place: str) -> LoadReport:
         raise CheckpointError(str(error)) from error
     found = FoundWeights("backbone", {f"body.{key}": value for key, value in state.items()}, "torchvision backbone")
     return _load_backbone(model, found, f"{place} for {name}")
+
+
+def advice_on_a_pretrained_backbone(num_images: int) -> list[str]:
+    """What to know when only the backbone is pretrained; nothing where there is no number of images."""
+    if not 0 < num_images < FEW_IMAGES:
+        return []
+    return [
+        f"Only the backbone is pretrained, and {num_images} images are few: with weights of a whole detector "
+        "(--model.weights, a published checkpoint for instance) far fewer epochs do, and AP is higher."
+    ]
+
+
+def advice_on_random_weights(model: DINO, num_images: int) -> list[str]:
+    """What to know when nothing is pretrained."""
+    advice = []
+    if 0 < num_images < FEW_IMAGES:
+        advice.append(
+            f"Training from scratch on {num_images} images: of real ones, a detector of this kind takes "
+            f"{FEW_IMAGES:,} or more to learn from nothing. Start from pretrained weights with --model.weights (a "
+            "published checkpoint), or at least a pretrained backbone with --model.backbone_weights."
+        )
+    if model.backbone.norm == "frozen":
+        advice.append(
+            "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
+            "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
+        )
+    return advice
 
 
 def needs_download(place: str) -> bool:

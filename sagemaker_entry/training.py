@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.arguments import config_path
-from dino_lightning.cli import EXPECTED_ERRORS, explain, parse_fit
+from dino_lightning.cli import parse_fit
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.starting_weights import needs_download
 from sagemaker_entry.problem import Problem
 

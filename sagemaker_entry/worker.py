@@ -12,7 +12,8 @@ import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
-from dino_lightning.cli import EXPECTED_ERRORS, execute, explain
+from dino_lightning.cli import execute
+from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from sagemaker_entry.failure import Failure, write_record
 from sagemaker_entry.problem import Problem
 from sagemaker_entry.progress import ProgressLines

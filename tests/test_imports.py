@@ -28,13 +28,14 @@ ALLOWED = {
     "checkpoint": {"published_layout"},
     "architecture": {"model", "published_layout"},
     "weights": {"checkpoint"},
+    "training_figures": set(),
     "starting_weights": {"architecture", "checkpoint", "model", "weights"},
     "resuming": {"checkpoint", "model"},
     "non_finite": {"files", "losses", "structures"},
     "memory": {"losses", "model", "structures"},
     "module": {
         "boxes", "data", "losses", "metrics", "model", "non_finite", "optim", "resuming", "starting_weights",
-        "structures",
+        "structures", "training_figures",
     },
     "prediction": {"data", "detections", "files", "module", "structures"},
     "exporting": {"arguments", "checkpoint", "data", "model", "module", "structures"},
@@ -45,19 +46,24 @@ ALLOWED = {
     "report": {"data", "files", "metrics"},
     "options": set(),
     "arguments": {"checkpoint", "data", "files", "module", "options"},
-    "cli": {"arguments", "callbacks", "checkpoint", "data", "losses", "memory", "module", "options", "report"},
-    "predict": {"arguments", "cli", "data", "detector", "module", "prediction"},
-    "export": {"arguments", "cli", "detector", "exporting", "files", "module"},
+    "expected_errors": {"arguments", "checkpoint", "data", "losses", "memory"},
+    "run_folder": {"callbacks"},
+    "cli": {
+        "arguments", "callbacks", "checkpoint", "data", "expected_errors", "memory", "module", "options", "report",
+        "resuming", "run_folder",
+    },
+    "predict": {"arguments", "cli", "data", "detector", "expected_errors", "module", "prediction"},
+    "export": {"arguments", "detector", "expected_errors", "exporting", "files", "module"},
     "convert": {"architecture", "checkpoint", "files", "module", "published_layout", "weights"},
     "fit": {"arguments", "cli", "data"},
-    "health": {"cli", "data", "files", "metrics"},
-    "preview": {"arguments", "boxes", "callbacks", "cli", "data", "structures"},
+    "health": {"cli", "data", "expected_errors", "files", "metrics"},
+    "preview": {"arguments", "boxes", "callbacks", "cli", "data", "expected_errors", "structures"},
     "__main__": {"cli", "convert", "data", "export", "fit", "health", "predict", "preview"},
     "__init__": {"data", "detector", "losses", "metrics", "model", "module", "structures"},
 }  # fmt: skip
 MAY_USE_LIGHTNING = {
-    "arguments.py", "cli.py", "data/datamodule.py", "fit.py", "module.py", "options.py", "predict.py",
-    "prediction/loop.py", "resuming.py", "__main__.py",
+    "arguments.py", "cli.py", "data/datamodule.py", "expected_errors.py", "fit.py", "module.py", "options.py",
+    "predict.py", "prediction/loop.py", "resuming.py", "run_folder.py", "__main__.py",
 }  # fmt: skip
 
 TRITON = "model/deformable_attention/triton_kernels.py"

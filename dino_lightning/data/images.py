@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dino_lightning.data.coco import DataError
+from dino_lightning.structures import to_uint8
 
 try:  # deprecated since torchvision 0.29 in favour of a package with FFmpeg behind it; Pillow does without
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -35,6 +36,8 @@ MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; a drawing office's largest scans (A0 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
 _PILLOWS_LIMIT = threading.Lock()
+
+ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 
 @contextmanager
@@ -145,3 +148,18 @@ def _decode(image: Image.Image) -> npt.NDArray[np.uint8]:
         coloured = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     return np.array(upright.convert("RGB"))
+
+
+def to_pixels(image: ImageLike) -> Tensor:
+    """Any image -> (3, H, W) uint8 RGB."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Tensor):
+        pixels = to_uint8(image)
+    else:
+        array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+        pixels = torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
+        raise ValueError(f"Expected an RGB image; got shape {tuple(pixels.shape)} of {pixels.dtype}.")
+    return pixels

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
-from dino_lightning.module import ImageLike, to_pixels
 from dino_lightning.structures import Detections
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first

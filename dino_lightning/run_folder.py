@@ -1,0 +1,89 @@
+"""What a run of the command line adds to the Trainer: its loggers, checkpoints and callbacks, in the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from dino_lightning.callbacks import EMA, AutoBatchSize, KeptMetrics, RunRecord, SaveAndStop
+
+
+def ddp_strategy(*, compress_gradients: bool) -> DDPStrategy:
+    """DDP whose gradients live in the buffers that are sent: a copy less.
+
+    No static_graph: which queries are denoised, and so how often a weight is used, differs from batch to batch.
+
+    Args:
+        compress_gradients: send them as bfloat16.
+    """
+    return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=bf16_compress_hook if compress_gradients else None)
+
+
+def loggers(run_dir: Path) -> list[Logger]:
+    """CSV, written at once for a run may be killed at any moment, and TensorBoard."""
+    return [
+        CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=1),
+        TensorBoardLogger(save_dir=str(run_dir), name="", version="tensorboard"),
+    ]
+
+
+def asked_for(options: Any, *, fitting: bool) -> list[Callback]:
+    """The callbacks behind options of our own.
+
+    Args:
+        options: of the subcommand, as parsed.
+        fitting: whether it is `fit`.
+    """
+    callbacks: list[Callback] = []
+    if options.auto_batch_size and fitting:
+        callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.ckpt_path))
+    if options.ema_decay:
+        callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
+    if options.early_stopping_patience and fitting:
+        patience = int(options.early_stopping_patience)
+        callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience, verbose=True))
+    return callbacks
+
+
+def kept_metrics(run_dir: Path, *, resuming: bool) -> KeptMetrics:
+    """A copy of metrics.csv beside the checkpoints, which is all that is left of a run in some places."""
+    path = run_dir / "metrics.csv"
+    return KeptMetrics(path=path, copy=run_dir / "checkpoints" / "metrics.csv", resuming=resuming)
+
+
+def checkpoints_and_record(run_dir: Path, options: Any, stop_flag: Path | None) -> list[Callback]:
+    """best.ckpt by AP, last.ckpt, and run.json.
+
+    Args:
+        run_dir: of this run.
+        options: of the subcommand, as parsed.
+        stop_flag: a file that asks to save and stop as soon as it exists.
+    """
+    folder = run_dir / "checkpoints"
+    common: dict[str, Any] = {
+        "dirpath": str(folder),
+        "auto_insert_metric_name": False,
+        "enable_version_counter": False,
+    }
+    return [
+        RunRecord(path=run_dir / "run.json"),
+        SaveAndStop(
+            checkpoint=folder / "last.ckpt",
+            every_minutes=options.save_every_minutes,
+            every_steps=options.save_every_steps,
+            flag=stop_flag,
+        ),
+        ModelCheckpoint(filename="best", monitor="val/AP", mode="max", **common),
+        # at the end of the epoch, or it would be stale when validation is rarer
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
+    ]
+
+
+def as_list(value: Any) -> list[Any]:
+    """None, one or several, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
