@@ -184,12 +184,16 @@ class DINOModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Settle the seed of the noise."""
+        """Settle the seed of the noise, and the rates: in a resumed run those of its options of now, not the stored."""
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
+        self._set_rates()  # here as well: of an epoch that a run goes on with in its middle, Lightning calls no start
 
     def on_train_epoch_start(self) -> None:
-        """Set the rates of this epoch; in a resumed run those of its options of now, not the stored ones."""
+        """Set the rates of this epoch."""
+        self._set_rates()
+
+    def _set_rates(self) -> None:
         schedule = self.lr_schedulers()
         if isinstance(schedule, RateSchedule):
             schedule.at(step=self.global_step, epoch=self.current_epoch)

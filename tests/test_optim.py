@@ -44,16 +44,23 @@ def data(rooms):
 
 
 class Rates(lightning.Callback):
-    def __init__(self):
+    """Those of each step; saves after some of them."""
+
+    def __init__(self, save_after=None):
         self.seen = []
+        self.save_after = save_after or {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step in self.save_after:
+            trainer.save_checkpoint(self.save_after[trainer.global_step])
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
-def rates_of(data, *, epochs=4, batches=3, resume=None, save=None, trainer=(), **options):
+def rates_of(data, *, epochs=4, batches=3, resume=None, save=None, save_after=None, trainer=(), **options):
     """The rate of each optimizer step outside the backbone."""
-    recorder = Rates()
+    recorder = Rates(save_after)
     trainer = lightning.Trainer(
         max_epochs=epochs, limit_train_batches=batches, callbacks=[recorder], **{**QUIET, **dict(trainer)}
     )
@@ -128,6 +135,15 @@ def test_a_resumed_run_has_the_rates_of_one_that_was_not_interrupted(data, tmp_p
     if "lr_schedule" not in options:  # a cosine over two epochs is another one than over four
         assert first == pytest.approx(whole[:6])
     assert rest == whole[6:]
+
+
+@pytest.mark.parametrize("options", [{"lr_drop_epochs": [1]}, {"lr_schedule": "cosine", "warmup_steps": 2}], ids=str)
+def test_a_run_resumed_in_the_middle_of_an_epoch_has_its_rates(data, tmp_path, options):
+    places = {step: str(tmp_path / f"{step}.ckpt") for step in (4, 8)}
+    whole = rates_of(data, save_after=places, **options)
+    for step, saved in places.items():
+        assert rates_of(data, resume=saved, **options) == whole[step:]
+    assert rates_of(data, resume=places[4], lr=3e-3, lr_drop_epochs=[2]) == pytest.approx([3e-3] * 2 + [3e-4] * 6)
 
 
 def test_when_resuming_the_values_of_now_win(data, tmp_path):
