@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import environment, save, table
-from benchmarks.step import CLASSES, random_batch
+from benchmarks.peers import CLASSES, random_batch
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Timing, environment, interleaved, save, table
+from benchmarks.peers import rfdetr_base
 from dino_lightning.detector import load_module
 from dino_lightning.exporting.formats import describe_module, run_onnx, write_onnx
 from dino_lightning.module import DINOModule
@@ -74,15 +75,10 @@ def _peers(images: Tensor, device: str) -> dict[str, Run]:
 
 
 def _rfdetr(images: Tensor, device: str) -> dict[str, Run]:
-    """RF-DETR at the resolution it was made for, which it resizes to by itself; only if its weights are there."""
-    try:
-        from PIL import Image
-        from rfdetr import RFDETRBase
+    """RF-DETR at the resolution it was made for, which it resizes to by itself."""
+    from PIL import Image
 
-        network = RFDETRBase(device=device)
-    except Exception as error:  # its weights are downloaded
-        print(f"rfdetr is installed, but cannot be run here ({type(error).__name__}: {error}).")
-        return {}
+    network = rfdetr_base(device)
     pages = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     return {"rfdetr base": _waiting(lambda: network.predict(pages, threshold=0.0), device)}
 

@@ -58,7 +58,8 @@ def interleaved(
         repeats: calls in each round, for contestants too fast to be timed once; the time is given for one call.
         clock: `time.thread_time` for work that one thread does: other processes do not disturb it.
     """
-    assert rounds >= 5, "fewer rounds say too little about the spread"
+    if rounds < 5:
+        raise SystemExit(f"{rounds} rounds say too little about the spread; take 5 or more.")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, call in contestants.items():

@@ -3,8 +3,10 @@
 Detector, losses, backward pass, clipping and optimizer on random images with random boxes: images per second, share of
 the peak, memory, and where the time goes. With `--against transformers` beside the Deformable DETR of that library: two
 stages, box refinement, the same backbone, depth, width and number of queries, but no denoising queries, so its step has
-less to do. With `--baseline module:callable` beside anything else: the callable takes height, width, batch size and
-device, and returns a function of no arguments that does one step.
+less to do. With `--against rfdetr` beside RF-DETR base, which is another kind of detector: one level of a DINOv2-S
+backbone, 3 decoder layers, 13 groups of 300 queries; sides must be multiples of 56. With `--baseline module:callable`
+beside anything else: the callable takes height, width, batch size and device, and returns a function of no arguments
+that does one step.
 """
 
 from __future__ import annotations
@@ -24,28 +26,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import environment, interleaved, save, table
+from benchmarks.peers import CLASSES, random_batch, rfdetr_step, transformers_step
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
 from dino_lightning.optim import parameter_groups
 from dino_lightning.structures import Batch
 
-CLASSES, BOXES = 80, 8
+PEERS = {"transformers": transformers_step, "rfdetr": rfdetr_step}
 COCO_MIX = ((640, 852), (800, 1066), (544, 725), (1066, 800), (736, 1100), (480, 640))
-
-
-def random_batch(height: int, width: int, size: int, device: str) -> Batch:
-    """Noise with boxes."""
-    generator = torch.Generator().manual_seed(height * width + size)
-    images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator) for _ in range(size)]
-    targets = []
-    for _ in range(size):
-        centre, extent = (
-            torch.rand(BOXES, 2, generator=generator) * 0.6 + 0.2,
-            torch.rand(BOXES, 2, generator=generator),
-        )
-        boxes = torch.cat((centre, extent * 0.3 + 0.02), dim=1)
-        targets.append((boxes, torch.randint(CLASSES, (BOXES,), generator=generator)))
-    return Batch.from_images(images, targets=targets).to(device)
 
 
 class OurStep:
@@ -84,47 +72,6 @@ class OurStep:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def transformers_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
-    """A step of transformers' Deformable DETR, made as large as DINO."""
-    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
-
-    torch.manual_seed(0)
-    config = DeformableDetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
-        num_queries=900,
-        two_stage=True,
-        two_stage_num_proposals=900,
-        with_box_refine=True,
-        encoder_ffn_dim=2048,
-        decoder_ffn_dim=2048,
-        num_labels=CLASSES,
-    )
-    model = DeformableDetrForObjectDetection(config).train().to(device)
-    for name, parameter in model.named_parameters():  # as in DINO: stem and first stage are fixed
-        if "backbone" in name and ("embedder" in name or "stages.0" in name):
-            parameter.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    batch = random_batch(height, width, size, device)
-    assert batch.targets is not None
-    pixels = (batch.images.float() - 118) / 58
-    labels = [
-        {"class_labels": batch.targets.labels[index], "boxes": batch.targets.boxes_cxcywh[index]}
-        for index in range(size)
-    ]
-
-    def step() -> None:
-        loss = model(pixel_values=pixels, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
@@ -234,7 +181,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--num_denoising", type=int, default=100, help="0: the work of a detector without them")
-    parser.add_argument("--against", choices=("transformers",), help="a peer to measure beside")
+    parser.add_argument("--against", choices=tuple(PEERS), help="a peer to measure beside")
     parser.add_argument("--baseline", help="module:callable, see above")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
@@ -257,7 +204,7 @@ def main() -> None:
         if name is None:
             continue
         module, _, attribute = name.partition(":")
-        make = transformers_step if name == "transformers" else getattr(importlib.import_module(module), attribute)
+        make = PEERS[name] if name in PEERS else getattr(importlib.import_module(module), attribute)
         steps = [make(height, width, options.batch_size, device) for height, width in sizes]
         contestants[name] = synchronized(lambda steps=steps: [one() for one in steps], device)  # type: ignore[misc]  # bound now, not in the next round
     timings = interleaved(contestants, rounds=options.rounds)

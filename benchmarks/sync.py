@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import plain
 from benchmarks.measure import environment, save, table
-from benchmarks.step import OurStep, random_batch
+from benchmarks.peers import random_batch
+from benchmarks.step import OurStep
 from dino_lightning.structures import ModelOutput, Targets
 
 WAITING_OPERATORS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
