@@ -83,7 +83,8 @@
       button.append(...head.childNodes);
       head.append(button);
       button.addEventListener("click", () => {
-        const up = head.getAttribute("aria-sort") === "descending";
+        const before = head.getAttribute("aria-sort"); // at first names from A on, numbers from the largest on
+        const up = before ? before === "descending" : head.classList.contains("name");
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
         const key = (row) => row.cells[column].textContent.trim();
