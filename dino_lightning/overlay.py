@@ -36,6 +36,9 @@ def to_page(image: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
         image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
+    if image.mode.endswith("A"):  # transparency is white, as for the detector
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 

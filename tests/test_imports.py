@@ -43,7 +43,7 @@ ALLOWED = {
     "callbacks": {
         "boxes", "checkpoint", "data", "files", "memory", "metrics", "module", "overlay", "resuming", "structures",
     },
-    "report": {"data", "files", "metrics"},
+    "report": {"data", "files", "metrics", "structures"},
     "options": set(),
     "arguments": {"checkpoint", "data", "files", "module", "options"},
     "expected_errors": {"arguments", "checkpoint", "data", "losses", "memory"},

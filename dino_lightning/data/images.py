@@ -110,7 +110,7 @@ def decode_bytes(content: bytes, name: str) -> Tensor:
         if pixels is not None:
             return pixels
         with open_image(io.BytesIO(content)) as image:
-            return torch.from_numpy(_decode(image)).permute(2, 0, 1)
+            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image), image.format)).permute(2, 0, 1)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on damaged files
@@ -134,30 +134,33 @@ def _decode_jpeg(content: bytes) -> Tensor | None:
     return pixels
 
 
-def _decode(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """(height, width, 3) RGB."""
+def _to_rgb(image: Image.Image, file_format: str | None) -> npt.NDArray[np.uint8]:
+    """(height, width, 3) RGB, transparency on white, 16 bits scaled to 8."""
     # Older Pillow opens 16-bit grey PNG files in the 32-bit mode.
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG")
     if image.mode in ("I", "F") and not sixteen_bits:
         raise ValueError("its pixels have 32 bits; convert it to 8 or 16 bits")
-    upright = ImageOps.exif_transpose(image)
     if sixteen_bits:
-        grey = ((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8)
+        grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if upright.mode.endswith(("A", "a")) or "transparency" in upright.info:
-        coloured = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
-    return np.array(upright.convert("RGB"))
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
+    return np.array(image.convert("RGB"))
 
 
 def to_pixels(image: ImageLike) -> Tensor:
-    """Any image -> (3, H, W) uint8 RGB."""
+    """Any image -> (3, H, W) uint8 RGB.
+
+    One that Pillow has opened becomes what its file would, but is not turned by its EXIF orientation: its pixels are
+    what its owner counts in.
+    """
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Tensor):
         pixels = to_uint8(image)
     else:
-        array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        array = _to_rgb(image, image.format) if isinstance(image, Image.Image) else image
         array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
         pixels = torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:

@@ -97,6 +97,7 @@ def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) ->
             "colour": "RGB, 0-255",
             "short_side": settings["image_size"],
             "long_side_at_most": settings["max_size"],
+            "stretched_to_a_square_of": settings.get("stretch_to"),
             "normalisation": "inside the model",
         },
         "metrics": figures,

@@ -15,7 +15,7 @@ JSON_NAME = "report.json"
 IMAGES_SHOWN = 10  # that became better, and as many that became worse
 VALUES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR", "F1", "F1_precision", "F1_recall")
 COUNTS = ("exact", "within_one", "mean_absolute_error")
-LESS_IS_BETTER = {"mean_absolute_error", *ERROR_KINDS}
+LESS_IS_BETTER = ("mean_absolute_error",)  # of the figures
 
 
 def find_report(place: Path, stage: str) -> Path:
@@ -71,6 +71,7 @@ def _check(content: dict[str, Any]) -> None:
         _optional(content["values"][name])
     for name in COUNTS:
         _optional(content["counts"][name])
+    str(content["annotations"])
     for number in (content["threshold"], content["num_images"], *(row["count"] for row in content["errors"])):
         float(number)
     if not {row["kind"] for row in content["errors"]} <= set(ERROR_KINDS):
@@ -80,7 +81,7 @@ def _check(content: dict[str, Any]) -> None:
         for name in ("AP", "best_f1"):
             _optional(row[name])
     for row in content["images"]:
-        int(row["image_id"]), str(row["file_name"]), float(row["f1"])
+        int(row["image_id"]), str(row["file_name"]), float(row["f1"]), int(row["true"])
     curves = content["curves"]
     for length, values in (
         (curves["recalls"], curves["precision_at_recall"]["0.50"]),
@@ -113,6 +114,10 @@ def compare(this: dict[str, Any], other: dict[str, Any], name: str) -> dict[str,
     ]
     counted = {row["kind"]: row["count"] for row in other["errors"]}
     before = {(row["image_id"], row["file_name"]): row["f1"] for row in other["images"]}
+    true_before = {(row["image_id"], row["file_name"]): row["true"] for row in other["images"]}
+    relabelled = sum(
+        true_before.get((row["image_id"], row["file_name"]), row["true"]) != row["true"] for row in this["images"]
+    )
     images = [
         _row(f"{row['file_name']} (image {row['image_id']})", before[row["image_id"], row["file_name"]], row["f1"])
         for row in this["images"]
@@ -122,10 +127,14 @@ def compare(this: dict[str, Any], other: dict[str, Any], name: str) -> dict[str,
     changed = [row for row in images if row["change"]]
     return {
         "name": name,
-        "notes": _notes(this, other, len(images)),
+        "notes": _notes(this, other, len(images), relabelled),
         "values": [_row(key, other["values"][key], this["values"][key]) for key in VALUES]
-        + [_row(key, other["counts"][key], this["counts"][key]) for key in COUNTS],
-        "errors": [_row(row["kind"], counted.get(row["kind"]), row["count"]) for row in this["errors"]],
+        + [
+            _row(key, other["counts"][key], this["counts"][key], less_is_better=key in LESS_IS_BETTER) for key in COUNTS
+        ],
+        "errors": [
+            _row(row["kind"], counted.get(row["kind"]), row["count"], less_is_better=True) for row in this["errors"]
+        ],
         "classes": sorted(class_rows, key=lambda row: -abs(row["change"] or 0)),
         "only_this": [row["name"] for row in this["classes"] if row["name"] not in classes],
         "only_other": sorted(set(classes) - {row["name"] for row in this["classes"]}),
@@ -137,19 +146,25 @@ def compare(this: dict[str, Any], other: dict[str, Any], name: str) -> dict[str,
     }
 
 
-def _row(name: str, other: float | None, this: float | None) -> dict[str, Any]:
+def _row(name: str, other: float | None, this: float | None, *, less_is_better: bool = False) -> dict[str, Any]:
     change = None if other is None or this is None else round(this - other, 6)
-    improved = None if not change else (change > 0) != (name in LESS_IS_BETTER)
+    improved = None if not change else (change > 0) != less_is_better
     return {"name": name, "other": other, "this": this, "change": change, "improved": improved}
 
 
-def _notes(this: dict[str, Any], other: dict[str, Any], common: int) -> list[str]:
+def _notes(this: dict[str, Any], other: dict[str, Any], common: int, relabelled: int) -> list[str]:
     """What to keep in mind."""
     notes = []
     if not common == this["num_images"] == other["num_images"]:
         notes.append(
             f"The two runs were not evaluated on the same images: {this['num_images']} here, {other['num_images']} "
             f"there, {common} in common. All figures but those of single images are each over all of its own."
+        )
+    if relabelled:
+        notes.append(
+            f"{relabelled} of the {common} common images have another number of true boxes there: the annotations were "
+            f"changed, or are others with the same ids and names ({this['annotations']} here, {other['annotations']} "
+            "there)."
         )
     if abs(this["threshold"] - other["threshold"]) > 1e-9:
         notes.append(

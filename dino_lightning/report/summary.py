@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.metrics import Evaluation, PrecisionRecallCurve
+from dino_lightning.metrics.backends import MAX_DETECTIONS
 from dino_lightning.report.errors import (
     ERROR_KINDS,
     FALSE_KINDS,
@@ -22,6 +23,7 @@ from dino_lightning.report.errors import (
     f1_without,
     judge_image,
 )
+from dino_lightning.structures import GroundTruth
 
 SCHEMA = 1
 KIND = "dino_lightning evaluation"
@@ -91,6 +93,7 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
         ],
         "calibration": _calibration(evaluation, threshold),
         "counts": count_figures(rows),
+        "crowded_images": sum(_most_of_a_class(image.truth) > MAX_DETECTIONS for image in evaluation.images),
         "images": rows,
     }
 
@@ -144,6 +147,11 @@ class _Tally:
             for kind in ERROR_KINDS
             if kind != "wrong_class" or len(self.counted_off) > 1
         ]
+
+
+def _most_of_a_class(truth: GroundTruth) -> int:
+    """True boxes of the class that has most in an image."""
+    return int(np.bincount(truth.labels[~truth.iscrowd]).max(initial=0))
 
 
 def image_row(image_id: int, file_name: str, judged: JudgedImage) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from dino_lightning.data import DataError, read_image
+from dino_lightning.data.images import to_pixels
 
 GRADIENT = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 36, 3)).astype(np.uint8)
@@ -144,3 +145,23 @@ def test_what_cannot_be_decoded_is_named(tmp_path, damage):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.png does not exist\."):
         read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_an_opened_image_is_seen_as_its_file(tmp_path, mode):
+    path = tmp_path / f"a.{'tiff' if mode == 'CMYK' else 'png'}"
+    image = Image.fromarray(GRADIENT) if mode == "I;16" else Image.fromarray(COLOURS).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(COLOURS[:, :, 0]))
+    image.save(path)
+    with Image.open(path) as opened:
+        assert torch.equal(to_pixels(opened), read_image(path))
+
+
+def test_an_opened_image_is_not_turned(tmp_path):
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(COLOURS).save(path, exif=exif)
+    assert read_image(path).shape == (3, 36, 24)
+    with Image.open(path) as opened:
+        assert np.array_equal(to_pixels(opened).permute(1, 2, 0), COLOURS)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dino_lightning.data.coco import DataError
 from dino_lightning.report import find_report, load_report, write_report
+from dino_lightning.report.compare import compare
 from dino_lightning.report.errors import ERROR_KINDS, FALSE_KINDS
 from dino_lightning.report.pictures import choose
 from tests.report.evaluations import evaluate, write_images
@@ -281,3 +282,28 @@ def test_a_report_with_something_else_in_the_place_of_a_number(report, where, va
 def test_no_report_where_one_is_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: there is no report\.json in it or in test/report"):
         find_report(tmp_path / "nowhere", "test")
+
+
+def test_more_boxes_than_coco_looks_at_are_told_of(report):
+    folder, content, _ = report(ONE, num_images=2, boxes=120)
+    assert content["crowded_images"] == 1
+    assert "1 image has more than 100 true boxes of one class" in (folder / "index.html").read_text()
+
+
+def test_a_class_may_be_called_like_an_error(report):
+    _, other, _ = report(["missed", "background", "never"], missed=0.5)
+    _, this, _ = report(["missed", "background", "never"], name="again", missed=0.1)
+    found = compare(this, other, "other")
+    rows = [row for row in found["classes"] if row["change"]]
+    assert rows and all(row["improved"] == (row["change"] > 0) for row in rows)
+    rows = [row for row in found["errors"] if row["change"]]
+    assert rows and all(row["improved"] == (row["change"] < 0) for row in rows)
+
+
+def test_changed_annotations_are_told_of(report):
+    _, this, _ = report(ONE)
+    assert compare(this, this, "other")["notes"] == []
+    other = json.loads(json.dumps(this))
+    other["images"][1]["true"] += 1
+    (note,) = compare(this, other, "other")["notes"]
+    assert note.startswith("1 of the 8 common images have another number of true boxes")
