@@ -36,6 +36,7 @@ from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
 from dino_lightning.resuming import changed_options
 from dino_lightning.run_folder import as_list, asked_for, checkpoints_and_record, ddp_strategy, kept_metrics, loggers
+from dino_lightning.starting_weights import start_from
 
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
 
@@ -115,8 +116,9 @@ class DINOCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not own_bar:
             callbacks = [*callbacks, Progress()]
         fitting = self.subcommand == "fit"
-        callbacks = [*callbacks, *self.extra_callbacks, *asked_for(options, fitting=fitting)]
-        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png")), WatchProcesses()]
+        # the watch first: from here on a process that dies must not be waited for
+        callbacks = [WatchProcesses(), *callbacks, *self.extra_callbacks, *asked_for(options, fitting=fitting)]
+        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
             if fitting:
@@ -162,14 +164,23 @@ class DINOCLI(LightningCLI):
             say(f"Watch losses: tensorboard --logdir {self.run_dir}")
 
     def before_validate(self) -> None:
-        """Read what to compare with, before it takes hours to find that it cannot be read."""
+        """Load weights that are not a checkpoint of ours, and read what to compare with before it takes hours."""
         options = self.config[self.config.subcommand]
+        if options.ckpt_path is None:
+            self._load_weights()
         if options.against is None:
             return
         if not options.report:
             raise UsageError("--against compares in the report; leave out --report false.")
         path = find_report(Path(options.against), self.config.subcommand)
         self._other_run = (str(path), load_report(path))
+
+    def _load_weights(self) -> None:
+        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
+        weights = self.model.hparams["weights"]
+        if weights is None:
+            raise UsageError("There is nothing to evaluate: give a checkpoint with --ckpt_path, or --model.weights.")
+        say(f"{start_from(self.model.model, weights, self.datamodule.class_names)}\n")
 
     def before_test(self) -> None:
         """As before validation."""

@@ -171,22 +171,31 @@ class DINOModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, fused into one kernel for each group, and the schedule of its rates."""
-        # With a gradient scaler, a fused optimizer unscales only in its step, after the gradients are clipped.
-        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(self._parameter_groups(), fused=fused)
+        optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self._fused)
         schedule = RateSchedule(
             optimizer,
             warmup_steps=self.hparams["warmup_steps"],
             milestones=self._milestones(),
             gamma=self.hparams["lr_drop_factor"],
-            cosine_steps=self._all_steps() if self.hparams["lr_schedule"] == "cosine" else None,
+            cosine_steps=1 if self.hparams["lr_schedule"] == "cosine" else None,  # of all, see `on_train_start`
         )
+        if schedule.cosine_steps and self.trainer.max_steps < 0 and (self.trainer.max_epochs or -1) < 0:
+            raise ValueError("lr_schedule=cosine ends with the training: set max_epochs or max_steps.")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _fused(self) -> bool:
+        """Not with a gradient scaler: a fused optimizer unscales only in its step, after the gradients are clipped."""
+        return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:
         """Settle the seed of the noise, and the rates: in a resumed run those of its options of now, not the stored."""
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, RateSchedule) and schedule.cosine_steps is not None:
+            # Not earlier: asked for the number, Lightning makes its loaders, which then pass over their stored state.
+            schedule.cosine_steps = int(self.trainer.estimated_stepping_batches)
         self._set_rates()  # here as well: of an epoch that a run goes on with in its middle, Lightning calls no start
 
     def on_train_epoch_start(self) -> None:
@@ -216,12 +225,6 @@ class DINOModule(lightning.LightningModule):
     def _milestones(self) -> list[int]:
         given = self.hparams["lr_drop_epochs"]
         return drop_epochs(self.trainer.max_epochs) if given is None else list(given)
-
-    def _all_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("lr_schedule=cosine ends with the training: set max_epochs or max_steps.")
-        return int(steps)
 
     def configure_gradient_clipping(
         self,
@@ -337,8 +340,11 @@ class DINOModule(lightning.LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         output = self.model(batch)
         if batch.targets is not None:
-            losses = self.criterion(output, batch.targets, batch.image_ids)
-            self.log(f"{stage}/loss", losses["loss"], batch_size=len(batch), on_epoch=True, sync_dist=True)
+            try:
+                loss = self.criterion(output, batch.targets, batch.image_ids)["loss"]
+            except NonFiniteError:  # a bad score is enough; it is training that may have to stop
+                loss = torch.full((), float("nan"), device=self.device)
+            self.log(f"{stage}/loss", loss, batch_size=len(batch), on_epoch=True, sync_dist=True)
         detections = [found.cpu() for found in self._detections(output, batch)]
         if batch.ground_truth is None:
             raise ValueError("The batch has no ground_truth; evaluation needs it.")
@@ -388,6 +394,8 @@ class DINOModule(lightning.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
                 refuse_another_optimizer(checkpoint, self._parameter_groups())
+                for group in checkpoint["optimizer_states"][0]["param_groups"]:
+                    group["fused"] = self._fused  # of the precision of now
             go_on_from_raw_weights(checkpoint)
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:

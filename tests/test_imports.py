@@ -50,7 +50,7 @@ ALLOWED = {
     "run_folder": {"callbacks"},
     "cli": {
         "arguments", "callbacks", "checkpoint", "data", "expected_errors", "memory", "module", "options", "report",
-        "resuming", "run_folder",
+        "resuming", "run_folder", "starting_weights",
     },
     "predict": {"arguments", "cli", "data", "detector", "expected_errors", "module", "prediction"},
     "export": {"arguments", "detector", "expected_errors", "exporting", "files", "module"},

@@ -72,7 +72,9 @@ class SavedConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The checkpoint is read by now."""
+        """The checkpoint is read by now. It is not named: a new run with this configuration must not go on with it."""
+        self.config = self.config.clone()
+        self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
 
 

@@ -62,7 +62,7 @@ class SaveAndStop(lightning.Callback):
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self._signal = 0
         self._stopped: StoppedOnRequest | None = None
-        self._handling = False
+        self._handling = self._owed = False
         self._step = 0
         self._batches_to_poll = self._interval = 1
         self._last_poll = self._last_save = time.monotonic()
@@ -74,6 +74,19 @@ class SaveAndStop(lightning.Callback):
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning 2.6; a wait for the device in each step
             loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # it has no switch
+        if hasattr(trainer.fit_loop, "_iteration_based_training"):
+            # Lightning 2.6; with max_steps, a run that goes on would end its last epoch once more
+            trainer.fit_loop._iteration_based_training = _never  # type: ignore[method-assign]  # it has no switch
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let a run folder that has been moved keep its best checkpoint, which Lightning forgets in any other place."""
+        if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.checkpoint.resolve().parent:
+            return
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith("ModelCheckpoint"):
+                checkpoint["callbacks"][key] = _moved(state, str(state.get("dirpath")), self.checkpoint.parent)
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """From here on signals leave a note; Lightning has set its own handlers by now."""
@@ -134,17 +147,23 @@ class SaveAndStop(lightning.Callback):
     ) -> None:
         """Save or stop, where it is due.
 
-        Not after the last batch of an epoch, where Lightning would go on with the next epoch, and not between batches
-        whose gradients are accumulated, which would be lost.
+        Not after the last batch of an epoch, where Lightning would go on with the next epoch, not between batches whose
+        gradients are accumulated, which would be lost, and not before a validation within an epoch, which Lightning
+        would pass over when going on; then after the next step.
         """
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if not stepped or batch_idx + 1 >= trainer.num_training_batches:
+        if stepped and self.every_steps and trainer.global_step % self.every_steps == 0:
+            self._owed = True
+        if batch_idx + 1 >= trainer.num_training_batches:
+            self._owed = False  # the end of the epoch saves
+            return
+        if not stepped or _validation_follows(trainer, batch_idx):
             return
         stop, due = self._poll(trainer)
         if stop:
             self._save(trainer)
             self._stopped = StoppedOnRequest(trainer.global_step, stop, self.checkpoint)
-        elif due or (self.every_steps and trainer.global_step % self.every_steps == 0):
+        elif due or self._owed:
             self._save(trainer)
 
     def on_validation_batch_end(
@@ -172,7 +191,7 @@ class SaveAndStop(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self.checkpoint)  # on all processes: it ends with a barrier
-        self._last_save = time.monotonic()
+        self._last_save, self._owed = time.monotonic(), False
 
     def _poll(self, trainer: lightning.Trainer) -> tuple[int, bool]:
         """(the signal that asks to stop or 0, whether the clock says to save), the same on all processes."""
@@ -199,6 +218,29 @@ class SaveAndStop(lightning.Callback):
 
 def _nothing() -> None:
     pass
+
+
+def _never() -> bool:
+    return False
+
+
+def _moved(value: Any, before: str, now: Path) -> Any:
+    """A callback's state with the paths in the folder `before` in the folder `now`."""
+    if isinstance(value, dict):
+        return {_moved(key, before, now): _moved(content, before, now) for key, content in value.items()}
+    if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
+        return os.path.realpath(now) + value[len(before) :]
+    return value
+
+
+def _validation_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a validation comes between this batch and the next of its epoch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not isinstance(every, int) or not trainer.enable_validation:
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return (batch_idx + 1) % every == 0 and (trainer.current_epoch + 1) % epochs == 0
 
 
 class WholeCheckpoints(TorchCheckpointIO):
