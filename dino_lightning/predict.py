@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from dino_lightning.data.image_list import ListedImage, list_images
 from dino_lightning.detector import find_model, load_module
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.module import DINOModule
-from dino_lightning.prediction.files import Summary, finished, overlay_paths, prepare, settings_differ, write_results
+from dino_lightning.prediction.files import (
+    Summary,
+    finished,
+    other_images,
+    overlay_paths,
+    prepare,
+    settings_differ,
+    write_results,
+)
+from dino_lightning.prediction.lock import locked
 from dino_lightning.prediction.loop import predict_images
 from dino_lightning.prediction.views import Views
 
@@ -36,9 +46,10 @@ DESCRIPTION = """Detect objects in images, and write what was found into a folde
   predictions.jsonl   one line for each image; what an interrupted run goes on from
   overlays/           the images with their detections
 
-Interrupted, the same command goes on where it stopped. An image that cannot be read does not stop the others: it is
-reported, and tried again by the next run of the same command. Exit code: 0, 1 if images could not be read or nothing
-could be done, 2 for an option that does not exist, 130 when interrupted.
+Interrupted, the same command goes on where it stopped, with images that were added or changed since as well; other
+images need another --output. An image that cannot be read does not stop the others: it is reported, and tried again by
+the next run of the same command. Exit code: 0, 1 if images could not be read or nothing could be done, 2 for an option
+that does not exist, 130 when interrupted.
 """
 
 
@@ -54,20 +65,26 @@ def run(args: Sequence[str]) -> int:
     try:
         return _predict(options)
     except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        print(f"\nInterrupted; {_how_to_go_on(options)}.", file=sys.stderr)
         return INTERRUPTED
     except EXPECTED_ERRORS as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
         print(
-            "error: the GPU's memory is full; lower --batch_size. What is finished is kept: the same command goes on.",
+            f"error: the GPU's memory is full; lower --batch_size. What is finished is kept: {_how_to_go_on(options)}.",
             file=sys.stderr,
         )
         return 1
     except OSError as error:
         print(f"error: {options.output}: cannot be written ({error.strerror or error}).", file=sys.stderr)
         return 1
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.began_anew:
+        return "to go on from here, repeat it without --overwrite"
+    return "the same command goes on from here"
 
 
 def _parser() -> CommandParser:
@@ -96,6 +113,7 @@ def _parser() -> CommandParser:
     add("--trainer.accelerator", dest="accelerator", default="auto", help="auto, gpu, cpu, mps")
     add("--trainer.devices", dest="devices", default="auto", help="how many, or which: 2, or 0,1 (auto: all GPUs)")
     add("--trainer.precision", dest="precision", help="32-true, bf16-mixed or 16-mixed (by the device)")
+    parser.set_defaults(began_anew=False)  # until earlier results were deleted
     return parser
 
 
@@ -135,23 +153,43 @@ def _predict(options: argparse.Namespace) -> int:
         "whole_image": options.whole_image if options.tile else None,
         "overlays": options.overlays,
     }
-    different = [] if options.overwrite else settings_differ(options.output, settings)
-    if different:
-        raise UsageError(
-            f"{options.output} holds results with other settings ({', '.join(different)}); give another --output, or "
-            "--overwrite to start anew."
-        )
     fabric = _fabric(options)
-    if fabric.is_global_zero:
-        prepare(options.output, settings, overwrite=options.overwrite)
-    fabric.barrier("prepared")
-    _predict_share(options, fabric, module.to(fabric.device), images, threshold)
-    fabric.barrier("predicted")
-    if not fabric.is_global_zero:
-        return 0
-    summary = write_results(options.output, images, _categories(module))
+    with ExitStack() as held:
+        refusal = _begin(options, held, settings, images) if fabric.is_global_zero else None
+        refusal = fabric.broadcast(refusal)  # for which the others wait
+        if refusal and fabric.is_global_zero:
+            raise UsageError(refusal)
+        if refusal:
+            return 0
+        options.began_anew = options.overwrite
+        _predict_share(options, fabric, module.to(fabric.device), images, threshold)
+        fabric.barrier("predicted")
+        if not fabric.is_global_zero:
+            return 0
+        summary = write_results(options.output, images, _categories(module))
     _report(options.output, summary, threshold)
     return 1 if summary.failed else 0
+
+
+def _begin(
+    options: argparse.Namespace, held: ExitStack, settings: Mapping[str, Any], images: Sequence[ListedImage]
+) -> str | None:
+    """Lock the folder until `held` is closed and prepare it; or why that cannot be."""
+    if not held.enter_context(locked(options.output)):
+        return f"{options.output}: another predict writes there now; wait for its end, or give another --output."
+    if not options.overwrite:
+        advice = "give another --output, or --overwrite to start anew."
+        different = settings_differ(options.output, settings)
+        if different:
+            return f"{options.output} holds results with other settings ({', '.join(different)}); {advice}"
+        others = other_images(options.output, images)
+        if others:
+            return (
+                f"{options.output} holds results of {len(others)} images that are not asked for now ({others[0]!r}"
+                f"{', ...' if len(others) > 1 else ''}); {advice}"
+            )
+    prepare(options.output, settings, overwrite=options.overwrite)
+    return None
 
 
 def _digest(path: Path) -> str:
@@ -184,7 +222,7 @@ def _predict_share(
 ) -> None:
     """Predict this process's share of what is left."""
     by_name = {image.name: image for image in images}
-    done = {name for name, place in finished(options.output).items() if not place.failed}
+    done = {name for name, place in finished(options.output, images).items() if not place.failed}
     # shares of all images, not of what is left, on which another process may be at work already
     share = list(by_name.values())[fabric.global_rank :: fabric.world_size]
     left = [image for image in share if image.name not in done]

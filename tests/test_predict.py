@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dino_lightning import load_detector
+from dino_lightning import predict as predict_command
 from dino_lightning.__main__ import run
 from tests.test_detector import save_tiny
 
@@ -42,6 +43,13 @@ def write_noise(path, size=(40, 50), seed=0):
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise).save(path)
+
+
+def spoil(path):
+    """Make a file unreadable that looks the same from outside: whoever looks into it again reports it."""
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def predict(checkpoint, *options, output):
@@ -141,7 +149,7 @@ def test_a_broken_image_is_reported_and_the_rest_done(checkpoint, plans, tmp_pat
     # the next run tries those again, and only those
     (tmp_path / "in" / "2.png").write_bytes(whole)
     (tmp_path / "in" / "empty.jpg").unlink()
-    (tmp_path / "in" / "0.png").write_bytes(b"not looked at any more")
+    spoil(tmp_path / "in" / "0.png")
     assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
     assert "Going on: 5 of 6 images are finished already." in capsys.readouterr().out
     assert {entry["image_id"] for entry in content(output, "predictions.json")} == {1, 2, 3, 4, 5, 6}
@@ -188,8 +196,8 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     assert 5 <= len(finished) < 600
     with part.open("a") as file:
         file.write('{"file": "0599.png", "detec')  # a line that the process did not finish writing
-    for name in finished:  # whoever looked at them again would not find them
-        (tmp_path / "images" / name).unlink()
+    for name in finished:
+        spoil(tmp_path / "images" / name)
     assert predict(checkpoint, *options, output=output) == 0
     assert f"Going on: {len(finished)} of 600 images are finished already." in capsys.readouterr().out
     assert [entry["file_name"] for entry in content(output, "images.json")["images"]] == names
@@ -243,6 +251,125 @@ def test_images_that_come_later_are_added(checkpoint, plans, tmp_path):
         (1, "0.png"), (2, "00.png"), (3, "1.png")
     ]  # fmt: skip
     assert len(entries) == 7
+
+
+def test_a_file_that_was_replaced_is_looked_at_again(checkpoint, plans, tmp_path, capsys):
+    shutil.copytree(plans, tmp_path / "in")
+    output = tmp_path / "out"
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
+    write_noise(tmp_path / "in" / "1.png", (40, 50), 77)
+    spoil(tmp_path / "in" / "0.png")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
+    assert "Going on: 5 of 6 images are finished already." in capsys.readouterr().out
+    entries = content(output, "images.json")["images"]
+    assert [(entry["height"], entry["width"]) for entry in entries[:2]] == [(60, 80), (40, 50)]
+    boxes = [entry["bbox"] for entry in content(output, "predictions.json") if entry["image_id"] == 2]
+    found = load_detector(checkpoint)(tmp_path / "in" / "1.png")
+    assert boxes == [pytest.approx(entry["bbox"], abs=0.1) for entry in found.to_coco(2)]
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(line["path"]).name for line in lines] == [f"{number}.png" for number in range(6)]
+
+    # what was found before is not kept as the result of a file that is no image any more
+    (tmp_path / "in" / "1.png").write_bytes(b"no image")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 1
+    assert "1.png cannot be decoded" in capsys.readouterr().err
+    assert "error" in content(output, "images.json")["images"][1]
+
+
+def test_other_images_need_another_folder(checkpoint, plans, tmp_path, capsys):
+    """Those of `val.json` too, though its file names are those of `train.json`."""
+    for number, split in enumerate(("train", "val")):
+        for name in ("000001.png", "000002.png"):
+            write_noise(tmp_path / split / "images" / name, seed=number)
+        coco_file(tmp_path / split / f"{split}.json", ["000001.png", "000002.png"])
+    output = tmp_path / "out"
+    assert predict(checkpoint, "--images", tmp_path / "train" / "train.json", output=output) == 0
+    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    for others in (tmp_path / "val" / "val.json", plans, tmp_path / "train" / "images" / "000001.png"):
+        capsys.readouterr()
+        assert predict(checkpoint, "--images", others, output=output) == 1
+        printed = capsys.readouterr()
+        number = 1 if others.suffix == ".png" else 2
+        assert f"out holds results of {number} images that are not asked for now ('00000" in printed.err
+        assert "give another --output, or --overwrite to start anew." in printed.err and "Going on" not in printed.out
+        assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+    assert predict(checkpoint, "--images", tmp_path / "val" / "val.json", "--overwrite", output=output) == 0
+    assert "Going on" not in capsys.readouterr().out
+    # those of an interrupted run have no file of their own yet, and are not lost either
+    (output / "predictions.jsonl").rename(output / "predictions.rank0.jsonl.part")
+    assert predict(checkpoint, "--images", plans, output=output) == 1
+    assert "not asked for now" in capsys.readouterr().err
+
+
+@pytest.fixture
+def held_folder(tmp_path):
+    """A folder of results that another process holds; that process is killed in the end."""
+    holder = "import sys, time; from pathlib import Path; from dino_lightning.prediction.lock import locked\n"
+    holder += "with locked(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(600)"
+    output = tmp_path / "out"
+    first = subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"True\n"
+        yield output, first
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_two_at_once_in_one_folder_are_refused(checkpoint, plans, held_folder, capsys):
+    output, first = held_folder
+    for options in ([], ["--overwrite"]):
+        assert predict(checkpoint, "--images", plans, *options, output=output) == 1
+        assert "out: another predict writes there now; wait for its end, or give" in capsys.readouterr().err
+    first.kill()
+    first.wait()
+    assert predict(checkpoint, "--images", plans, output=output) == 0  # a killed process leaves no lock
+
+
+@pytest.mark.slow
+def test_a_refusal_ends_all_processes(checkpoint, plans, held_folder):
+    options = ["--images", plans, "--output", held_folder[0], "--trainer.devices", 2]
+    done = subprocess.run(**command(checkpoint, *options), timeout=200, check=False)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert done.stderr.count(b"another predict writes there now") == 1
+
+
+def test_an_image_without_a_line_counts_as_failed(checkpoint, plans, tmp_path, monkeypatch, capsys):
+    def lose_a_line(*arguments, **options):
+        predict_images(*arguments, **options)
+        part = tmp_path / "out" / "predictions.rank0.jsonl.part"
+        part.write_text("".join(part.read_text().splitlines(keepends=True)[1:]))
+
+    predict_images = predict_command.predict_images
+    with monkeypatch.context() as patched:
+        patched.setattr(predict_command, "predict_images", lose_a_line)
+        assert predict(checkpoint, "--images", plans, output=tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "5 images: " in printed.out and "0.png has no result; the next run tries it again." in printed.err
+    assert predict(checkpoint, "--images", plans, output=tmp_path / "out") == 0
+    assert "Going on: 5 of 6 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("interrupted", ["predict_images", "list_images"])
+def test_after_overwrite_it_goes_on_without_it(checkpoint, plans, tmp_path, monkeypatch, capsys, interrupted):
+    """Unless the earlier results are still there."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict_command, interrupted, interrupt)
+    assert predict(checkpoint, "--images", plans, "--overwrite", output=tmp_path / "out") == 130
+    error = capsys.readouterr().err
+    assert ("repeat it without --overwrite" in error) == (interrupted == "predict_images")
+    assert ("the same command goes on" in error) == (interrupted == "list_images")
+
+
+def test_the_folder_of_the_images_is_none_for_results(checkpoint, plans, tmp_path, capsys):
+    shutil.copytree(plans, tmp_path / "in")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=tmp_path / "in") == 1
+    error = capsys.readouterr().err
+    assert f"no images but those in {tmp_path / 'in'}, the folder of the results" in error
+    assert "give another --output" in error
 
 
 def test_odd_and_equal_names_have_pictures_of_their_own(checkpoint, tmp_path, capsys):

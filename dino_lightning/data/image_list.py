@@ -6,8 +6,10 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dino_lightning.data.annotation_file import parse_images, read_json
 from dino_lightning.data.coco import DataError, Problem
@@ -15,6 +17,20 @@ from dino_lightning.data.splits import choose_image_folder
 
 # Of files found in folders and by globs; a file that is named itself may have any.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another one, and from what it was before.
+
+    Attributes:
+        path: absolute, without links.
+        bytes: its size; None if there is no file.
+        mtime_ns: when it was last changed; None if there is no file.
+    """
+
+    path: str
+    bytes: int | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,12 +41,14 @@ class ListedImage:
         path: where it is.
         name: what it is called in results: its path as the user gave it, or the `file_name` of a COCO file.
         image_id: the id in the COCO file; otherwise 1, 2, 3, ... in the order of the names.
+        stamp: what the file is when it is listed.
         size: (height, width) in pixels by the COCO file, or None.
     """
 
     path: Path
     name: str
     image_id: int
+    stamp: Stamp
     size: tuple[int, int] | None = None
 
 
@@ -55,11 +73,26 @@ def list_images(
     names: set[str] = set()
     out = None if leave_out is None else leave_out.resolve()
     for source in sources:
-        found = [name for name in _found(source) if out is None or out not in Path(name).resolve().parents]
+        there = list(_found(source))
+        found = [name for name in there if out is None or out not in Path(name).resolve().parents]
+        if there and not found:
+            raise DataError(
+                f"{source}: no images but those in {leave_out}, the folder of the results, of which nothing is taken; "
+                "give another --output."
+            )
         if not found:
             raise DataError(f"{source}: no images there; looked for files ending in {', '.join(sorted(SUFFIXES))}.")
         names.update(os.path.normpath(name) for name in found)
-    return [ListedImage(Path(name), name, number) for number, name in enumerate(sorted(names), start=1)]
+    return [_listed(Path(name), name, number) for number, name in enumerate(sorted(names), start=1)]
+
+
+def _listed(path: Path, name: str, image_id: int, size: tuple[int, int] | None = None) -> ListedImage:
+    stamp = Stamp(str(path))
+    with suppress(OSError, ValueError):  # no such file; a null byte in its name
+        stamp = Stamp(os.path.realpath(path))
+        status = path.stat()
+        stamp = Stamp(stamp.path, status.st_size, status.st_mtime_ns)
+    return ListedImage(path, name, image_id, stamp, size)
 
 
 def _found(source: str) -> Iterator[str]:
@@ -94,7 +127,7 @@ def _images_of_coco(path: Path, image_folder: Path | None) -> list[ListedImage]:
     if image_folder is not None and not image_folder.is_dir():
         raise DataError(f"{image_folder}: the image folder does not exist.")
     folder = image_folder or choose_image_folder(path, _likely_folders(path))
-    return [ListedImage(folder / image.file_name, image.file_name, image.id, image.size) for image in images]
+    return [_listed(folder / image.file_name, image.file_name, image.id, image.size) for image in images]
 
 
 def _likely_folders(path: Path) -> list[Path]:

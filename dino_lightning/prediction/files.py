@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +63,16 @@ def record(listed: ListedImage, size: tuple[int, int], detections: Detections) -
     for entry in found:
         entry["score"] = round(entry["score"], 6)
         entry["box"] = [round(value, 3) for value in entry["box"]]
-    return {"file": listed.name, "width": size[1], "height": size[0], "detections": found}
+    return {**_identity(listed), "width": size[1], "height": size[0], "detections": found}
 
 
 def failure(listed: ListedImage, reason: str) -> dict[str, Any]:
     """The line of an image that could not be read."""
-    return {"file": listed.name, "error": reason}
+    return {**_identity(listed), "error": reason}
+
+
+def _identity(listed: ListedImage) -> dict[str, Any]:
+    return {"file": listed.name, **listed.stamp._asdict()}
 
 
 class Records:
@@ -111,9 +115,32 @@ def _cut_torn_line(path: Path) -> None:
         file.truncate(0)
 
 
-def finished(folder: Path) -> dict[str, Place]:
-    """The images that have a line, by name; of several, one that did not fail counts."""
+def finished(folder: Path, images: Iterable[ListedImage]) -> dict[str, Place]:
+    """Those of the images that have a line, by name; of several, one that did not fail counts.
+
+    A line of another file of the same name does not count, nor one from before the file was changed.
+    """
+    identities = {image.name: _identity(image) for image in images}
     places: dict[str, Place] = {}
+    for path, offset, content in _lines(folder):
+        identity = identities.get(content["file"])
+        if identity is None or not identity.items() <= content.items():
+            continue
+        failed = "error" in content
+        if not failed or content["file"] not in places:
+            places[content["file"]] = Place(path, offset, failed)
+    return places
+
+
+def other_images(folder: Path, images: Iterable[ListedImage]) -> list[str]:
+    """The names of images with results in the folder that are none of these files."""
+    paths = {image.stamp.path for image in images}
+    others = (line["file"] for *_, line in _lines(folder) if "error" not in line and line.get("path") not in paths)
+    return list(dict.fromkeys(others))
+
+
+def _lines(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """All lines, with the file of each and its place there."""
     for path in [folder / RECORDS, *sorted(folder.glob("predictions.rank*.jsonl.part"))]:
         if not path.is_file():
             continue
@@ -121,12 +148,8 @@ def finished(folder: Path) -> dict[str, Place]:
             offset = 0
             for line in file:
                 if line.endswith(b"\n"):  # else it is torn
-                    content = json.loads(line)
-                    failed = "error" in content
-                    if not failed or content["file"] not in places:
-                        places[content["file"]] = Place(path, offset, failed)
+                    yield path, offset, json.loads(line)
                 offset += len(line)
-    return places
 
 
 def settings_differ(folder: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -158,10 +181,10 @@ def write_results(folder: Path, images: Sequence[ListedImage], categories: Mappi
 
     Args:
         folder: that of the results.
-        images: the images; lines of others are left out.
+        images: the images; lines of others are left out, and one without a line counts as failed.
         categories: the name of each category id.
     """
-    places, summary = finished(folder), Summary()
+    places, summary = finished(folder, images), Summary()
     with ExitStack() as whole:
         # replaced in the opposite order: the lines last, so that whatever interrupts this can be done again
         paths = {name: whole.enter_context(written_whole(folder / name)) for name in reversed(RESULTS)}
@@ -181,14 +204,15 @@ def write_results(folder: Path, images: Sequence[ListedImage], categories: Mappi
             for image in images:
                 place = places.get(image.name)
                 if place is None:
-                    continue
-                source = sources[place.path]
-                source.seek(place.offset)
-                line = source.readline()
-                if image.name not in written:
-                    files[RECORDS].write(line.decode("ascii"))
-                    written.add(image.name)
-                content = json.loads(line)
+                    content = failure(image, f"{image.path} has no result; the next run tries it again.")
+                else:
+                    source = sources[place.path]
+                    source.seek(place.offset)
+                    line = source.readline()
+                    content = json.loads(line)
+                    if image.name not in written:
+                        files[RECORDS].write(line.decode("ascii"))
+                        written.add(image.name)
                 entries.add(_image_entry(image, content))
                 _count(summary, image, content)
                 for found in content.get("detections", ()):

@@ -81,7 +81,7 @@ def predict_images(
                 raise
             raise DataError(
                 "A process that reads images was killed, most likely because memory ran out; lower --num_workers. "
-                "What is finished is kept: the same command goes on."
+                "What is finished is kept: the same command, without --overwrite, goes on."
             ) from error
 
 
