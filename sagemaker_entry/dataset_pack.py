@@ -72,7 +72,7 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
         if dataset is None:
             continue
         source = dataset.annotations
-        if source.path in annotations.values():  # a part of the training file that is held out; it goes with it
+        if split == "val" and _held_out(data):  # it goes with the training file, and is held out again
             split = "train"
         annotations[f"{split}/annotations.json"] = source.path
         for index, image in enumerate(source.images):
@@ -109,6 +109,12 @@ def write_dataset(dataset: LocalDataset, folder: Path) -> None:
             with path.open("wb") as archive:
                 write_shard(dataset.shards[file.name], archive)
     (folder / MANIFEST).write_text(dataset.manifest.to_json())
+
+
+def _held_out(data: CocoDataModule) -> bool:
+    """Whether validation is a part of the training file that training leaves out, rather than a file of its own."""
+    train, val = data.train_set.annotations, data.val_set.annotations
+    return train.path == val.path and {image.id for image in train.images}.isdisjoint(image.id for image in val.images)
 
 
 def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:

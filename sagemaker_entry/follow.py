@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnection
 
 from sagemaker_entry.account import Account, error_code, explained
 from sagemaker_entry.instances import INSTANCES
 from sagemaker_entry.problem import Problem
 from sagemaker_entry.progress import read_figures
 
+COMMAND = "python -m sagemaker_entry.launch"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
 SECONDS_BETWEEN_POLLS = 10.0
 QUIET_POLLS_AT_END = 3  # lines arrive some seconds after the job has ended
+TRANSIENT = (HTTPClientError, NoConnection)  # a network that may come back
+WAITS_FOR_NETWORK = (1, 2, 4, 8, 16)  # times the usual pause; together about five minutes
+PRICE_TAG = "dollars-per-hour"  # of all instances of a job together, on demand, as the plan had it
+BATCH = re.compile(r"\bbatch (\d+) of (\d+)\b")
 
 
 def describe(sagemaker: Any, job: str) -> dict[str, Any]:
@@ -38,7 +45,27 @@ def describe(sagemaker: Any, job: str) -> dict[str, Any]:
             ) from error
         with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
             raise
+    except BotoCoreError:
+        with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
+            raise
     return found
+
+
+def hourly_price(sagemaker: Any, job: dict[str, Any]) -> float | None:
+    """Dollars an hour of a job's instances together, as the plan had them; None where that cannot be read."""
+    try:
+        tags = sagemaker.list_tags(ResourceArn=job["TrainingJobArn"])["Tags"]
+    except (ClientError, BotoCoreError):
+        return None
+    return tagged_price(tags)
+
+
+def tagged_price(tags: list[dict[str, str]]) -> float | None:
+    """The price among a job's tags; None for a job that has no such tag."""
+    try:
+        return next((float(tag["Value"]) for tag in tags if tag["Key"] == PRICE_TAG), None)
+    except ValueError:  # somebody else's tag
+        return None
 
 
 @dataclass
@@ -47,13 +74,37 @@ class Progress:
 
     Attributes:
         figures: the newest value of each figure.
+        hourly: dollars an hour of all instances together; None for the table's.
+        first: (share of all epochs that is done, seconds) where training began in this job, which may be far from 0.
+        last: the same, newest.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
+    hourly: float | None = None
+    first: tuple[float, float] | None = None
+    last: tuple[float, float] | None = None
 
-    def read(self, line: str) -> None:
-        """Take the figures out of a line."""
-        self.figures |= read_figures(line)
+    def read(self, line: str, at: float) -> None:
+        """Take the figures out of a line that was written at a time, in seconds."""
+        found = read_figures(line)
+        self.figures |= found
+        epoch, epochs = found.get("epoch"), found.get("epochs")
+        if not epoch or not epochs or epochs < 0:
+            return
+        batch = BATCH.search(line)
+        within = int(batch[1]) / int(batch[2]) if batch else 1.0 if " finished" in line else 0.0
+        now = ((epoch - 1 + within) / epochs, at)
+        if self.first is None or self.last is None or now[0] < self.last[0]:  # spot: back at the checkpoint
+            self.first = now
+        self.last = now
+
+    def seconds_left(self) -> float | None:
+        """At the pace since training began in this job; None until there is one, and when all is done."""
+        if self.first is None or self.last is None:
+            return None
+        done, seconds = self.last[0] - self.first[0], self.last[1] - self.first[1]
+        left = 1 - self.last[0]
+        return seconds / done * left if done > 0 and seconds > 0 and left > 0 else None
 
     def line(self, job: dict[str, Any], now: datetime.datetime) -> str:
         """One line: state, epoch, AP, F1, time, money, and what is left."""
@@ -69,10 +120,11 @@ class Progress:
         seconds = running_seconds(job, now)
         if seconds:
             parts.append(f"{seconds / 60:.0f} min")
-            cost = dollars(job, seconds)
+            cost = dollars(job, seconds, self.hourly)
             parts.append("price unknown" if cost is None else f"${cost:.2f} so far")
-        if epoch and epochs and seconds and job["TrainingJobStatus"] not in ENDED and epoch < epochs:
-            parts.append(f"about {seconds / epoch * (epochs - epoch) / 60:.0f} min left")
+        left = self.seconds_left()
+        if left is not None and job["TrainingJobStatus"] not in ENDED:
+            parts.append(f"about {left / 60:.0f} min left")
         return " | ".join(parts)
 
 
@@ -87,8 +139,10 @@ def running_seconds(job: dict[str, Any], now: datetime.datetime) -> float:
     return max(0.0, (until - started).total_seconds())
 
 
-def dollars(job: dict[str, Any], seconds: float) -> float | None:
-    """Seconds x instances x price an hour; None for a type whose price the table lacks."""
+def dollars(job: dict[str, Any], seconds: float, hourly: float | None = None) -> float | None:
+    """Seconds x price an hour, by default instances x the table's; None for a type whose price the table lacks."""
+    if hourly is not None:
+        return seconds / 3600 * hourly
     resources = job["ResourceConfig"]
     instance = INSTANCES.get(resources["InstanceType"])
     return None if instance is None else seconds / 3600 * resources["InstanceCount"] * instance.price
@@ -105,15 +159,15 @@ class Logs:
     def __init__(self, logs: Any, job: str) -> None:
         self._logs, self._job = logs, job
         self._tokens: dict[str, str | None] = {}
+        self._events: list[tuple[int, str, str]] = []  # read and not yet given out: a later page may fail
 
-    def read(self) -> list[tuple[str, str]]:
-        """(host, line) of everything that is new, in order of time."""
+    def read(self) -> list[tuple[int, str, str]]:
+        """(milliseconds, host, line) of everything that is new, in order of time."""
         self._find_streams()
-        events: list[tuple[int, str, str]] = []
         for stream in self._tokens:
-            host = stream.removeprefix(f"{self._job}/").rpartition("-")[0] or stream
-            events += [(event["timestamp"], host, event["message"].rstrip("\n")) for event in self._new_events(stream)]
-        return [(host, line) for _, host, line in sorted(events, key=lambda event: event[0])]
+            self._read_stream(stream)
+        events, self._events = self._events, []
+        return sorted(events, key=lambda event: event[0])
 
     def _find_streams(self) -> None:
         try:
@@ -127,18 +181,18 @@ class Logs:
             if error_code(error) != "ResourceNotFoundException":  # there is no log before the first line
                 raise
 
-    def _new_events(self, stream: str) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
+    def _read_stream(self, stream: str) -> None:
+        host = stream.removeprefix(f"{self._job}/").rpartition("-")[0] or stream
         while True:
             token = self._tokens[stream]
             place = {"nextToken": token} if token else {"startFromHead": True}
             page = self._logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream, **place)
-            events += page["events"]
+            self._events += [(event["timestamp"], host, event["message"].rstrip("\n")) for event in page["events"]]
             self._tokens[stream] = page["nextForwardToken"]
             if page["nextForwardToken"] == token:  # AWS repeats the token at the end; pages before may be empty
-                return events
+                return
             if token is None and not page["events"]:
-                return events
+                return
 
 
 def follow(
@@ -151,7 +205,8 @@ def follow(
 ) -> dict[str, Any]:
     """Show a job's log and progress until it ends; returns what SageMaker says of it then.
 
-    An interrupt from the keyboard leaves the job running and says how to come back.
+    An interrupt from the keyboard leaves the job running and says how to come back. A network that fails is waited for,
+    for some minutes.
 
     Args:
         account: in which.
@@ -167,17 +222,36 @@ def follow(
     sagemaker, logs = account.client("sagemaker"), Logs(account.client("logs"), job)
     progress = Progress()
     shown = ""
-    quiet = 0
+    quiet, failures = 0, 0
+    description: dict[str, Any] = {}
     try:
         while True:
-            description = describe(sagemaker, job)
+            try:
+                description = describe(sagemaker, job)
+                with explained("read the job's log (logs:DescribeLogStreams, logs:GetLogEvents)"):
+                    lines = logs.read()
+            except Problem as problem:
+                what = str(problem).rstrip(".")
+                transient = isinstance(problem.__cause__, TRANSIENT)
+                if transient and failures < len(WAITS_FOR_NETWORK):
+                    say(f"--- {what}; trying again, the job does not depend on it")
+                    sleep(pause * WAITS_FOR_NETWORK[failures])
+                    failures += 1
+                    continue
+                if description.get("TrainingJobStatus") in ENDED or not (transient or description):
+                    raise
+                raise Problem(
+                    f"{what}; the job goes on, and so does the bill; come back: {COMMAND} attach {job}; "
+                    f"stop it: {COMMAND} stop {job}"
+                ) from problem
+            if not shown:
+                progress.hourly = hourly_price(sagemaker, description)
+            failures = 0
             ended = description["TrainingJobStatus"] in ENDED
-            with explained("read the job's log (logs:DescribeLogStreams, logs:GetLogEvents)"):
-                lines = logs.read()
             many = description["ResourceConfig"]["InstanceCount"] > 1
-            for host, line in lines:
+            for milliseconds, host, line in lines:
                 say(f"[{host}] {line}" if many else line)
-                progress.read(line)
+                progress.read(line, milliseconds / 1000)
             state = progress.line(description, datetime.datetime.now(datetime.timezone.utc))
             if state != shown and (lines or not shown or str(description.get("SecondaryStatus")) not in shown):
                 say(f"--- {state}")
@@ -187,16 +261,16 @@ def follow(
                 return description
             sleep(min(pause, 2.0) if ended else pause)
     except KeyboardInterrupt:
-        say(f"\nThe job goes on, and so does the bill. Come back:  python -m sagemaker_entry.launch attach {job}")
-        say(f"Stop it:                                         python -m sagemaker_entry.launch stop {job}")
+        say(f"\nThe job goes on, and so does the bill. Come back:  {COMMAND} attach {job}")
+        say(f"Stop it:                                         {COMMAND} stop {job}")
         raise
 
 
-def summary(job: dict[str, Any]) -> str:
-    """How a job ended, what it cost, and what to do next."""
+def summary(job: dict[str, Any], hourly: float | None = None) -> str:
+    """How a job ended, what it cost, and what to do next; at dollars an hour, by default the table's."""
     name, status = job["TrainingJobName"], job["TrainingJobStatus"]
     seconds = running_seconds(job, datetime.datetime.now(datetime.timezone.utc))
-    cost = dollars(job, seconds)
+    cost = dollars(job, seconds, hourly)
     lines = [
         f"{name}: {status}"
         + (f" ({job['SecondaryStatus']})" if job.get("SecondaryStatus") not in (None, status) else "")
@@ -208,11 +282,10 @@ def summary(job: dict[str, Any]) -> str:
                      f"{job['ResourceConfig']['InstanceType']}{money}{spot}")  # fmt: skip
     if job.get("FailureReason"):
         lines.append(f"reason: {job['FailureReason']}")
-    command = "python -m sagemaker_entry.launch"
     if job.get("ModelArtifacts", {}).get("S3ModelArtifacts") and status in ("Completed", "Stopped"):
-        lines.append(f"get the model: {command} fetch {name}")
+        lines.append(f"get the model: {COMMAND} fetch {name}")
     if status in ("Failed", "Stopped"):
-        lines.append(f"go on from the last checkpoint: {command} resume {name}")
+        lines.append(f"go on from the last checkpoint: {COMMAND} resume {name}")
     if status not in ENDED:
-        lines.append(f"watch it: {command} attach {name}    stop it: {command} stop {name}")
+        lines.append(f"watch it: {COMMAND} attach {name}    stop it: {COMMAND} stop {name}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from sagemaker_entry.account import Account, error_code, explained
-from sagemaker_entry.follow import ENDED, describe
+from sagemaker_entry.follow import ENDED, describe, dollars, tagged_price
 from sagemaker_entry.manifest import extract_safely
 from sagemaker_entry.problem import Problem
 
@@ -110,8 +110,8 @@ def resume_request(description: dict[str, Any], now: datetime) -> dict[str, Any]
     return request
 
 
-def resume(account: Account, job: str) -> str:
-    """Start a job that goes on where another one stopped; returns its name.
+def resume(account: Account, job: str) -> tuple[str, str]:
+    """Start a job that goes on where another one stopped; returns its name, and a sentence on what it costs at most.
 
     Raises:
         Problem: see `resume_request`; or AWS refused.
@@ -121,7 +121,11 @@ def resume(account: Account, job: str) -> str:
     request = resume_request(description, datetime.now(timezone.utc))
     with explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
         tags = sagemaker.list_tags(ResourceArn=description["TrainingJobArn"])["Tags"]
-        kept = [tag for tag in tags if not tag["Key"].startswith("aws:")]
+        # "resumes" of a job that went on itself: AWS takes no key twice
+        kept = [tag for tag in tags if not tag["Key"].startswith("aws:") and tag["Key"] != "resumes"]
         sagemaker.create_training_job(**request, Tags=[*kept, {"Key": "resumes", "Value": job}])
     name: str = request["TrainingJobName"]
-    return name
+    seconds = request["StoppingCondition"]["MaxRuntimeInSeconds"]
+    most = dollars(request, seconds, tagged_price(tags))
+    price = "at a price that is not known" if most is None else f"for ${most:,.2f} on demand at most"
+    return name, f"It runs for another {seconds / 3600:.1f} hours at most, {price}, on top of what {job} has cost."

@@ -145,13 +145,15 @@ def _account(wishes: Wishes, *, needed: bool) -> Account | None:
 def _about_a_job(command: str, options: argparse.Namespace) -> int:
     _need("boto3")
     from sagemaker_entry.account import Account
-    from sagemaker_entry.follow import describe, summary
+    from sagemaker_entry.follow import describe, hourly_price, summary
     from sagemaker_entry.jobs import fetch, resume, stop
 
     account = Account(options.region, options.profile)
     _ = account.id
     if command == "status":
-        print(summary(describe(account.client("sagemaker"), options.job)))
+        client = account.client("sagemaker")
+        found = describe(client, options.job)
+        print(summary(found, hourly_price(client, found)))
     elif command == "stop":
         print(stop(account.client("sagemaker"), options.job))
     elif command == "fetch":
@@ -159,8 +161,8 @@ def _about_a_job(command: str, options: argparse.Namespace) -> int:
         print(f"{folder}: model.ckpt (weights, classes, sizes), model.json (what it is), code/ (to serve it)")
         print(f"Use it: load_detector('{folder}/model.ckpt').detect(['plan.png']), from dino_lightning")
     elif command == "resume":
-        name = resume(account, options.job)
-        print(f"Started {name}, which goes on where {options.job} stopped.", flush=True)
+        name, most = resume(account, options.job)
+        print(f"Started {name}, which goes on where {options.job} stopped.\n{most}", flush=True)
         return 0 if options.detach else _attach(account, name)
     else:
         return _attach(account, options.job)
@@ -168,10 +170,10 @@ def _about_a_job(command: str, options: argparse.Namespace) -> int:
 
 
 def _attach(account: Account, job: str) -> int:
-    from sagemaker_entry.follow import follow, summary
+    from sagemaker_entry.follow import follow, hourly_price, summary
 
     ended = follow(account, job, say=lambda line: print(line, flush=True))
-    print(f"\n{summary(ended)}")
+    print(f"\n{summary(ended, hourly_price(account.client('sagemaker'), ended))}")
     return 0 if ended["TrainingJobStatus"] == "Completed" else 1
 
 

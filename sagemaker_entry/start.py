@@ -10,10 +10,11 @@ from datetime import datetime, timezone
 from sagemaker_entry.account import Account
 from sagemaker_entry.dataset_pack import read_dataset
 from sagemaker_entry.dataset_upload import upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.follow import PRICE_TAG
 from sagemaker_entry.instances import DEFAULT_TYPE
 from sagemaker_entry.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
 from sagemaker_entry.manifest import sha256_of_bytes
-from sagemaker_entry.plan import Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
 from sagemaker_entry.preflight import (
     check_bucket,
     check_quota,
@@ -95,6 +96,9 @@ def make_plan(wishes: Wishes, training: Training, account: Account | None) -> Pl
         teraflops=training.teraflops,
         parameters=training.parameters,
     )
+    region = account.region if account else wishes.region or "us-east-1"
+    if compute.instance.region != region:
+        compute = _with_foreign_price(compute, region, refuse_cap=account is not None and wishes.max_cost is not None)
     hours = estimate_hours(work, compute)
     limits = choose_limits(
         hours,
@@ -104,7 +108,6 @@ def make_plan(wishes: Wishes, training: Training, account: Account | None) -> Pl
         spot=wishes.spot,
         max_wait_hours=wishes.max_wait_hours,
     )
-    region = account.region if account else wishes.region or "us-east-1"
     bucket = bucket_name(wishes, account.id if account else "<account>", region)
     plan = Plan(
         compute=compute,
@@ -120,6 +123,25 @@ def make_plan(wishes: Wishes, training: Training, account: Account | None) -> Pl
         },
     )
     return plan if price_source is None else replace(plan, price_source=price_source)
+
+
+def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> Compute:
+    """The same instances, with a note that their price is that of another region.
+
+    Raises:
+        Problem: a cost cap is to be kept, which such a price cannot promise.
+    """
+    other = compute.instance.region
+    if refuse_cap:
+        raise Problem(
+            f"--max-cost cannot be kept: the price of {compute.instance_type} in {region} could not be read, and that "
+            f"of {other} may be lower; allow pricing:GetProducts, as the README shows, or give --max-run-hours instead."
+        )
+    note = (
+        f"The price is that of {other}; in {region}, all the dollars above may be others. With permission for "
+        "pricing:GetProducts, the plan has the right ones."
+    )
+    return replace(compute, notes=(*compute.notes, note))
 
 
 def look_at_account(wishes: Wishes, plan: Plan, account: Account, warn: Say) -> str:
@@ -172,7 +194,12 @@ def planned_job(
         code=code,
         checkpoints=f"{place}/checkpoints/",
         output=f"{place}/output/",
-        tags={"project": "dino-lightning", "config": training.name[:100], "run": run},
+        tags={
+            "project": "dino-lightning",
+            "config": training.name[:100],
+            "run": run,
+            PRICE_TAG: f"{plan.compute.price:.4f}",
+        },
         subnets=wishes.subnets,
         security_groups=wishes.security_groups,
     )

@@ -103,10 +103,12 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         raise Problem(f"{file} sets no trainer.max_epochs; without it nobody can say what the run costs.")
     every = trainer["check_val_every_n_epoch"] or 1
     weights = _local_weights(module_options)
+    local = {f"data.{name}" for name in DATA_PATHS}
+    local |= {f"model.{name}" for name in WEIGHT_OPTIONS if _is_file(module_options.get(name))}
     return Training(
         name=file.stem,
         config=_without_paths(content),
-        arguments=tuple(argument for argument in extra if not _names_a_path(argument, weights)),
+        arguments=tuple(argument for argument in extra if argument.partition("=")[0].removeprefix("--") not in local),
         weights=weights,
         data=dataset,
         epochs=epochs,
@@ -174,6 +176,8 @@ def _without_paths(content: dict[str, Any]) -> str:
 def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
     found = {f"model.{name}": Path(model[name]) for name in WEIGHT_OPTIONS if _is_file(model.get(name))}
     weights = model.get("weights")
+    if weights is not None:
+        found.pop("model.backbone_weights", None)  # the module does not use them then
     if weights is not None and "model.weights" not in found and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found
@@ -183,13 +187,12 @@ def _is_file(value: object) -> bool:
     return isinstance(value, str) and Path(value).is_file()
 
 
-def _names_a_path(argument: str, weights: dict[str, Path]) -> bool:
-    name = argument.partition("=")[0].removeprefix("--")
-    return name in weights or name in {f"data.{path}" for path in DATA_PATHS}
-
-
 def _processes(trainer: dict[str, Any]) -> int:
     """The processes a configuration asks for; 1 where it leaves them open."""
     devices = trainer["devices"]
+    if isinstance(devices, str) and "," in devices:  # as "0,1", and "0," for the first alone
+        devices = [part for part in devices.split(",") if part.strip()]
+    elif isinstance(devices, str) and devices.strip().isdigit():
+        devices = int(devices)
     count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
     return int(count * trainer["num_nodes"])

@@ -135,6 +135,38 @@ def test_a_held_out_part_goes_with_its_file_and_is_held_out_again(plans, tmp_pat
         assert one.annotations.images == other.annotations.images
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"test_annotations": "val/annotations.json"},
+        {"val_annotations": "train/annotations.json"},
+        {"val_annotations": "train/annotations.json", "test_annotations": "train/annotations.json"},
+        {"test_annotations": "train/annotations.json"},
+        {"test_annotations": "train/annotations.json", "without": "val"},
+        {"train_annotations": "val/annotations.json", "without": "val"},
+    ],
+    ids=str,
+)
+def test_splits_that_share_a_file_arrive_as_they_were(plans, tmp_path, options):
+    options = dict(options)
+    if options.pop("without", None):
+        (plans / "val").rename(plans / "elsewhere")
+        options = {name: place.replace("val/", "elsewhere/") for name, place in options.items()}
+    data = CocoDataModule(root=str(plans), val_fraction=0.25, **options)
+    write_dataset(read_dataset(data), tmp_path / "stored")
+    unpack_dataset(tmp_path / "stored", tmp_path / "unpacked")
+    again = CocoDataModule(root=str(tmp_path / "unpacked"), val_fraction=0.25)
+    for name in ("train_set", "val_set", "test_set"):
+        here, there = getattr(data, name), getattr(again, name)
+        assert (here is None) == (there is None), name
+        if here is None:
+            continue
+        assert there.annotations.images == here.annotations.images, name
+        for index in range(len(here.annotations.images)):
+            one, other = here.annotations.image_path(index), there.annotations.image_path(index)
+            assert one.read_bytes() == other.read_bytes(), name
+
+
 def test_a_missing_image_is_named(plans):
     path = plans / "train" / "images" / "000003.png"
     path.unlink()

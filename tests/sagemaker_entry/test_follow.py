@@ -3,9 +3,21 @@
 import datetime
 
 import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+from botocore.stub import ANY
 
 from sagemaker_entry import jobs
-from sagemaker_entry.follow import LOG_GROUP, Logs, Progress, describe, dollars, follow, summary
+from sagemaker_entry.follow import (
+    LOG_GROUP,
+    PRICE_TAG,
+    Logs,
+    Progress,
+    describe,
+    dollars,
+    follow,
+    hourly_price,
+    summary,
+)
 from sagemaker_entry.problem import Problem
 from sagemaker_entry.progress import METRICS, metric_regex, read_figures
 from tests.sagemaker_entry.stubs import StubbedAccount
@@ -58,6 +70,11 @@ def add_streams(stub, *names):
     )
 
 
+def add_price(stub, price):
+    tags = [{"Key": "project", "Value": "dino-lightning"}, {"Key": PRICE_TAG, "Value": price}]
+    stub.add_response("list_tags", {"Tags": tags}, {"ResourceArn": description()["TrainingJobArn"]})
+
+
 # ------------------------------------------------------------------ logs
 
 
@@ -72,12 +89,17 @@ def test_all_pages_of_all_hosts_are_read_in_order_of_time(account):
     add_page(stub, two, None, [(3, "third")], "g/1")
     add_page(stub, two, "g/1", [], "g/1")
     logs = Logs(account.client("logs"), JOB)
-    assert logs.read() == [("algo-1", "first"), ("algo-2", "third"), ("algo-1", "fifth"), ("algo-1", "seventh")]
+    assert logs.read() == [
+        (1, "algo-1", "first"),
+        (3, "algo-2", "third"),
+        (5, "algo-1", "fifth"),
+        (7, "algo-1", "seventh"),
+    ]
     add_streams(stub, one, two)
     add_page(stub, one, "f/3", [(9, "ninth")], "f/4")
     add_page(stub, one, "f/4", [], "f/4")
     add_page(stub, two, "g/1", [], "g/1")
-    assert logs.read() == [("algo-1", "ninth")]
+    assert logs.read() == [(9, "algo-1", "ninth")]
 
 
 def test_a_job_without_a_log_yet(account):
@@ -88,7 +110,8 @@ def test_a_job_without_a_log_yet(account):
 def test_lines_that_arrive_after_the_end_are_shown(account):
     stub, stream = account.stub("logs"), f"{JOB}/algo-1-1"
     jobs_stub = account.stub("sagemaker")
-    jobs_stub.add_response("describe_training_job", description())
+    jobs_stub.add_response("describe_training_job", description(BillableTimeInSeconds=3600))
+    add_price(jobs_stub, "3.5000")
     add_streams(stub, stream)
     add_page(stub, stream, None, [(1, LINE)], "f/1")
     add_page(stub, stream, "f/1", [], "f/1")
@@ -107,11 +130,12 @@ def test_lines_that_arrive_after_the_end_are_shown(account):
     assert ended["TrainingJobStatus"] == "Completed"
     assert f"[algo-1] {LINE}" in said
     assert "[algo-1] the last words" in said
-    assert any(line.startswith("--- Training | epoch 10/50") for line in said)
+    assert any(line.startswith("--- Training | epoch 10/50") and "$3.50 so far" in line for line in said)
 
 
 def test_an_interrupt_leaves_the_job_running_and_says_how_to_come_back(account):
     account.stub("sagemaker").add_response("describe_training_job", description())
+    account.stub("sagemaker").add_client_error("list_tags", "AccessDeniedException")
     account.stub("logs").add_client_error("describe_log_streams", "ResourceNotFoundException")
     said = []
 
@@ -122,6 +146,77 @@ def test_an_interrupt_leaves_the_job_running_and_says_how_to_come_back(account):
         follow(account, JOB, say=said.append, sleep=interrupt)
     assert f"attach {JOB}" in "\n".join(said)
     assert f"stop {JOB}" in "\n".join(said)
+
+
+class Flaky:
+    """A client that fails at some of its calls, and else answers as the one behind it."""
+
+    def __init__(self, client, failures):
+        self._client, self._failures = client, failures
+
+    def __getattr__(self, name):
+        def call(*args, **parameters):
+            failure = next(self._failures.get(name, iter(())), None)
+            if failure is not None:
+                raise failure
+            return getattr(self._client, name)(*args, **parameters)
+
+        return call
+
+
+def break_network(account, monkeypatch, service, operation, failures):
+    flaky = Flaky(account.client(service), {operation: iter(failures)})
+    original = account.client
+    monkeypatch.setattr(account, "client", lambda name, region=None: flaky if name == service else original(name))
+
+
+NO_NETWORK = EndpointConnectionError(endpoint_url="https://api.sagemaker")
+
+
+def test_a_network_that_fails_for_a_while_is_waited_for(account, monkeypatch):
+    jobs_stub, stub = account.stub("sagemaker"), account.stub("logs")
+    jobs_stub.add_response("describe_training_job", description("Completed", "Completed"))
+    add_price(jobs_stub, "3.5000")
+    for _ in range(2):
+        jobs_stub.add_response("describe_training_job", description("Completed", "Completed"))
+    for _ in range(3):
+        stub.add_client_error("describe_log_streams", "ResourceNotFoundException")
+    timeout = ReadTimeoutError(endpoint_url="https://api.sagemaker")
+    break_network(account, monkeypatch, "sagemaker", "describe_training_job", [NO_NETWORK, timeout])
+    said, slept = [], []
+    assert follow(account, JOB, say=said.append, pause=10, sleep=slept.append)["TrainingJobStatus"] == "Completed"
+    assert slept[:2] == [10, 20]
+    assert sum("trying again" in line for line in said) == 2
+
+
+def test_no_line_is_lost_when_the_network_fails_between_two_pages(account, monkeypatch):
+    stub, stream = account.stub("logs"), f"{JOB}/algo-1-1"
+    add_streams(stub, stream)
+    add_page(stub, stream, None, [(1, "first")], "f/1")
+    add_streams(stub, stream)
+    add_page(stub, stream, "f/1", [(2, "second")], "f/2")
+    add_page(stub, stream, "f/2", [], "f/2")
+    break_network(account, monkeypatch, "logs", "get_log_events", [None, NO_NETWORK])
+    logs = Logs(account.client("logs"), JOB)
+    with pytest.raises(EndpointConnectionError):
+        logs.read()
+    assert logs.read() == [(1, "algo-1", "first"), (2, "algo-1", "second")]
+
+
+def test_a_network_that_stays_away_ends_in_one_sentence_with_the_way_back(account, monkeypatch):
+    break_network(account, monkeypatch, "sagemaker", "describe_training_job", [NO_NETWORK] * 100)
+    slept = []
+    with pytest.raises(Problem) as caught:
+        follow(account, JOB, say=lambda line: None, pause=10, sleep=slept.append)
+    assert slept == [10, 20, 40, 80, 160]
+    for words in ("cannot be reached", "the job goes on, and so does the bill", f"attach {JOB}", f"stop {JOB}"):
+        assert words in str(caught.value)
+
+
+def test_missing_credentials_are_not_waited_for(account, monkeypatch):
+    break_network(account, monkeypatch, "sagemaker", "describe_training_job", [NoCredentialsError()])
+    with pytest.raises(Problem, match="no AWS credentials"):
+        follow(account, JOB, say=lambda line: None, sleep=lambda seconds: pytest.fail("waited"))
 
 
 # ------------------------------------------------------------------ progress and money
@@ -143,19 +238,51 @@ def test_every_metric_definition_finds_its_figure():
 
 
 def test_the_line_of_progress_by_hand():
-    """Ten of fifty epochs in 30 minutes on two g5.2xlarge: 0.5 x 2 x 1.515 dollars, and four times as long to go."""
+    """Epochs 2 to 10 of 50 in 27 minutes, so 40 more in 120; 30 minutes of two g5.2xlarge: 0.5 x 2 x 1.515 dollars."""
     progress = Progress()
-    progress.read(LINE)
+    progress.read("[dino] epoch=1 epochs=50 finished train_loss=9.0", 0.0)
+    assert progress.seconds_left() is None
+    progress.read(LINE, 27 * 60.0)
     started = NOW - datetime.timedelta(minutes=30)
     assert progress.line(description(TrainingStartTime=started), NOW) == (
         "Training | epoch 10/50 | loss 8.125 | AP 0.412 | F1 0.651 | 30 min | $1.51 so far | about 120 min left"
     )
     assert progress.line(description(), NOW).startswith("Training | epoch 10/50")
+    progress.hourly = 4.0  # as the plan had it
+    assert "| $2.00 so far |" in progress.line(description(TrainingStartTime=started), NOW)
+
+
+def batch(epoch, done, epochs=50, of=100):
+    return f"[dino] epoch={epoch} epochs={epochs} batch {done} of {of} train_loss=8.0, 3.1 images/s"
+
+
+def test_time_left_by_hand():
+    progress = Progress()
+    progress.read("[dino] 2 processes on 2 hosts", 0.0)
+    assert progress.seconds_left() is None
+    progress.read(batch(1, 0), 0.0)
+    assert progress.seconds_left() is None
+    progress.read(batch(1, 10), 6 * 60.0)  # 0.1 of 50 epochs in 6 minutes: 49.9 more in 2994
+    assert progress.seconds_left() == pytest.approx(2994 * 60)
+    progress.read("[dino] epoch=50 epochs=50 finished train_loss=1.0", 9e5)
+    assert progress.seconds_left() is None
+
+
+def test_time_left_of_a_job_that_was_resumed_counts_only_what_it_did_itself():
+    progress = Progress()
+    progress.read(batch(41, 20), 300.0)
+    progress.read(batch(41, 60), 540.0)  # 0.4 epochs in 4 minutes: 9.4 more in 94
+    assert progress.seconds_left() == pytest.approx(94 * 60)
+    progress.read(batch(41, 40), 900.0)  # interrupted on spot, and back at a checkpoint
+    assert progress.seconds_left() is None
+    progress.read(batch(41, 50), 960.0)  # 0.1 epochs a minute
+    assert progress.seconds_left() == pytest.approx(95 * 60)
 
 
 def test_what_is_billed_counts_at_the_end():
     job = description("Completed", "Completed", BillableTimeInSeconds=1200, EnableManagedSpotTraining=True)
     assert dollars(job, 1200) == pytest.approx(1200 / 3600 * 2 * 1.515)
+    assert "about $0.50" in summary(job, 1.5)
     text = summary(job)
     assert "billed for 20 minutes of 2 x ml.g5.2xlarge, about $1.01" in text
     assert f"fetch {JOB}" in text
@@ -165,7 +292,57 @@ def test_what_is_billed_counts_at_the_end():
     assert dollars({"ResourceConfig": {"InstanceType": "ml.odd", "InstanceCount": 1}}, 10) is None
 
 
+def test_a_job_that_went_on_itself_is_resumed_with_every_tag_once(account):
+    stub = account.stub("sagemaker")
+    stopped = description("Stopped", CheckpointConfig={"S3Uri": "s3://b/runs/1/checkpoints/"})
+    request = {name: stopped[name] for name in ("AlgorithmSpecification", "CheckpointConfig")} | {
+        "RoleArn": "arn:aws:iam::123456789012:role/trainer",
+        "OutputDataConfig": {"S3OutputPath": "s3://b/runs/1/output/"},
+        "ResourceConfig": stopped["ResourceConfig"],
+        "StoppingCondition": stopped["StoppingCondition"],
+    }
+    tags = [{"Key": PRICE_TAG, "Value": "4.0000"}]
+    stub.add_response("describe_training_job", {**stopped, **request})
+    stub.add_response("list_tags", {"Tags": [{"Key": "resumes", "Value": "the first"}, *tags]})
+    expected = {**request, "TrainingJobName": ANY, "Tags": [*tags, {"Key": "resumes", "Value": JOB}]}
+    stub.add_response("create_training_job", {"TrainingJobArn": stopped["TrainingJobArn"]}, expected)
+    jobs.resume(account, JOB)
+
+
+def test_the_price_of_the_plan_is_read_where_it_can_be(account):
+    stub, client = account.stub("sagemaker"), account.client("sagemaker")
+    add_price(stub, "4.2500")
+    assert hourly_price(client, description()) == 4.25
+    add_price(stub, "a lot")
+    assert hourly_price(client, description()) is None
+    stub.add_response("list_tags", {"Tags": []})
+    assert hourly_price(client, description()) is None
+    stub.add_client_error("list_tags", "AccessDeniedException")
+    assert hourly_price(client, description()) is None
+
+
 # ------------------------------------------------------------------ jobs
+
+
+@pytest.mark.parametrize(("price", "words"), [("4.0000", "for $8.00 on demand"), (None, "for $6.06 on demand")])
+def test_resuming_says_what_it_can_cost(account, price, words):
+    stub = account.stub("sagemaker")
+    stopped = description(
+        "Stopped",
+        CheckpointConfig={"S3Uri": "s3://b/runs/1/checkpoints/"},
+        RoleArn="arn:aws:iam::123456789012:role/trainer",
+        OutputDataConfig={"S3OutputPath": "s3://b/runs/1/output/"},
+        StoppingCondition={"MaxRuntimeInSeconds": 7200},
+    )
+    stub.add_response("describe_training_job", stopped)
+    if price is None:
+        stub.add_response("list_tags", {"Tags": []})
+    else:
+        add_price(stub, price)
+    stub.add_response("create_training_job", {"TrainingJobArn": stopped["TrainingJobArn"]})
+    name, most = jobs.resume(account, JOB)
+    assert name.startswith("dino-rooms-2gpu-")
+    assert "another 2.0 hours at most" in most and words in most
 
 
 def test_a_job_that_there_is_not(account):

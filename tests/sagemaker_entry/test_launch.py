@@ -71,6 +71,51 @@ def test_weights_that_the_container_downloads_go_along_by_name(no_account, rooms
     assert training.weights == {}
 
 
+@pytest.mark.parametrize(
+    ("devices", "gpus"), [("2", 2), ("0,1", 2), ("0,", 1), ("[0,1,2]", 3), ("-1", 1), ("auto", 1), (None, 1)]
+)
+def test_the_gpus_that_the_options_ask_for(no_account, rooms, tiny_config, devices, gpus):
+    extra = [] if devices is None else [f"--trainer.devices={devices}"]
+    assert check_training(str(tiny_config), str(rooms), extra).gpus_wanted == gpus
+
+
+def test_weights_of_the_backbone_stay_here_where_those_of_the_model_are_given(no_account, rooms, tiny_config, tmp_path):
+    import torch
+
+    whole, backbone = tmp_path / "whole.pth", tmp_path / "backbone.pth"
+    for path in (whole, backbone):
+        torch.save({"decoder.norm.weight": torch.zeros(1)}, path)
+    options = [f"--model.weights={whole}", f"--model.backbone_weights={backbone}", "--model.lr=0.0002"]
+    training = check_training(str(tiny_config), str(rooms), options)
+    assert training.weights == {"model.weights": whole}
+    assert training.arguments == ("--model.lr=0.0002",)
+    training = check_training(str(tiny_config), str(rooms), ["--model.weights=s3://b/dino.pth", options[1]])
+    assert training.weights == {}
+    assert training.arguments == ("--model.weights=s3://b/dino.pth",)
+    training = check_training(str(tiny_config), str(rooms), options[1:])
+    assert training.weights == {"model.backbone_weights": backbone}
+
+
+def test_a_price_of_another_region_is_pointed_out_and_caps_nothing(aws, rooms, tiny_config, capsys, monkeypatch):
+    from sagemaker_entry import preflight
+
+    args = ["--config", tiny_config, "--data", rooms, "--gpus", "1", "--dry-run"]
+    monkeypatch.setattr(preflight, "live_price", lambda *args: None)
+    for where, other in ((["--region", "eu-west-1"], "us-east-1"), (["--instance-type", "g6.xlarge"], "us-west-2")):
+        code, out, _ = run(capsys, *args, *where)
+        assert code == 0
+        assert f"NOTE: The price is that of {other}" in out
+        code, out, err = run(capsys, *args, *where, "--max-cost", "20")
+        assert code == 1 and "Plan" not in out
+        (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+        assert "--max-cost cannot be kept" in line and "pricing:GetProducts" in line and "--max-run-hours" in line
+    monkeypatch.setattr(preflight, "live_price", lambda *args: 2.0)
+    code, out, _ = run(capsys, *args, "--region", "eu-west-1", "--max-cost", "20")
+    assert code == 0 and "The price is that of" not in out
+    request = json.loads(out[out.index("{\n") :])
+    assert {"Key": "dollars-per-hour", "Value": "2.0000"} in request["Tags"]
+
+
 # ------------------------------------------------------------------ the whole way
 
 
@@ -108,6 +153,7 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
     metrics = {entry["Name"] for entry in request["AlgorithmSpecification"]["MetricDefinitions"]}
     assert {"train:loss", "val:AP", "val:F1"} <= metrics
     assert {"Key": "project", "Value": "dino-lightning"} in request["Tags"]
+    assert {"Key": "dollars-per-hour", "Value": "3.0300"} in request["Tags"]
     channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in request["InputDataConfig"]}
     assert set(channels) == {"training", "config", "weights", "code", "sm_drivers"}
 
@@ -214,11 +260,13 @@ def test_resuming_a_stopped_job(aws, rooms, tiny_config, capsys, calls, monkeypa
     monkeypatch.setattr(jobs, "describe", lambda client, job: {**original(client, job), **stopped})
     code, out, _ = run(capsys, "resume", name, "--detach")
     assert code == 0, out
+    assert "It runs for another" in out and "on demand at most, on top of what" in out
     first, second = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
     assert second["TrainingJobName"] != name
     assert second["CheckpointConfig"] == first["CheckpointConfig"]
     assert second["InputDataConfig"] == first["InputDataConfig"]
     assert {"Key": "resumes", "Value": name} in second["Tags"]
+    assert {"Key": "dollars-per-hour", "Value": "1.5150"} in second["Tags"]
 
 
 def test_nobody_to_ask_and_no(aws, rooms, tiny_config, capsys, monkeypatch):
