@@ -146,6 +146,8 @@ def _loss(model: DINO, criterion: Criterion, batch: Batch) -> Tensor:
 def kept_as_it_is(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the model has its parameters, buffers and gradients again, where they were."""
     tensors = [*model.parameters(), *model.buffers()]
+    # By name as well: moved to another device, a parameter stays the same object, a buffer does not.
+    named = [(part, name, buffer) for part in model.modules() for name, buffer in part.named_buffers(recurse=False)]
     before = [(tensor, tensor.device, tensor.detach().cpu().clone(), tensor.grad) for tensor in tensors]
     for tensor in tensors:
         tensor.grad = None
@@ -156,6 +158,8 @@ def kept_as_it_is(model: nn.Module) -> Iterator[None]:
             tensor.grad = None
             tensor.data = values.to(device)
             tensor.grad = gradient
+        for part, name, buffer in named:
+            setattr(part, name, buffer)
         release()
 
 

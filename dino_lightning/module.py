@@ -186,7 +186,8 @@ class DINOModule(lightning.LightningModule):
     @property
     def _fused(self) -> bool:
         """Not with a gradient scaler: a fused optimizer unscales only in its step, after the gradients are clipped."""
-        return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        device = self.trainer.strategy.root_device  # where the module will be, when its checkpoint is read
+        return device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:
         """Settle the seed of the noise, and the rates: in a resumed run those of its options of now, not the stored."""

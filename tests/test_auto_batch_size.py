@@ -81,7 +81,17 @@ def test_probing_leaves_no_trace():
     kept = torch.ones_like(module.model.level_embedding)
     module.model.level_embedding.grad = kept
     batch = blank_batch((64, 96), batch_size=2, num_boxes=3)
-    probes = (lambda: take_steps(module.model, module.criterion, batch), lambda: estimated_peak(module.model, batch))
+
+    def moved():  # as to another device: its buffers are others from then on
+        module.model.double().float()
+        for buffer in module.model.buffers():
+            buffer.add_(1)
+
+    probes = (
+        lambda: take_steps(module.model, module.criterion, batch),
+        lambda: estimated_peak(module.model, batch),
+        moved,
+    )
     for probe in probes:
         with kept_as_it_is(module.model):
             probe()
