@@ -17,7 +17,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         path: where the file is to be; missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"tmp-{path.name[:40]}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -27,6 +27,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path, suffix: str) -> None:
+    """Remove what a process that was killed in `written_whole` has left in a folder of files with this suffix."""
+    for left in folder.glob(f"tmp-*{suffix}-????????{suffix}"):
+        left.unlink(missing_ok=True)
 
 
 def previous_checkpoint(last: Path) -> Path:

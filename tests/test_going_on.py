@@ -10,6 +10,7 @@ import torch
 
 from dino_lightning.__main__ import run
 from dino_lightning.cli import execute
+from dino_lightning.files import written_whole
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model import DINO
 from tests.conftest import TINY_ARGS, forget_earlier_runs
@@ -152,3 +153,23 @@ def test_evaluation_takes_starting_weights_or_says_that_it_has_nothing(options, 
     capsys.readouterr()
     assert run(["validate", *options, "--run_dir", str(tmp_path / "none")]) == 1
     assert "nothing to evaluate: give a checkpoint with --ckpt_path" in capsys.readouterr().err
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_else(options, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    kept = [folder / name for name in ("tmp.ckpt", "tmp-mine.ckpt", "other.ckpt", "tmp-last.ckpt-12345678.txt")]
+    for path in [*kept, folder / "tmp-last.ckpt-abc_1234.ckpt"]:
+        path.write_text("x")
+    left = []
+
+    class Killing(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            with pytest.raises(Killed), written_whole(folder / "best.ckpt") as temporary:
+                left.append(temporary.match("tmp-best.ckpt-????????.ckpt"))
+                raise Killed
+
+    forget_earlier_runs()
+    execute("fit", [*options, "--trainer.max_epochs=1", "--run_dir", str(tmp_path / "run")], [Killing()])
+    assert left == [True]
+    assert {path.name for path in folder.glob("*") if path.name.startswith(("tmp", "other"))} == {p.name for p in kept}

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dino_lightning.checkpoint import CheckpointError, read_checkpoint
-from dino_lightning.files import previous_checkpoint, written_whole
+from dino_lightning.files import previous_checkpoint, remove_unfinished, written_whole
 
 SECONDS_BETWEEN_POLLS = 5.0
 MOST_BATCHES_BETWEEN_POLLS = 10
@@ -70,9 +70,12 @@ class SaveAndStop(lightning.Callback):
     # ------------------------------------------------------------------ signals
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take over from Lightning what asks all processes before each batch whether there was a SIGTERM."""
+        """Tidy up after a process that was killed, and take over what Lightning does in ways that harm."""
+        if trainer.is_global_zero:
+            remove_unfinished(self.checkpoint.parent, ".ckpt")
         loop = trainer.fit_loop.epoch_loop
-        if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning 2.6; a wait for the device in each step
+        if hasattr(loop, "_broadcast_sigterm_tensor"):
+            # Lightning 2.6; before each batch it asks all processes for a SIGTERM, a wait for the device
             loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # it has no switch
         if hasattr(trainer.fit_loop, "_iteration_based_training"):
             # Lightning 2.6; with max_steps, a run that goes on would end its last epoch once more
