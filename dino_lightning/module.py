@@ -118,7 +118,7 @@ class DINOModule(lightning.LightningModule):
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
         self.has_weights = False  # or will have: those of a checkpoint that the run goes on from
         self._noise_seed: int | None = None
-        self._figures = TrainingFigures()
+        self.training_figures = TrainingFigures()
         self._shown: dict[str, float] = {}  # figures of this step, where they are logged
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
@@ -248,7 +248,7 @@ class DINOModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
         elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        self._figures.grad_norm = norm
+        self.training_figures.grad_norm = norm
         self._non_finite.leave_out(norm, optimizer, scaled=self.trainer.precision == "16-mixed")
 
     # ------------------------------------------------------------------ steps
@@ -274,7 +274,7 @@ class DINOModule(lightning.LightningModule):
             self._non_finite.check(batch, self.global_step, folder)
             return self._non_finite.note(batch, self.global_step, error, output, folder)
         self._non_finite.check(batch, self.global_step, folder)
-        self._figures.take(losses, images=len(batch))
+        self.training_figures.take(losses, images=len(batch))
         if self.trainer.accumulate_grad_batches == 1:
             return losses["loss"]
         return losses["loss"] * self._accumulated.share(num_boxes)
@@ -289,7 +289,7 @@ class DINOModule(lightning.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
         self._shown = {}
         if every and (self.global_step + 1) % every == 0:
-            self._shown = self._figures.of_step()
+            self._shown = self.training_figures.of_step()
             self._send(self._shown, self.global_step)
 
     def _send(self, figures: dict[str, float], step: int) -> None:
@@ -309,12 +309,12 @@ class DINOModule(lightning.LightningModule):
         if loss is not None:
             self._send({"train/loss_epoch": loss}, self.global_step - 1)
             self.log("train/loss_epoch", loss, logger=False, batch_size=1)
-        self._figures.start_epoch()
+        self.training_figures.start_epoch()
 
     @property
     def epoch_loss(self) -> float | None:
         """The mean training loss of the epoch so far; None before its first step. Waits for the device."""
-        return self._figures.epoch_loss
+        return self.training_figures.epoch_loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Detect, remember for the metric, and return the batch's `detections` for callbacks."""
@@ -379,7 +379,7 @@ class DINOModule(lightning.LightningModule):
         """Keep the score threshold of the best F1, the seed of the noise and the loss of the epoch so far."""
         checkpoint["score_threshold"] = float(self.score_threshold)
         checkpoint["noise_seed"] = self._noise_seed
-        checkpoint["epoch_loss"] = self._figures.of_epoch
+        checkpoint["epoch_loss"] = self.training_figures.of_epoch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` keeps, and leave the loaded weights alone in `setup`.
@@ -390,7 +390,7 @@ class DINOModule(lightning.LightningModule):
         refuse_another_model(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
         self._noise_seed = checkpoint.get("noise_seed")
-        self._figures.go_on_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
+        self.training_figures.go_on_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
         self.has_weights = True
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
