@@ -113,16 +113,11 @@ def compare(this: dict[str, Any], other: dict[str, Any], name: str) -> dict[str,
         if row["name"] in classes
     ]
     counted = {row["kind"]: row["count"] for row in other["errors"]}
-    before = {(row["image_id"], row["file_name"]): row["f1"] for row in other["images"]}
-    true_before = {(row["image_id"], row["file_name"]): row["true"] for row in other["images"]}
-    relabelled = sum(
-        true_before.get((row["image_id"], row["file_name"]), row["true"]) != row["true"] for row in this["images"]
-    )
-    images = [
-        _row(f"{row['file_name']} (image {row['image_id']})", before[row["image_id"], row["file_name"]], row["f1"])
-        for row in this["images"]
-        if (row["image_id"], row["file_name"]) in before
-    ]
+    before = {(row["image_id"], row["file_name"]): row for row in other["images"]}
+    pairs = [(before.get((row["image_id"], row["file_name"])), row) for row in this["images"]]
+    common = [(old, new) for old, new in pairs if old is not None]
+    relabelled = sum(old["true"] != new["true"] for old, new in common)
+    images = [_row(f"{new['file_name']} (image {new['image_id']})", old["f1"], new["f1"]) for old, new in common]
     images.sort(key=lambda row: row["change"])
     changed = [row for row in images if row["change"]]
     return {
