@@ -18,8 +18,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.measure import environment, interleaved, save, table
+from dino_lightning.detections import Detections
 from dino_lightning.metrics import CocoMetric
-from dino_lightning.structures import Detections, GroundTruth
+from dino_lightning.structures import GroundTruth
 
 BOXES = 7  # of an image, on average, as in COCO
 

@@ -1,12 +1,32 @@
-"""Train the DINO object detector (DETR with improved denoising anchor boxes) with PyTorch Lightning."""
+"""Train the DINO object detector (DETR with improved denoising anchor boxes) with PyTorch Lightning.
 
-from dino_lightning.data import CocoDataModule
-from dino_lightning.detector import Detector, load_detector
-from dino_lightning.losses import Criterion
-from dino_lightning.metrics import CocoMetric
-from dino_lightning.model import DINO
-from dino_lightning.module import DINOModule
-from dino_lightning.structures import Batch, Detections
+The public names are loaded when they are first used (PEP 562): importing the package itself takes milliseconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_lightning.data import CocoDataModule
+    from dino_lightning.detections import Detections
+    from dino_lightning.detector import Detector, load_detector
+    from dino_lightning.losses import Criterion
+    from dino_lightning.metrics import CocoMetric
+    from dino_lightning.model import DINO
+    from dino_lightning.module import DINOModule
+    from dino_lightning.structures import Batch
+
+_HOMES = {
+    "DINO": "dino_lightning.model",
+    "Batch": "dino_lightning.structures",
+    "CocoDataModule": "dino_lightning.data",
+    "CocoMetric": "dino_lightning.metrics",
+    "Criterion": "dino_lightning.losses",
+    "DINOModule": "dino_lightning.module",
+    "Detections": "dino_lightning.detections",
+    "Detector": "dino_lightning.detector",
+    "load_detector": "dino_lightning.detector",
+}
 
 __all__ = [
     "DINO",
@@ -19,3 +39,17 @@ __all__ = [
     "Detector",
     "load_detector",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module it is defined in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *__all__})

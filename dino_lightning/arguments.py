@@ -17,8 +17,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.checkpoint import CheckpointError, read_checkpoint
+from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.data import CocoDataModule
+from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.files import previous_checkpoint
 from dino_lightning.module import DINOModule
 from dino_lightning.options import add_own_options
@@ -34,10 +35,6 @@ FROM_DATA = (
     "max_size",
     "stretch_to",
 )  # arguments the model takes over
-
-
-class UsageError(ValueError):
-    """A command line that cannot be carried out; the message is one sentence."""
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from dino_lightning.errors import CheckpointError
 from dino_lightning.published_layout import (
     backbone_from_published,
     backbone_kind,
@@ -32,10 +33,6 @@ CLASS_ENTRIES = (
     "query_selection.class_head.bias",
     "label_embedding.weight",
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

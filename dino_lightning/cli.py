@@ -14,9 +14,8 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
-from dino_lightning.arguments import FROM_DATA, UsageError, prepare, with_packaged_configs
+from dino_lightning.arguments import FROM_DATA, prepare, with_packaged_configs
 from dino_lightning.callbacks import (
     MemoryWatch,
     PredictionImages,
@@ -27,10 +26,11 @@ from dino_lightning.callbacks import (
     WatchProcesses,
     WholeCheckpoints,
 )
-from dino_lightning.checkpoint import CheckpointError
-from dino_lightning.data import CocoDataModule, DataError
+from dino_lightning.console import say
+from dino_lightning.data import CocoDataModule
+from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.memory import OutOfMemory, is_out_of_memory
+from dino_lightning.memory import is_out_of_memory
 from dino_lightning.module import DINOModule
 from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
@@ -307,12 +307,6 @@ def options_of(checkpoint: Path) -> dict[str, Any] | None:
         return parse_fit(["--config", str(stored)])
     except EXPECTED_ERRORS:
         return None
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print, on the first process only."""
-    print(text, flush=True)
 
 
 def default_precision(accelerator: Any) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dino_lightning.architecture import heads_times_points, sizes
-from dino_lightning.checkpoint import CLASS_ENTRIES, CheckpointError, FoundWeights, coco_names, read_weights
-from dino_lightning.files import written_whole
+from dino_lightning.checkpoint import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.errors import CheckpointError
+from dino_lightning.files import atomic_write
 from dino_lightning.module import DINOModule
 from dino_lightning.published_layout import backbone_kind, to_published
 from dino_lightning.weights import local_file
@@ -81,7 +82,7 @@ def convert(place: str, output: Path, layout: str | None, overwrite: bool, conti
                 content["score_threshold"] = found.score_threshold
     except KeyError as error:
         raise CheckpointError(f"{file} cannot be written in the published layout: {error.args[0]}") from error
-    with written_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         torch.save(content, temporary)
     classes = len(state["decoder.class_head.bias"])
     if layout == "published":

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 from dino_lightning.overlay import draw_boxes, to_page
 
 LISTED = 20  # detections that a printed table shows
@@ -190,7 +190,7 @@ class Detections:
 
 def save_page(page: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         page.save(temporary, quality=90)  # which formats without losses pass over
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from dino_lightning.arguments import UsageError, explain_argument_error
-from dino_lightning.checkpoint import CheckpointError
-from dino_lightning.data import DataError
-from dino_lightning.losses import NonFiniteError
-from dino_lightning.memory import OutOfMemory
+from dino_lightning.arguments import explain_argument_error
+from dino_lightning.errors import CheckpointError, DataError, NonFiniteError, OutOfMemory, UsageError
 
 EXPECTED_ERRORS = (
     *(ArgumentError, UsageError, DataError, CheckpointError, NonFiniteError, OutOfMemory),

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from dino_lightning.arguments import CommandParser, UsageError, newest_run
+from dino_lightning.arguments import CommandParser, newest_run
 from dino_lightning.detector import find_model, load_module
+from dino_lightning.errors import UsageError
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.exporting.check import compare_with_module, table
 from dino_lightning.exporting.formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
 from dino_lightning.exporting.model_directory import MODEL_FILE, write_model_directory
 from dino_lightning.exporting.package_code import serving_code
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 from dino_lightning.module import DINOModule
 
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
@@ -117,7 +118,7 @@ def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
 
 def _export_file(module: DINOModule, output: Path, kind: str, preprocessing: str, opset: int) -> None:
     description = describe_module(module, preprocessing)
-    with written_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         prepare = None
         if kind == "onnx":
             prepare = write_onnx(module, temporary, description, opset=opset)

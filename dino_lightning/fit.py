@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.arguments import config_path
-from dino_lightning.cli import main, say
+from dino_lightning.cli import main
+from dino_lightning.console import say
 from dino_lightning.data.rooms import write_rooms_dataset
 
 

@@ -12,14 +12,15 @@ from typing import Any
 from jsonargparse import ArgumentError
 
 from dino_lightning.cli import parse_fit
-from dino_lightning.data.coco import DataError
+from dino_lightning.console import say
 from dino_lightning.data.health import inspect_dataset
 from dino_lightning.data.health_checks import Limits
 from dino_lightning.data.health_page import as_html
 from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import resolve_split_files
+from dino_lightning.errors import DataError
 from dino_lightning.expected_errors import explain
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 from dino_lightning.metrics.backends import MAX_DETECTIONS
 
 DESCRIPTION = """Read all annotations and decode all images of a dataset, and say what is wrong with them.
@@ -51,13 +52,13 @@ def run(args: Sequence[str]) -> int:
             {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
         )
         report = inspect_dataset(files, limits=_limits(data, fit["model"]))
-        _say(as_text(report))
+        say(as_text(report))
         places = {
             options.output / "health.html": as_html(report, str(data["root"])),
             options.output / "health.json": json.dumps(as_json(report), indent=1),
         }
         for path, content in places.items():
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(content, encoding="utf-8")
     except (ArgumentError, DataError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -65,15 +66,9 @@ def run(args: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: {options.output}: the report cannot be written ({error.strerror}).", file=sys.stderr)
         return 1
-    _say("\nreport   " + "\ndetails  ".join(str(path) for path in places))
+    say("\nreport   " + "\ndetails  ".join(str(path) for path in places))
     failed = report.count("error") > 0 or (options.strict and report.count("warning") > 0)
     return 1 if failed else 0
-
-
-def _say(text: str) -> None:
-    """Print, with question marks for characters that the terminal does not have."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _limits(data: Mapping[str, Any], model: Mapping[str, Any]) -> Limits:

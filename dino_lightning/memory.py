@@ -36,10 +36,6 @@ _OUT_OF_MEMORY = (
 )
 
 
-class OutOfMemory(RuntimeError):
-    """A step that did not fit into memory; the message says how large it was and what helps."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the device or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -17,7 +17,9 @@ from torch import Tensor
 from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
-from dino_lightning.losses import Criterion, NonFiniteError, mean_num_boxes
+from dino_lightning.detections import Detections
+from dino_lightning.errors import NonFiniteError
+from dino_lightning.losses import Criterion, mean_num_boxes
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.non_finite import NonFiniteSteps
@@ -29,7 +31,7 @@ from dino_lightning.starting_weights import (
     start_backbone_from,
     start_from,
 )
-from dino_lightning.structures import Batch, Detections
+from dino_lightning.structures import Batch
 from dino_lightning.training_figures import TrainingFigures
 
 

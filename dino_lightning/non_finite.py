@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dino_lightning.files import written_whole
-from dino_lightning.losses import NonFiniteError
+from dino_lightning.errors import NonFiniteError
+from dino_lightning.files import atomic_write
 from dino_lightning.structures import Batch, ModelOutput
 
 MOST_BATCHES_KEPT = 10
@@ -141,6 +141,6 @@ def _keep(batch: Batch, step: int, folder: Path) -> Path:
             "labels": targets.labels,
             "num_boxes": list(targets.num_boxes),
         }
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(content, temporary)
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,12 +14,15 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined]  # exported, not declared
 
-from dino_lightning.arguments import CommandParser, UsageError, newest_run
+from dino_lightning.arguments import CommandParser, newest_run
 from dino_lightning.cli import default_precision
+from dino_lightning.console import say
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.image_list import ListedImage, list_images
 from dino_lightning.detector import find_model, load_module
+from dino_lightning.errors import UsageError
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.files import sha256_of
 from dino_lightning.module import DINOModule
 from dino_lightning.prediction.files import (
     Summary,
@@ -146,7 +148,7 @@ def _predict(options: argparse.Namespace) -> int:
     module = load_module(checkpoint)
     threshold = module.score_threshold if options.threshold is None else options.threshold
     settings = {
-        "model": _digest(checkpoint),
+        "model": sha256_of(checkpoint),
         "threshold": threshold,
         "tile": options.tile,
         "overlap": options.overlap if options.tile else None,
@@ -192,14 +194,6 @@ def _begin(
     return None
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _fabric(options: argparse.Namespace) -> Fabric:
     """Lightning's processes and devices; with several, this starts the others."""
     arguments: dict[str, Any] = {
@@ -227,7 +221,7 @@ def _predict_share(
     share = list(by_name.values())[fabric.global_rank :: fabric.world_size]
     left = [image for image in share if image.name not in done]
     if fabric.is_global_zero and len(left) < len(share):
-        _say(f"Going on: {len(by_name.keys() & done)} of {len(by_name)} images are finished already.")
+        say(f"Going on: {len(by_name.keys() & done)} of {len(by_name)} images are finished already.")
     views = Views(
         images=left,
         transform=module.eval_transform(),
@@ -254,23 +248,16 @@ def _categories(module: DINOModule) -> dict[int, str]:
 
 
 def _report(folder: Path, summary: Summary, threshold: float) -> None:
-    _say(f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {threshold:.2f}")
+    say(f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {threshold:.2f}")
     if summary.other_size:
-        _say(
+        say(
             f"warning: {summary.other_size} images have another size than the COCO file says: its boxes and the "
             "results do not fit each other."
         )
-    _say("\n".join(str(folder / name) for name in ("predictions.json", "predictions.csv", "images.json")))
+    say("\n".join(str(folder / name) for name in ("predictions.json", "predictions.csv", "images.json")))
     if (folder / "overlays").is_dir():
-        _say(str(folder / "overlays"))
+        say(str(folder / "overlays"))
     if summary.failed:
         more = summary.failed - len(summary.failures)
         lines = [*summary.failures, *([f"... and {more} more, in {folder / 'images.json'}"] if more else [])]
-        _say(f"error: {summary.failed} images could not be read:\n  " + "\n  ".join(lines), sys.stderr)
-
-
-def _say(text: str, file: Any = None) -> None:
-    """Print, with question marks for characters that the terminal does not have."""
-    file = file or sys.stdout
-    encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+        say(f"error: {summary.failed} images could not be read:\n  " + "\n  ".join(lines), sys.stderr)

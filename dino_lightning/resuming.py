@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 
 # Arguments of the detector that a run may change when it goes on: they concern training, not what is trained.

@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from dino_lightning.architecture import differences
-from dino_lightning.checkpoint import CLASS_ENTRIES, CheckpointError, FoundWeights, coco_names, read_weights
+from dino_lightning.checkpoint import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights import in_turn, is_address, local_file

@@ -18,7 +18,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
-from dino_lightning.detections import Detections as Detections  # one of the values that travel
 
 
 @dataclass(frozen=True)

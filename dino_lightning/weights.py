@@ -19,7 +19,8 @@ import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
-from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.errors import CheckpointError
+from dino_lightning.files import sha256_of
 
 _SCHEMES = ("https://", "http://", "s3://")
 _CHUNK = 1 << 20
@@ -99,7 +100,7 @@ def _downloaded(place: str) -> Path:
     # The whole address is in the name: the same file name at two places may mean two files.
     path = cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
     with in_turn(path.name):
-        if path.is_file() and checksum is not None and _sha256(path) != checksum:
+        if path.is_file() and checksum is not None and sha256_of(path) != checksum:
             path.unlink()  # of an earlier time, or damaged
         if not path.is_file():
             part = path.with_name(f"{path.name}.part")
@@ -109,7 +110,7 @@ def _downloaded(place: str) -> Path:
                 raise CheckpointError(
                     f"{_shown(address)} cannot be stored in {path.parent} ({error.strerror})."
                 ) from error
-            if checksum is not None and (found := _sha256(part)) != checksum:
+            if checksum is not None and (found := sha256_of(part)) != checksum:
                 part.unlink()
                 raise CheckpointError(
                     f"{_shown(address)} is another file than expected, and was removed: its sha256 is {found}, not "
@@ -136,14 +137,6 @@ def _shown(address: str) -> str:
     """The address without what may be secret in it: a password, or the signature in its query."""
     parts = urllib.parse.urlsplit(address)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _download(address: str, part: Path) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_lightning import CocoDataModule
-from sagemaker_entry.manifest import MANIFEST, Manifest, StoredFile, sha256_of, sha256_of_bytes
+from dino_lightning.files import sha256_of
+from sagemaker_entry.manifest import MANIFEST, Manifest, StoredFile, sha256_of_bytes
 from sagemaker_entry.problem import Problem
 
 SHARD_BYTES = 150_000_000

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dino_lightning.files import sha256_of
 from sagemaker_entry.problem import Problem
 
 MANIFEST = "manifest.json"
@@ -76,15 +77,6 @@ class Manifest:
             raise Problem(
                 f"{where} is no manifest of {FORMAT!r}; upload the dataset with sagemaker_entry.launch."
             ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sha256_of_bytes(content: bytes) -> str:

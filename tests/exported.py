@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dino_lightning import DINOModule
+from dino_lightning.detections import Detections
 from dino_lightning.exporting.check import drawn
-from dino_lightning.structures import Detections
 from tests.conftest import TINY_SIZES
 from tests.golden_recipe import load_recipe
 

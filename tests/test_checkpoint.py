@@ -10,7 +10,8 @@ import pytest
 import torch
 import torchvision
 
-from dino_lightning.checkpoint import CheckpointError, coco_names, read_checkpoint, read_weights
+from dino_lightning.checkpoint import coco_names, read_checkpoint, read_weights
+from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.optim import parameter_groups
 from dino_lightning.published_layout import backbone_to_published_key, from_published, to_published, to_published_key

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dino_lightning.callbacks.drawing import Panel, _colour, draw_panels, save_figure
+from dino_lightning.callbacks.drawing import Panel, _colour, draw_panels
+from dino_lightning.files import save_figure
 
 
 def panel(height, width, boxes=20, classes=80, **changes):

@@ -10,7 +10,7 @@ import torch
 
 from dino_lightning.__main__ import run
 from dino_lightning.cli import execute
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model import DINO
 from tests.conftest import TINY_ARGS, forget_earlier_runs
@@ -165,7 +165,7 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(options, tmp_path):
 
     class Killing(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
-            with pytest.raises(Killed), written_whole(folder / "best.ckpt") as temporary:
+            with pytest.raises(Killed), atomic_write(folder / "best.ckpt") as temporary:
                 left.append(temporary.match("tmp-best.ckpt-????????.ckpt"))
                 raise Killed
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule, load_detector
-from dino_lightning.losses import NonFiniteError
+from dino_lightning.errors import NonFiniteError
 from tests.conftest import TINY_SIZES
 
 QUIET = {

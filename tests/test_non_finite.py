@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.losses import NonFiniteError
+from dino_lightning.errors import NonFiniteError
 from tests.conftest import TINY_SIZES
 
 QUIET = {

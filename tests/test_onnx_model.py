@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dino_lightning import export, load_detector
-from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.errors import CheckpointError
 from dino_lightning.exporting.onnx_model import OnnxModel
 from tests.exported import CLASSES, assert_same, images, save, tiny_module
 

@@ -14,7 +14,8 @@ from dino_lightning.boxes import (
     xyxy_to_cxcywh,
     xyxy_to_normalized_cxcywh,
 )
-from dino_lightning.structures import Batch, Detections, pad_targets
+from dino_lightning.detections import Detections
+from dino_lightning.structures import Batch, pad_targets
 
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 corner = st.floats(0, 1, width=32)

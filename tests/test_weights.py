@@ -15,7 +15,7 @@ import torch
 
 from dino_lightning import weights as weights_module
 from dino_lightning.__main__ import run
-from dino_lightning.checkpoint import CheckpointError
+from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.starting_weights import start_from
 from dino_lightning.weights import cache_folder, local_file

@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from dino_lightning.callbacks.ema import EMA
 from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.data import CocoDataModule
+from dino_lightning.errors import OutOfMemory
 from dino_lightning.memory import (
     GIGABYTE,
-    OutOfMemory,
     available_memory,
     estimated_peak,
     is_out_of_memory,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
-from dino_lightning.files import written_whole
 from dino_lightning.overlay import Place, caption_places, colour_of, overlaps
 
 TRUTH_COLOUR = "#2a9d4a"
@@ -94,12 +92,6 @@ def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
             left += _slot_ratio(panel) * row_height + GAP
         top += row_height
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG; a half-written picture is never seen."""
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _slot_ratio(panel: Panel) -> float:

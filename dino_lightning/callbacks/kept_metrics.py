@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 
 
 class KeptMetrics(lightning.Callback):
@@ -42,7 +42,7 @@ class KeptMetrics(lightning.Callback):
 
     @rank_zero_only
     def _keep(self) -> None:
-        with written_whole(self.copy) as temporary:
+        with atomic_write(self.copy) as temporary:
             shutil.copyfile(self.path, temporary)
 
     def on_load_checkpoint(

@@ -8,7 +8,8 @@ import lightning
 import torch
 
 from dino_lightning.callbacks.auto_batch_size import AutoBatchSize
-from dino_lightning.memory import GIGABYTE, OutOfMemory, StepSize
+from dino_lightning.errors import OutOfMemory
+from dino_lightning.memory import GIGABYTE, StepSize
 from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.cli import SaveConfigCallback
 
 from dino_lightning.data import CocoDataModule
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
 
@@ -53,7 +53,7 @@ class RunRecord(lightning.Callback):
             "git": _commit(Path(__file__).parent),
         }
         record = {"starts": [*self._starts(), start], "classes": _classes(data), "data": fingerprint(data)}
-        with written_whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False))
 
     def _starts(self) -> list[Any]:

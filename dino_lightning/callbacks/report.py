@@ -8,7 +8,7 @@ import lightning
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dino_lightning.callbacks.drawing import save_figure
+from dino_lightning.files import save_figure
 
 COLUMNS = ("epoch", "train/loss", "val/loss", "val/AP", "val/AP50", "val/AP75", "val/F1")
 

@@ -20,8 +20,9 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dino_lightning.checkpoint import CheckpointError, read_checkpoint
-from dino_lightning.files import previous_checkpoint, remove_unfinished, written_whole
+from dino_lightning.checkpoint import read_checkpoint
+from dino_lightning.errors import CheckpointError
+from dino_lightning.files import atomic_write, previous_checkpoint, remove_unfinished
 
 SECONDS_BETWEEN_POLLS = 5.0
 MOST_BATCHES_BETWEEN_POLLS = 10
@@ -270,7 +271,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 with temporary.open("wb") as file:
                     torch.save(checkpoint, file)
                     file.flush()

@@ -14,8 +14,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, DataError, ImageEntry, Problem
+from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, ImageEntry, Problem
 from dino_lightning.data.findings import KINDS
+from dino_lightning.errors import DataError
 
 MAX_ID = 2**63  # what 64 bits hold
 MAX_COORDINATE = 1e12  # beyond any image; NaN and infinity fail the comparison with it

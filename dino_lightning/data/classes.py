@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dino_lightning.data.coco import Category, CocoAnnotations, DataError
+from dino_lightning.data.coco import Category, CocoAnnotations
+from dino_lightning.errors import DataError
 
 
 @dataclass(frozen=True)

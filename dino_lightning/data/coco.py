@@ -11,23 +11,7 @@ import numpy.typing as npt
 
 from dino_lightning.structures import GroundTruth
 
-LONGEST_MESSAGE = 1400  # characters
 CLIP_TOLERANCE = 0.01  # pixels; coordinates rounded to two decimals overshoot the border by less
-
-
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message says which file, which entry, and what to do.
-
-    File names in it may be hostile or endless: it is kept on one line, without control characters, and cut in the
-    middle where it is long.
-    """
-
-    def __init__(self, message: str) -> None:
-        line = "".join(" " if char.isspace() else char if char.isprintable() else "?" for char in message)
-        if len(line) > LONGEST_MESSAGE:
-            half = LONGEST_MESSAGE // 2
-            line = f"{line[:half]} ... {line[-half:]}"
-        super().__init__(line)
 
 
 @dataclass(frozen=True)

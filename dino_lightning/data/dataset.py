@@ -17,9 +17,10 @@ from tqdm import tqdm
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import Classes, check_classes
-from dino_lightning.data.coco import CocoAnnotations, DataError, ground_truth
+from dino_lightning.data.coco import CocoAnnotations, ground_truth
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
+from dino_lightning.errors import DataError
 from dino_lightning.structures import GroundTruth, Notice
 
 UNREADABLE = "unreadable"  # kind of notice

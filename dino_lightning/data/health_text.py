@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dino_lightning.console import aligned, columns, columns_of, shown
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case
 from dino_lightning.data.health_report import HealthReport, SplitHealth
 
@@ -25,7 +25,7 @@ SPREAD = "sizes in pixels; three numbers are least / median / most"
 def as_text(report: HealthReport) -> str:
     """Tables of at most 100 columns: the splits, the classes, the findings."""
     rows = splits_rows(report)
-    return "\n\n".join([_aligned(rows) + f"\n({SPREAD})", _class_table(report), _findings_text(report)])
+    return "\n\n".join([aligned(rows) + f"\n({SPREAD})", _class_table(report), _findings_text(report)])
 
 
 def as_json(report: HealthReport) -> dict[str, Any]:
@@ -149,45 +149,18 @@ def describe(case: Case) -> str:
     return ": ".join(part for part in (", ".join(where), case.detail) if part)
 
 
-def shown(text: str, width: int) -> str:
-    """The text on one line of at most so many columns, with nothing in it that would move the cursor."""
-    used, fits = 0, 0
-    for position, character in enumerate(text):
-        used += _columns_of(character)
-        if used > width or position == 4 * width:  # the latter: accents without end
-            return _printable(text[:fits]) + "..."
-        if used <= width - 3:
-            fits = position + 1
-    return _printable(text)
-
-
-def columns(text: str) -> int:
-    """How wide the text is in a terminal, where Chinese characters take two columns and accents none."""
-    return len(text) if text.isascii() else sum(map(_columns_of, text))
-
-
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most so many columns, broken at spaces where there are any."""
     lines = []
     while columns(text) > width:
         end, used = 0, 0
-        while used + _columns_of(text[end]) <= width:
-            used += _columns_of(text[end])
+        while used + columns_of(text[end]) <= width:
+            used += columns_of(text[end])
             end += 1
         space = text.rfind(" ", 0, end + 1)
         lines.append(text[: space if space > 0 else end])
         text = text[len(lines[-1]) :].lstrip(" ")
     return [*lines, text]
-
-
-def _columns_of(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -262,7 +235,7 @@ def _class_table(report: HealthReport) -> str:
         for row in rows_of_classes[:CLASSES_SHOWN]
     ]
     hidden = len(rows_of_classes) - CLASSES_SHOWN
-    return _aligned(rows) + (f"\n... and {hidden} more classes (all in the JSON)" if hidden > 0 else "")
+    return aligned(rows) + (f"\n... and {hidden} more classes (all in the JSON)" if hidden > 0 else "")
 
 
 def _findings_text(report: HealthReport) -> str:
@@ -280,16 +253,3 @@ def _findings_text(report: HealthReport) -> str:
         if len(finding.cases) > CASES_SHOWN:
             lines.append(f"        - ... and {len(finding.cases) - CASES_SHOWN} more")
     return "\n".join(lines)
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(columns(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell + " " * (width - columns(cell))
-            if column == 0 or rows[0][column] == "name"
-            else " " * (width - columns(cell)) + cell
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from dino_lightning.data.coco import DataError
 from dino_lightning.data.dataset import available_cores
 from dino_lightning.data.images import EXIF_ORIENTATION, decode_bytes, open_image, read_bytes
+from dino_lightning.errors import DataError
 
 THUMBNAIL = 32  # pixels; enough to tell whether two images show the same
 SUFFIXES = {

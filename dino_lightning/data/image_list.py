@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino_lightning.data.annotation_file import parse_images, read_json
-from dino_lightning.data.coco import DataError, Problem
+from dino_lightning.data.coco import Problem
 from dino_lightning.data.splits import choose_image_folder
+from dino_lightning.errors import DataError
 
 # Of files found in folders and by globs; a file that is named itself may have any.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dino_lightning.data.coco import DataError
+from dino_lightning.errors import DataError
 from dino_lightning.structures import to_uint8
 
 try:  # deprecated since torchvision 0.29 in favour of a package with FFmpeg behind it; Pillow does without

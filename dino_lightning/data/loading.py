@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning.data.coco import DataError
 from dino_lightning.data.dataset import Sample
 from dino_lightning.data.sampling import TrainSampler
+from dino_lightning.errors import DataError
 
 MAX_DEATHS = 3  # of worker processes in one epoch
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dino_lightning.data.annotation_file import shown_value
-from dino_lightning.data.coco import CocoAnnotations, DataError
+from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.splits import is_file
+from dino_lightning.errors import DataError
 
 FILES_TO_PROBE = 8
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_lightning.data.coco import CocoAnnotations, DataError
+from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.errors import DataError
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.data.transforms import LabelledImage
+from dino_lightning.detections import Detections
 from dino_lightning.model.query_selection import SelectedQueries
 from dino_lightning.module import DINOModule
-from dino_lightning.structures import Batch, Detections
+from dino_lightning.structures import Batch
 
 BOX_TOLERANCE = 0.5  # pixels of the original image
 SCORE_TOLERANCE = 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.arguments import UsageError
+from dino_lightning.errors import UsageError
 from dino_lightning.exporting.onnx_model import onnxruntime_session
 from dino_lightning.model.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.module import DINOModule

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dino_lightning.checkpoint import CheckpointError, read_checkpoint
+from dino_lightning.checkpoint import read_checkpoint
+from dino_lightning.errors import CheckpointError
 
 MODEL_FILE = "model.ckpt"
 DESCRIPTION_FILE = "model.json"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_lightning.checkpoint import CheckpointError
 from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
-from dino_lightning.structures import Detections
+from dino_lightning.detections import Detections
+from dino_lightning.errors import CheckpointError
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first
 

@@ -12,19 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from dino_lightning.boxes import OVERLAP_EPSILON, cxcywh_to_xyxy
+from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses.focal import FOCAL_ALPHA, FOCAL_GAMMA
 from dino_lightning.structures import Targets
-
-
-class NonFiniteError(RuntimeError):
-    """The model's outputs are no longer numbers; `image_ids` are the images concerned."""
-
-    def __init__(self, image_ids: Sequence[int], more: str = "") -> None:
-        super().__init__(
-            f"The model's predictions for image ids {list(image_ids)} are not finite numbers. Lower the learning rate, "
-            f"use float32 or bf16 instead of float16, and check these images and their boxes.{more}"
-        )
-        self.image_ids = list(image_ids)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from dino_lightning.detections import Detections
 from dino_lightning.metrics.backends import MAX_DETECTIONS, Backend, EvaluatedImage, average_precision
 from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, match_images
 from dino_lightning.metrics.results import ClassResult, Evaluation
-from dino_lightning.structures import Detections, GroundTruth
+from dino_lightning.structures import GroundTruth
 
 NOTHING_TO_MEASURE = -1.0  # COCO's own: no true box to measure against
 

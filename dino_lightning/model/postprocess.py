@@ -8,7 +8,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy
-from dino_lightning.structures import Detections, ModelOutput
+from dino_lightning.detections import Detections
+from dino_lightning.structures import ModelOutput
 
 
 def postprocess(

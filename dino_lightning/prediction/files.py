@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dino_lightning.data.image_list import ListedImage
-from dino_lightning.detections import COLUMNS
-from dino_lightning.files import written_whole
-from dino_lightning.structures import Detections
+from dino_lightning.detections import COLUMNS, Detections
+from dino_lightning.files import atomic_write
 
 SETTINGS = "settings.json"
 RECORDS = "predictions.jsonl"
@@ -172,7 +171,7 @@ def prepare(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> No
             path.unlink(missing_ok=True)
         if (folder / SETTINGS).is_file():  # else the pictures may be somebody else's
             shutil.rmtree(folder / OVERLAYS, ignore_errors=True)
-    with written_whole(folder / SETTINGS) as temporary:
+    with atomic_write(folder / SETTINGS) as temporary:
         temporary.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
 
 
@@ -187,7 +186,7 @@ def write_results(folder: Path, images: Sequence[ListedImage], categories: Mappi
     places, summary = finished(folder, images), Summary()
     with ExitStack() as whole:
         # replaced in the opposite order: the lines last, so that whatever interrupts this can be done again
-        paths = {name: whole.enter_context(written_whole(folder / name)) for name in reversed(RESULTS)}
+        paths = {name: whole.enter_context(atomic_write(folder / name)) for name in reversed(RESULTS)}
         with ExitStack() as opened:
             sources = {
                 path: opened.enter_context(path.open("rb")) for path in {place.path for place in places.values()}

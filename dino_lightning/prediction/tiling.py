@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dino_lightning.structures import Detections
+from dino_lightning.detections import Detections
 
 SAME_OBJECT = 0.5  # IoU from which two boxes of one label, from two views, mean one object
 PART_OF_OBJECT = 0.8  # share of a cut box inside a whole one from which it is a part of that

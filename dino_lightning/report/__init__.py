@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dino_lightning.files import written_whole
+from dino_lightning.files import atomic_write
 from dino_lightning.metrics import Evaluation
 from dino_lightning.report.compare import JSON_NAME, compare, find_report, load_report
 from dino_lightning.report.page import as_html
@@ -49,6 +49,6 @@ def write_report(
         "index.html": as_html(summary, drawn, comparison, None if against is None else against[1]),
     }
     for name, content in contents.items():
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     return summary

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dino_lightning.data.coco import DataError
+from dino_lightning.errors import DataError
 from dino_lightning.report.errors import ERROR_KINDS
 from dino_lightning.report.summary import KIND, SCHEMA
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dino_lightning.data.health_text import shown
+from dino_lightning.console import shown
 from dino_lightning.report.tables import WORDS
 
 FEW_CLASSES = 10  # have a curve each

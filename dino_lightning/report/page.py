@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from dino_lightning.data.health_text import shown
+from dino_lightning.console import shown
 from dino_lightning.report import figures
 from dino_lightning.report.pictures import Picture
 from dino_lightning.report.tables import WORDS

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dino_lightning.data.coco import CocoAnnotations, DataError
-from dino_lightning.data.health_text import shown
+from dino_lightning.console import shown
+from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.images import read_image
+from dino_lightning.errors import DataError
 from dino_lightning.metrics import EvaluatedImage, Evaluation
 from dino_lightning.report.errors import ERROR_KINDS, JudgedImage, judge_image
 from dino_lightning.report.tables import WORDS

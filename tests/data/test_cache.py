@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dino_lightning import CocoDataModule
-from dino_lightning.data import DataError
 from dino_lightning.data import cache as cache_file
 from dino_lightning.data.cache import ImageCache
+from dino_lightning.errors import DataError
 from tests.data.small_coco import document, write_json
 
 

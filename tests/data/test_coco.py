@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dino_lightning.data import CocoDataModule, CocoDetection, DataError, check_classes, classes_of, load_coco
+from dino_lightning.data import CocoDataModule, CocoDetection, check_classes, classes_of, load_coco
+from dino_lightning.errors import DataError
 from tests.data.small_coco import annotation, document, write_images, write_json
 
 HUGE = 10**30

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_lightning.data import DataError, read_image
+from dino_lightning.data import read_image
 from dino_lightning.data.images import to_pixels
+from dino_lightning.errors import DataError
 
 GRADIENT = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 36, 3)).astype(np.uint8)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_lightning import CocoDataModule
-from dino_lightning.data import DataError
 from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.data.sampling import TrainSampler
+from dino_lightning.errors import DataError
 from dino_lightning.metrics import CocoMetric
 from tests.data.small_coco import write_split
 from tests.data.test_datamodule import Recorder, quiet_trainer

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dino_lightning.data import DataError, find_split_files, load_coco
+from dino_lightning.data import find_split_files, load_coco
 from dino_lightning.data.splits import resolve_split_files, split_images
+from dino_lightning.errors import DataError
 from tests.data.small_coco import document, write_json, write_split
 
 # Per layout: split -> (annotations, images), relative to the root.

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_lightning.losses import Criterion, HungarianMatcher, NonFiniteError
+from dino_lightning.errors import NonFiniteError
+from dino_lightning.losses import Criterion, HungarianMatcher
 from dino_lightning.model import DINO
 from dino_lightning.structures import ModelOutput, pad_targets
 from tests.conftest import TINY_SIZES

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dino_lightning.detections import Detections
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.metrics import coco_eval as module_under_test
-from dino_lightning.structures import Detections, GroundTruth
+from dino_lightning.structures import GroundTruth
 
 BACKENDS = ("faster_coco_eval", "pycocotools")
 COCO_KEYS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")

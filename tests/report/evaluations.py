@@ -12,9 +12,9 @@ from PIL import Image
 from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.classes import classes_of
 from dino_lightning.data.coco import ground_truth
+from dino_lightning.detections import Detections
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.report import Source
-from dino_lightning.structures import Detections
 
 WIDTH, HEIGHT = 320, 200
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_lightning.data.coco import DataError
+from dino_lightning.errors import DataError
 from dino_lightning.report import find_report, load_report, write_report
 from dino_lightning.report.compare import compare
 from dino_lightning.report.errors import ERROR_KINDS, FALSE_KINDS

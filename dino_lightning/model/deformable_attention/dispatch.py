@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dino_lightning.model.deformable_attention import fused
+from dino_lightning.model.deformable_attention import fused, limits
 from dino_lightning.model.deformable_attention.reference import (
     deformable_attention,
     gathered_deformable_attention,
@@ -130,8 +130,8 @@ def _takes_kernel(
         return False
     if _implementation == "auto" and torch.are_deterministic_algorithms_enabled():
         return False  # the kernel's sums have no fixed order; PyTorch knows what to say about its own
-    if any(side > fused.MAX_SIDE for shape in spatial_shapes for side in shape):
-        trouble: str | None = f"a side of a map is longer than {fused.MAX_SIDE}"
+    if any(side > limits.MAX_SIDE for shape in spatial_shapes for side in shape):
+        trouble: str | None = f"a side of a map is longer than {limits.MAX_SIDE}"
     else:
         trouble = _trouble(
             value.device.type,
@@ -186,13 +186,13 @@ def _missing(call: Call) -> str | None:
         return "it is written for NVIDIA devices"
     if call.device_type == "cuda" and torch.cuda.get_device_capability(call.device_index) < (8, 0):
         return "the device is older than compute capability 8.0"
-    if call.dim not in fused.DIMS:
-        return f"{call.dim} channels for each head are none of {', '.join(map(str, fused.DIMS))}"
-    if call.levels > fused.MAX_LEVELS:
-        return f"there are more than {fused.MAX_LEVELS} levels"
+    if call.dim not in limits.DIMS:
+        return f"{call.dim} channels for each head are none of {', '.join(map(str, limits.DIMS))}"
+    if call.levels > limits.MAX_LEVELS:
+        return f"there are more than {limits.MAX_LEVELS} levels"
     dtypes = {call.value_dtype, call.offsets_dtype, call.logits_dtype}
-    if not dtypes <= set(fused.DTYPES):
-        return f"there is no kernel for {', '.join(sorted(map(str, dtypes - set(fused.DTYPES))))}"
+    if not dtypes <= set(limits.DTYPES):
+        return f"there is no kernel for {', '.join(sorted(map(str, dtypes - set(limits.DTYPES))))}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -10,11 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIMS = (8, 16, 32, 64, 128)  # channels of a head
-MAX_LEVELS = 8  # the kernels have that many arguments for sizes
-MAX_SIDE = 2**15 - 1  # height and width share an integer of 32 bits
-
 
 def deformable_attention(
     value: Tensor,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_lightning.model.deformable_attention.fused import MAX_LEVELS
+from dino_lightning.model.deformable_attention.limits import MAX_LEVELS
 
 NUM_WARPS = 4
 # What follows from the images. Specialised on them (1, a multiple of 16), a kernel would be compiled again and again.
