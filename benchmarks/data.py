@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import environment, interleaved, save, table
 from dino_lightning.data import CocoDataModule, CocoDetection
-from dino_lightning.data.rooms import write_rooms_dataset
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.floor_plans import write_rooms_dataset
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
     if command == "rooms":
         from jsonargparse import auto_cli
 
-        from dino_lightning.data.rooms import write_rooms_dataset
+        from dino_lightning.floor_plans import write_rooms_dataset
 
         try:
             print(auto_cli(write_rooms_dataset, args=rest, as_positional=False))

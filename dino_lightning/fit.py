@@ -10,7 +10,7 @@ from pathlib import Path
 from dino_lightning.arguments import config_path
 from dino_lightning.cli import main
 from dino_lightning.console import say
-from dino_lightning.data.rooms import write_rooms_dataset
+from dino_lightning.floor_plans import write_rooms_dataset
 
 
 def demo_arguments() -> list[str]:

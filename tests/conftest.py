@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dino_lightning.arguments import RUN_DIR_VARIABLE
-from dino_lightning.data.rooms import write_rooms_dataset
+from dino_lightning.floor_plans import write_rooms_dataset
 
 TINY_SIZES = {
     "backbone": "resnet10",

@@ -24,7 +24,8 @@ LAYERS = (
     "callbacks export",
     "inference",
     "cli __init__",
-    "__main__ fit",
+    "fit",
+    "__main__",
 )
 SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference")
 MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "callbacks", "cli", "inference", "__main__.py", "fit.py")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from dino_lightning.data.rooms import write_rooms_dataset
+from dino_lightning.floor_plans import write_rooms_dataset
 from tests.conftest import TINY_ARGS
 
 PATIENCE = 240  # seconds for a process to show that it trains, on a loaded machine

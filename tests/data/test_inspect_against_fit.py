@@ -19,8 +19,8 @@ from PIL import Image
 from dino_lightning.__main__ import run
 from dino_lightning.data import CocoDataModule
 from dino_lightning.data.findings import KINDS
-from dino_lightning.data.rooms import write_rooms_dataset
 from dino_lightning.errors import DataError
+from dino_lightning.floor_plans import write_rooms_dataset
 from tests.data.shared_folder_faults import FAULTS, write_dataset
 from tests.data.small_coco import annotation, write_images, write_json
 

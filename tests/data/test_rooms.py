@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-from dino_lightning.data.rooms import Room, Style, draw_plan, write_rooms_dataset
-from dino_lightning.data.rooms.drawing import font
-from dino_lightning.data.rooms.geometry import merge, offset, rectangle, signed_area
-from dino_lightning.data.rooms.layout import simple_layout
-from dino_lightning.data.rooms.scan import page_without_plan, rotate
-from dino_lightning.data.rooms.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
+from dino_lightning.floor_plans import Room, Style, draw_plan, write_rooms_dataset
+from dino_lightning.floor_plans.drawing import font
+from dino_lightning.floor_plans.geometry import merge, offset, rectangle, signed_area
+from dino_lightning.floor_plans.layout import simple_layout
+from dino_lightning.floor_plans.scan import page_without_plan, rotate
+from dino_lightning.floor_plans.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
 
 few = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 10**9)
@@ -295,7 +295,7 @@ def test_an_older_generator_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
     root = tmp_path / "rooms"
     write_rooms_dataset(root, num_train=1, num_val=1, size=96)
     before = (root / "train" / "annotations.json").stat().st_mtime_ns
-    monkeypatch.setattr("dino_lightning.data.rooms.dataset.GENERATOR_VERSION", 10_000)
+    monkeypatch.setattr("dino_lightning.floor_plans.dataset.GENERATOR_VERSION", 10_000)
     write_rooms_dataset(root, num_train=1, num_val=1, size=96)
     assert (root / "train" / "annotations.json").stat().st_mtime_ns != before
 
@@ -334,7 +334,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dino_lightning.data.rooms.dataset.draw_plan", interrupted)
+    monkeypatch.setattr("dino_lightning.floor_plans.dataset.draw_plan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_rooms_dataset(root, num_train=2, num_val=1, size=96)
     assert tree(root) == before

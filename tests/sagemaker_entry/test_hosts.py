@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from dino_lightning.data.rooms import write_rooms_dataset
+from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 from tests.sagemaker_entry.hosts import Network, fill, restore_checkpoints, usable

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dino_lightning import load_detector
-from dino_lightning.data.rooms import write_rooms_dataset
+from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
 from sagemaker_entry.artifacts import write_model
 from sagemaker_entry.environment import read_environment

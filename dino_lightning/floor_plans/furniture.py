@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dino_lightning.data.rooms.drawing import Pen
-from dino_lightning.data.rooms.geometry import Point, along, rectangle
+from dino_lightning.floor_plans.drawing import Pen
+from dino_lightning.floor_plans.geometry import Point, along, rectangle
 
 
 @dataclass(frozen=True)

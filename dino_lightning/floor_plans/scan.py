@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from dino_lightning.data.rooms.drawing import WHITE, Page, Pen, Room
-from dino_lightning.data.rooms.geometry import rectangle
-from dino_lightning.data.rooms.words import AGENTS, DISCLAIMER
+from dino_lightning.floor_plans.drawing import WHITE, Page, Pen, Room
+from dino_lightning.floor_plans.geometry import rectangle
+from dino_lightning.floor_plans.words import AGENTS, DISCLAIMER
 
 
 def rotate(picture: Image.Image, rooms: list[Room], angle: float) -> tuple[Image.Image, list[Room]]:

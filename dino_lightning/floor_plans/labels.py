@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from dino_lightning.data.rooms.drawing import WHITE, Ink, Pen
-from dino_lightning.data.rooms.furnishing import Box
-from dino_lightning.data.rooms.geometry import Point, Polygon, bounds, inside, offset
-from dino_lightning.data.rooms.layout import Layout
+from dino_lightning.floor_plans.drawing import WHITE, Ink, Pen
+from dino_lightning.floor_plans.furnishing import Box
+from dino_lightning.floor_plans.geometry import Point, Polygon, bounds, inside, offset
+from dino_lightning.floor_plans.layout import Layout
 
 
 def write_name(

@@ -9,13 +9,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dino_lightning.data.rooms.geometry import (
-    Point,
-    Polygon,
-    bounds,
-    edges,
-    signed_area,
-)
+from dino_lightning.floor_plans.geometry import Point, Polygon, bounds, edges, signed_area
 
 Ink = tuple[int, int, int]
 BLACK: Ink = (0, 0, 0)

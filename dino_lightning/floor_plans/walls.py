@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw
 
-from dino_lightning.data.rooms.drawing import Pen
-from dino_lightning.data.rooms.geometry import Polygon, along, direction, distance, offset
-from dino_lightning.data.rooms.layout import Layout, Opening
+from dino_lightning.floor_plans.drawing import Pen
+from dino_lightning.floor_plans.geometry import Polygon, along, direction, distance, offset
+from dino_lightning.floor_plans.layout import Layout, Opening
 
 
 @dataclass(frozen=True)

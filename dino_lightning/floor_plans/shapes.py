@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dino_lightning.data.rooms.geometry import (
+from dino_lightning.floor_plans.geometry import (
     Polygon,
     Segment,
     along,
@@ -23,7 +23,7 @@ from dino_lightning.data.rooms.geometry import (
     rectangle,
     signed_area,
 )
-from dino_lightning.data.rooms.layout import Cell, shared_walls
+from dino_lightning.floor_plans.layout import Cell, shared_walls
 
 
 def footprint(width: float, height: float, rng: np.random.Generator) -> Polygon:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dino_lightning.data.rooms.drawing import Pen
-from dino_lightning.data.rooms.furniture import (
+from dino_lightning.floor_plans.drawing import Pen
+from dino_lightning.floor_plans.furniture import (
     Frame,
     Item,
     basin,
@@ -34,7 +34,7 @@ from dino_lightning.data.rooms.furniture import (
     wardrobe,
     washing_machine,
 )
-from dino_lightning.data.rooms.geometry import (
+from dino_lightning.floor_plans.geometry import (
     Point,
     Polygon,
     along,
@@ -48,8 +48,8 @@ from dino_lightning.data.rooms.geometry import (
     offset,
     rectangle,
 )
-from dino_lightning.data.rooms.layout import Cell, Layout
-from dino_lightning.data.rooms.walls import gap_outline
+from dino_lightning.floor_plans.layout import Cell, Layout
+from dino_lightning.floor_plans.walls import gap_outline
 
 Box = tuple[float, float, float, float]
 

@@ -10,14 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from dino_lightning.data.rooms.geometry import (
-    Polygon,
-    bounds,
-    clip,
-    signed_area,
-)
-from dino_lightning.data.rooms.layout import Cell, Layout, cut, divide, place_openings
-from dino_lightning.data.rooms.shapes import bulge, carve, footprint, join
+from dino_lightning.floor_plans.geometry import Polygon, bounds, clip, signed_area
+from dino_lightning.floor_plans.layout import Cell, Layout, cut, divide, place_openings
+from dino_lightning.floor_plans.shapes import bulge, carve, footprint, join
 
 # What a home has, most needed first: kind and square metres. Rooms of one group stay neighbours.
 GROUND_FLOOR = (

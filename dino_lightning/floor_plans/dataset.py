@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dino_lightning.data.rooms.drawing import Page, Pen, Room
-from dino_lightning.data.rooms.furnishing import furnish
-from dino_lightning.data.rooms.geometry import offset
-from dino_lightning.data.rooms.labels import write_name
-from dino_lightning.data.rooms.layout import simple_layout
-from dino_lightning.data.rooms.page import draw_page
-from dino_lightning.data.rooms.scan import page_without_plan, rotate, scan
-from dino_lightning.data.rooms.walls import draw_walls
+from dino_lightning.floor_plans.drawing import Page, Pen, Room
+from dino_lightning.floor_plans.furnishing import furnish
+from dino_lightning.floor_plans.geometry import offset
+from dino_lightning.floor_plans.labels import write_name
+from dino_lightning.floor_plans.layout import simple_layout
+from dino_lightning.floor_plans.page import draw_page
+from dino_lightning.floor_plans.scan import page_without_plan, rotate, scan
+from dino_lightning.floor_plans.walls import draw_walls
 
 Style = Literal["clean", "realistic"]
 

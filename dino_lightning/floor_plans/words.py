@@ -5,7 +5,7 @@ They keep to ASCII: the font that comes with Pillow has no accents.
 
 from __future__ import annotations
 
-from dino_lightning.data.rooms.geometry import Polygon, bounds, signed_area
+from dino_lightning.floor_plans.geometry import Polygon, bounds, signed_area
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "english": {

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from dino_lightning.data.rooms.drawing import WHITE, Ink, Page, Pen, Room
-from dino_lightning.data.rooms.furnishing import Box, furnish
-from dino_lightning.data.rooms.geometry import (
+from dino_lightning.floor_plans.drawing import WHITE, Ink, Page, Pen, Room
+from dino_lightning.floor_plans.furnishing import Box, furnish
+from dino_lightning.floor_plans.geometry import (
     Point,
     Polygon,
     along,
@@ -21,11 +21,11 @@ from dino_lightning.data.rooms.geometry import (
     offset,
     signed_area,
 )
-from dino_lightning.data.rooms.house import house_layout, turned
-from dino_lightning.data.rooms.labels import draw_measures, write_name
-from dino_lightning.data.rooms.layout import Layout, shared_walls
-from dino_lightning.data.rooms.walls import WallStyle, draw_walls
-from dino_lightning.data.rooms.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES, UNITS, measured
+from dino_lightning.floor_plans.house import house_layout, turned
+from dino_lightning.floor_plans.labels import draw_measures, write_name
+from dino_lightning.floor_plans.layout import Layout, shared_walls
+from dino_lightning.floor_plans.walls import WallStyle, draw_walls
+from dino_lightning.floor_plans.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES, UNITS, measured
 
 FLOORS = (("GROUND FLOOR", "FIRST FLOOR"), ("LOWER FLOOR", "UPPER FLOOR"), ("1ST FLOOR", "2ND FLOOR"))
 PALE: Ink = (250, 248, 242)

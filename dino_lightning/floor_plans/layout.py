@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from dino_lightning.data.rooms.geometry import (
+from dino_lightning.floor_plans.geometry import (
     Point,
     Polygon,
     Segment,
