@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
-    from sagemaker_entry.account import Account
-    from sagemaker_entry.start import Wishes
-    from sagemaker_entry.training import Training
+    from sagemaker_entry.laptop.account import Account
+    from sagemaker_entry.laptop.start import Wishes
+    from sagemaker_entry.laptop.training_config import Training
 
 COMMANDS = {
     "status": "say how a job is doing and what it has cost",
@@ -55,7 +55,7 @@ def _launch(args: Sequence[str]) -> int:
             parser.error(f"there is no option {argument}; options of fit begin with {', '.join(PASSED_ON)}")
         if "=" not in argument:
             parser.error(f"write {argument}=VALUE, in one word")
-    from sagemaker_entry.training import check_training
+    from sagemaker_entry.laptop.training_config import check_training
 
     training = check_training(options.config, options.data, extra)
     print(f"{training.data.summary()}\n\n{training.data.class_table()}\n", flush=True)
@@ -65,9 +65,9 @@ def _launch(args: Sequence[str]) -> int:
 
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
-    from sagemaker_entry.dataset_pack import read_dataset, write_dataset
-    from sagemaker_entry.job import Job
-    from sagemaker_entry.local import lay_out, run_locally
+    from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
+    from sagemaker_entry.laptop.local_run import lay_out, run_locally
+    from sagemaker_entry.protocol.job import Job
 
     root = Path(options.local_dir or tempfile.mkdtemp(prefix="opt-ml-")).resolve()
     print(f"The container's entry on this machine, without AWS, with {root} for /opt/ml\n", flush=True)
@@ -86,8 +86,16 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
 
 def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     _need("boto3", "sagemaker")
-    from sagemaker_entry.start import PREFIX, Wishes, bucket_name, look_at_account, make_plan, planned_job, start
-    from sagemaker_entry.submit import as_request
+    from sagemaker_entry.laptop.start import (
+        PREFIX,
+        Wishes,
+        bucket_name,
+        look_at_account,
+        make_plan,
+        planned_job,
+        start,
+    )
+    from sagemaker_entry.laptop.submit import as_request
 
     wishes = Wishes(**{field.name: getattr(options, field.name) for field in fields(Wishes)})
     account = _account(wishes, needed=not options.dry_run)
@@ -129,7 +137,7 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
 
 def _account(wishes: Wishes, *, needed: bool) -> Account | None:
     """The account; None for a dry run of somebody who has no credentials yet."""
-    from sagemaker_entry.account import Account, NoAccount
+    from sagemaker_entry.laptop.account import Account, NoAccount
 
     try:
         account = Account(wishes.region, wishes.profile)
@@ -144,9 +152,9 @@ def _account(wishes: Wishes, *, needed: bool) -> Account | None:
 
 def _about_a_job(command: str, options: argparse.Namespace) -> int:
     _need("boto3")
-    from sagemaker_entry.account import Account
-    from sagemaker_entry.follow import describe, hourly_price, summary
-    from sagemaker_entry.jobs import fetch, resume, stop
+    from sagemaker_entry.laptop.account import Account
+    from sagemaker_entry.laptop.follow import describe, hourly_price, summary
+    from sagemaker_entry.laptop.job_commands import fetch, resume, stop
 
     account = Account(options.region, options.profile)
     _ = account.id
@@ -170,7 +178,7 @@ def _about_a_job(command: str, options: argparse.Namespace) -> int:
 
 
 def _attach(account: Account, job: str) -> int:
-    from sagemaker_entry.follow import follow, hourly_price, summary
+    from sagemaker_entry.laptop.follow import follow, hourly_price, summary
 
     ended = follow(account, job, say=lambda line: print(line, flush=True))
     print(f"\n{summary(ended, hourly_price(account.client('sagemaker'), ended))}")

@@ -24,14 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sagemaker_entry.channels import data_options
-from sagemaker_entry.environment import Environment, failure_file, read_environment
-from sagemaker_entry.failure import Failure, first_cause, read_records, write_failure_file
-from sagemaker_entry.install import install, require_torch
-from sagemaker_entry.instances import INSTANCES
-from sagemaker_entry.job import Job, read_job
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.settings import LAST, WorkerSettings
+from sagemaker_entry.container.channels import data_options, read_job
+from sagemaker_entry.container.environment import Environment, failure_file, read_environment
+from sagemaker_entry.container.failure import Failure, first_cause, read_records, write_failure_file
+from sagemaker_entry.container.install import install, require_torch
+from sagemaker_entry.container.worker_settings import BEST, LAST, WorkerSettings
+from sagemaker_entry.protocol.instances import INSTANCES
+from sagemaker_entry.protocol.job import Job
+from sagemaker_entry.protocol.problem import Problem
 
 STOPPED = 143  # the exit code of a process that SIGTERM ended
 SECONDS_TO_SAVE = 100.0  # SageMaker kills 120 seconds after SIGTERM
@@ -126,7 +126,7 @@ def _run(
             "sagemaker_entry.train starts torchrun itself; submit the job without a `distribution` of its own."
         )
     require_torch()
-    from sagemaker_entry.peers import Peers  # needs torch
+    from sagemaker_entry.container.peers import Peers  # needs torch
 
     peers = Peers(environment.hosts, environment.rank)
     peers.start()
@@ -199,9 +199,9 @@ def _train(
     )
     settings_file = scratch / "settings.json"
     settings_file.write_text(settings.to_json())
-    command = [sys.executable, "-m", "sagemaker_entry.ranks", environment.current_host, str(scratch)]
+    command = [sys.executable, "-m", "sagemaker_entry.container.torchrun", environment.current_host, str(scratch)]
     command += _rendezvous(environment, processes)
-    command += ["--max_restarts=0", "-m", "sagemaker_entry.worker", str(settings_file)]
+    command += ["--max_restarts=0", "-m", "sagemaker_entry.container.worker", str(settings_file)]
     # In a session of its own: a SIGTERM or an interrupt is for this process alone.
     child = subprocess.Popen(command, env=child_environment(environ, environment), start_new_session=True)
     killed: Failure | None = None
@@ -277,10 +277,29 @@ def _kill(child: subprocess.Popen[Any]) -> None:
 
 
 def _write_model(environment: Environment, *, complete: bool) -> None:
-    from sagemaker_entry.artifacts import write_model
-
     written = write_model(environment.checkpoint_dir, environment.model_dir, complete=complete)
     say(f"model written to {environment.model_dir}" if written else "there is no best checkpoint yet: no model written")
+
+
+def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
+    """Write the best checkpoint's weights, a description, the run's results and the code to use them.
+
+    Args:
+        run_dir: the folder of the run.
+        model_dir: what is in it becomes model.tar.gz; its content is that of `dino_lightning.export.model_directory`.
+        complete: False if the run was stopped before its end.
+
+    Returns:
+        False if there is no best checkpoint yet; then nothing is written.
+    """
+    best = run_dir / BEST
+    if not best.is_file():
+        return False
+    from dino_lightning.exporting.model_directory import write_model_directory  # needs what `install` has installed
+    from dino_lightning.exporting.package_code import serving_code
+
+    write_model_directory(best, run_dir, model_dir, serving_code(), complete=complete)
+    return True
 
 
 if __name__ == "__main__":

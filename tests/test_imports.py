@@ -94,7 +94,7 @@ def rooms_imported(path, package):
 
 
 def within(file, places):
-    return any(file == place or file.startswith(f"{place}/") for place in places)
+    return room(file) in places or any(file == place or file.startswith(f"{place}/") for place in places)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -6,9 +6,8 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from sagemaker_entry.account import Account, NoAccount, explained
-from sagemaker_entry.instances import INSTANCES
-from sagemaker_entry.preflight import (
+from sagemaker_entry.laptop.account import Account, NoAccount, explained
+from sagemaker_entry.laptop.preflight import (
     check_bucket,
     check_quota,
     known_instances,
@@ -18,7 +17,8 @@ from sagemaker_entry.preflight import (
     resolve_image,
     resolve_role,
 )
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.instances import INSTANCES
+from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.conftest import TRUST
 from tests.sagemaker_entry.stubs import StubbedAccount
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from dino_lightning import CocoDataModule
-from sagemaker_entry import dataset_pack, dataset_upload
-from sagemaker_entry.dataset_pack import read_dataset, write_dataset
-from sagemaker_entry.dataset_upload import upload_bytes, upload_dataset, upload_file
-from sagemaker_entry.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.laptop import dataset_pack, dataset_upload
+from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
+from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
+from sagemaker_entry.protocol.problem import Problem
 
 OWNER = "123456789012"
 

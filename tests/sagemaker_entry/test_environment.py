@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sagemaker_entry.channels import data_options
-from sagemaker_entry.environment import read_environment
-from sagemaker_entry.job import Job, read_job
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.container.channels import data_options, read_job
+from sagemaker_entry.container.environment import read_environment
+from sagemaker_entry.protocol.job import Job
+from sagemaker_entry.protocol.problem import Problem
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from botocore.stub import ANY
 
-from sagemaker_entry import jobs
-from sagemaker_entry.follow import (
+from sagemaker_entry.laptop import job_commands as jobs
+from sagemaker_entry.laptop.follow import (
     LOG_GROUP,
     PRICE_TAG,
     Logs,
@@ -18,8 +18,8 @@ from sagemaker_entry.follow import (
     hourly_price,
     summary,
 )
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.progress import METRICS, metric_regex, read_figures
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_figures
 from tests.sagemaker_entry.stubs import StubbedAccount
 
 NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.timezone.utc)

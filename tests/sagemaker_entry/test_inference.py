@@ -10,10 +10,10 @@ import textwrap
 import pytest
 
 from dino_lightning import DINOModule, load_detector
-from sagemaker_entry.artifacts import write_model
-from sagemaker_entry.install import constraints, install
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.source import build_archive, requirements
+from sagemaker_entry.container.install import constraints, install
+from sagemaker_entry.laptop.source_archive import build_archive, requirements
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.train import write_model
 from tests.conftest import TINY_SIZES
 
 # What the model server does with a request, without its Java front end.

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from sagemaker_entry import launch
-from sagemaker_entry.job import CONFIG_FILE, JOB_FILE
-from sagemaker_entry.submit import COMMAND, base_name
-from sagemaker_entry.training import check_training
+from sagemaker_entry.laptop.submit import COMMAND, base_name
+from sagemaker_entry.laptop.training_config import check_training
+from sagemaker_entry.protocol.job import CONFIG_FILE, JOB_FILE
 from tests.sagemaker_entry.conftest import TRUST
 
 CONFIG = "configs/room_detection.yaml"
@@ -97,7 +97,7 @@ def test_weights_of_the_backbone_stay_here_where_those_of_the_model_are_given(no
 
 
 def test_a_price_of_another_region_is_pointed_out_and_caps_nothing(aws, rooms, tiny_config, capsys, monkeypatch):
-    from sagemaker_entry import preflight
+    from sagemaker_entry.laptop import preflight
 
     args = ["--config", tiny_config, "--data", rooms, "--gpus", "1", "--dry-run"]
     monkeypatch.setattr(preflight, "live_price", lambda *args: None)
@@ -248,7 +248,7 @@ def test_following_shows_the_log(aws, rooms, tiny_config, capsys, monkeypatch):
 
 def test_resuming_a_stopped_job(aws, rooms, tiny_config, capsys, calls, monkeypatch):
     pytest.importorskip("sagemaker.train")
-    from sagemaker_entry import jobs
+    from sagemaker_entry.laptop import job_commands as jobs
 
     args = ["--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes", "--detach"]
     code, out, _ = run(capsys, *args)

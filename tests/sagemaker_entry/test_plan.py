@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sagemaker_entry import plan
-from sagemaker_entry.instances import INSTANCES, PRICES_DATE, Instance
-from sagemaker_entry.plan import (
-    Compute,
-    Plan,
-    Work,
-    choose_compute,
-    choose_limits,
-    estimate_hours,
-)
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.laptop import plan
+from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.protocol.instances import INSTANCES, PRICES_DATE, Instance
+from sagemaker_entry.protocol.problem import Problem
 
 WORK = Work(
     train_images=1000,

@@ -19,13 +19,12 @@ import yaml
 from dino_lightning import load_detector
 from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
-from sagemaker_entry.artifacts import write_model
-from sagemaker_entry.environment import read_environment
-from sagemaker_entry.failure import Failure, first_cause
-from sagemaker_entry.job import Job
-from sagemaker_entry.local import lay_out
-from sagemaker_entry.progress import ProgressLines
-from sagemaker_entry.train import STRAY, child_environment
+from sagemaker_entry.container.environment import read_environment
+from sagemaker_entry.container.failure import Failure, first_cause
+from sagemaker_entry.laptop.local_run import lay_out
+from sagemaker_entry.protocol.job import Job
+from sagemaker_entry.protocol.progress import ProgressLines
+from sagemaker_entry.train import STRAY, child_environment, write_model
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
 PROJECT = Path(launch.__file__).parent.parent
@@ -248,7 +247,8 @@ def test_a_process_that_is_killed_is_named(tmp_path, rooms):
     workers = [
         process
         for process in psutil.Process(container.process.pid).children(recursive=True)
-        if "sagemaker_entry.worker" in process.cmdline() and "sagemaker_entry.ranks" not in process.cmdline()
+        if "sagemaker_entry.container.worker" in process.cmdline()
+        and "sagemaker_entry.container.torchrun" not in process.cmdline()
     ]
     workers[-1].kill()
     assert container.wait(60) == 1
@@ -279,7 +279,7 @@ def test_the_first_cause_is_told_not_what_follows_from_it():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_hosts_tell_each_other_how_they_ended(rank):
-    from sagemaker_entry.peers import Peers
+    from sagemaker_entry.container.peers import Peers
 
     port = 21000 + os.getpid() % 10000 + rank
     names = ("localhost", "127.0.0.1")
@@ -301,7 +301,7 @@ def test_hosts_tell_each_other_how_they_ended(rank):
 
 
 def test_the_leading_host_that_cannot_be_reached_is_named():
-    from sagemaker_entry.peers import Peers
+    from sagemaker_entry.container.peers import Peers
 
     peers = Peers(("127.0.0.1", "algo-2"), 1, port=9, patience=2, start_patience=1)
     peers.start()

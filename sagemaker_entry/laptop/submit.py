@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sagemaker_entry.account import Account, explained
-from sagemaker_entry.plan import Compute, Limits
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.progress import METRICS, metric_regex
+from sagemaker_entry.laptop.account import Account, explained
+from sagemaker_entry.laptop.plan import Compute, Limits
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import METRICS, metric_regex
 
 # `exec`: our launcher takes the place of the SDK's start script, which would keep SIGTERM to itself.
 COMMAND = "exec python3 -m sagemaker_entry.train"

@@ -8,12 +8,12 @@ import tarfile
 from pathlib import Path
 
 from dino_lightning.exporting.package_code import package_files, requirements, sources
-from sagemaker_entry.install import REQUIREMENTS
+from sagemaker_entry.protocol.job import REQUIREMENTS
 
 
 def build_archive() -> bytes:
     """The code of a job as tar.gz: the same bytes for the same files."""
-    entry = Path(__file__).parent
+    entry = Path(__file__).parent.parent
     files = package_files() | {f"sagemaker_entry/{path.relative_to(entry).as_posix()}": path for path in sources(entry)}
     contents = {name: path.read_bytes() for name, path in files.items()}
     contents[REQUIREMENTS] = ("\n".join(requirements()) + "\n").encode()

@@ -20,7 +20,7 @@ from dino_lightning.cli import parse_fit
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.starting_weights import needs_download
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.problem import Problem
 
 DATA_PATHS = (
     "root", "train_annotations", "train_images", "val_annotations", "val_images", "test_annotations", "test_images",

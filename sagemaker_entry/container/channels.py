@@ -1,12 +1,17 @@
-"""From the input channels of a job to the options that tell `CocoDataModule` where the data is."""
+"""From the input channels of a job to its plan, and to the options that tell `CocoDataModule` where the data is."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sagemaker_entry.environment import Environment
-from sagemaker_entry.manifest import MANIFEST, unpack_dataset
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.container.environment import Environment
+from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
+from sagemaker_entry.protocol.manifest import MANIFEST, unpack_dataset
+from sagemaker_entry.protocol.problem import Problem
 
 WHOLE = "training"  # train and validation inside
 TRAIN = "train"
@@ -73,3 +78,42 @@ def _annotations(name: str, folder: Path) -> Path:
         f"Channel {name!r}: {folder} has {len(others)} JSON files, none of them called "
         f"{' or '.join(ANNOTATION_NAMES)}; put one annotation file there."
     )
+
+
+def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
+    """The plan that the laptop sent along; without one, the hyperparameters as options of `fit`.
+
+    Args:
+        environment: of the job.
+        arguments: of this program. The older start script gives the hyperparameters there as well.
+
+    Raises:
+        Problem: the channel is incomplete.
+    """
+    folder = environment.channels.get(CONFIG_CHANNEL)
+    if folder is None:
+        return Job(arguments=tuple(arguments or _options(environment.hyperparameters)))
+    try:
+        content = json.loads((folder / JOB_FILE).read_text())
+        job = Job(**{**content, "arguments": (*content["arguments"], *arguments)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            f"Channel {CONFIG_CHANNEL!r}: {folder / JOB_FILE} cannot be read ({error}); launch again."
+        ) from error
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise Problem(f"Channel {CONFIG_CHANNEL!r}: {config} is missing; launch again.")
+    given = environment.channels.get(WEIGHTS_CHANNEL)
+    if job.weights and given is None:
+        raise Problem(
+            f"The job has no channel {WEIGHTS_CHANNEL!r}, but needs {', '.join(job.weights.values())} from it."
+        )
+    weights = [f"--{option}={given / name}" for option, name in job.weights.items() if given is not None]
+    return replace(job, config=str(config), arguments=(*job.arguments, *weights))
+
+
+def _options(hyperparameters: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
+        for name, value in hyperparameters.items()
+    ]

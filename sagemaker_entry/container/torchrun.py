@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from sagemaker_entry.failure import Failure, write_record
+from sagemaker_entry.container.failure import Failure, write_record
 
 
 def main(host: str, folder: Path, arguments: Sequence[str]) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnection
 
-from sagemaker_entry.account import Account, error_code, explained
-from sagemaker_entry.instances import INSTANCES
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.progress import read_figures
+from sagemaker_entry.laptop.account import Account, error_code, explained
+from sagemaker_entry.protocol.instances import INSTANCES
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import read_figures
 
 COMMAND = "python -m sagemaker_entry.launch"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"

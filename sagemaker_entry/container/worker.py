@@ -14,10 +14,10 @@ import torch
 from dino_lightning.callbacks import StoppedOnRequest
 from dino_lightning.cli import execute
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
-from sagemaker_entry.failure import Failure, write_record
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.progress import ProgressLines
-from sagemaker_entry.settings import LAST, WorkerSettings
+from sagemaker_entry.container.failure import Failure, write_record
+from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import ProgressLines
 
 
 def fit_arguments(settings: WorkerSettings) -> list[str]:

@@ -17,10 +17,10 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from dino_lightning.files import sha256_of
-from sagemaker_entry.account import error_code, explained
-from sagemaker_entry.dataset_pack import LocalDataset, write_shard
-from sagemaker_entry.manifest import MANIFEST, StoredFile
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.laptop.account import error_code, explained
+from sagemaker_entry.laptop.dataset_pack import LocalDataset, write_shard
+from sagemaker_entry.protocol.manifest import MANIFEST, StoredFile
+from sagemaker_entry.protocol.problem import Problem
 
 THREADS = 4  # shards at once; each is sent in parts, in parallel as well
 ENCRYPTION = {"ServerSideEncryption": "AES256"}

@@ -9,9 +9,9 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from sagemaker_entry.account import DENIED, Account, error_code, explained
-from sagemaker_entry.instances import INSTANCES, Instance
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.laptop.account import DENIED, Account, error_code, explained
+from sagemaker_entry.protocol.instances import INSTANCES, Instance
+from sagemaker_entry.protocol.problem import Problem
 
 Warn = Callable[[str], None]
 

@@ -6,8 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sagemaker_entry.instances import DEFAULT_TYPE, INSTANCES, PRICES_DATE, PRICES_SOURCE, SPOT_DISCOUNT, Instance
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.instances import (
+    DEFAULT_TYPE,
+    INSTANCES,
+    PRICES_DATE,
+    PRICES_SOURCE,
+    SPOT_DISCOUNT,
+    Instance,
+)
+from sagemaker_entry.protocol.problem import Problem
 
 # Dense half-precision teraflops that a GPU could do, and the share of it that training reaches: (at best, likely, at
 # worst). Those of the A10G are NVIDIA's figure. The L4 has twice as many on paper, but half of the A10G's memory

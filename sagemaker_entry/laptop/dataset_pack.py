@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from dino_lightning import CocoDataModule
 from dino_lightning.files import sha256_of
-from sagemaker_entry.manifest import MANIFEST, Manifest, StoredFile, sha256_of_bytes
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile, sha256_of_bytes
+from sagemaker_entry.protocol.problem import Problem
 
 SHARD_BYTES = 150_000_000
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.job import REQUIREMENTS
+from sagemaker_entry.protocol.problem import Problem
 
-REQUIREMENTS = "requirements.txt"
 KEPT = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
 Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 

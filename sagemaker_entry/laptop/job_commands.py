@@ -11,10 +11,10 @@ from typing import Any
 from botocore.exceptions import ClientError
 from tqdm import tqdm
 
-from sagemaker_entry.account import Account, error_code, explained
-from sagemaker_entry.follow import ENDED, describe, dollars, tagged_price
-from sagemaker_entry.manifest import extract_safely
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.laptop.account import Account, error_code, explained
+from sagemaker_entry.laptop.follow import ENDED, describe, dollars, tagged_price
+from sagemaker_entry.protocol.manifest import extract_safely
+from sagemaker_entry.protocol.problem import Problem
 
 # What CreateTrainingJob takes of what DescribeTrainingJob gives.
 CARRIED_OVER = (

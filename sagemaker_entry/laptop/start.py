@@ -7,15 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from sagemaker_entry.account import Account
-from sagemaker_entry.dataset_pack import read_dataset
-from sagemaker_entry.dataset_upload import upload_bytes, upload_dataset, upload_file
-from sagemaker_entry.follow import PRICE_TAG
-from sagemaker_entry.instances import DEFAULT_TYPE
-from sagemaker_entry.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
-from sagemaker_entry.manifest import sha256_of_bytes
-from sagemaker_entry.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
-from sagemaker_entry.preflight import (
+from sagemaker_entry.laptop.account import Account
+from sagemaker_entry.laptop.dataset_pack import read_dataset
+from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.laptop.follow import PRICE_TAG
+from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.laptop.preflight import (
     check_bucket,
     check_quota,
     known_instances,
@@ -23,10 +20,13 @@ from sagemaker_entry.preflight import (
     resolve_image,
     resolve_role,
 )
-from sagemaker_entry.problem import Problem
-from sagemaker_entry.source import build_archive
-from sagemaker_entry.submit import JobSpec, base_name, submit
-from sagemaker_entry.training import Training
+from sagemaker_entry.laptop.source_archive import build_archive
+from sagemaker_entry.laptop.submit import JobSpec, base_name, submit
+from sagemaker_entry.laptop.training_config import Training
+from sagemaker_entry.protocol.instances import DEFAULT_TYPE
+from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
+from sagemaker_entry.protocol.manifest import sha256_of_bytes
+from sagemaker_entry.protocol.problem import Problem
 
 PREFIX = "dino-lightning"
 IMAGE_VERSION = "2.10"  # of PyTorch: the newest in the SDK's main series of training images

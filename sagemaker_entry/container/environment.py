@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.problem import Problem
 
 CODE_CHANNELS = ("code", "sm_drivers")  # put there by the SDK, not by the user
 

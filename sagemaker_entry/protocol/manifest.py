@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dino_lightning.files import sha256_of
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.protocol.problem import Problem
 
 MANIFEST = "manifest.json"
 FORMAT = "dino_lightning dataset 1"

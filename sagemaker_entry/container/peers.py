@@ -16,8 +16,8 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
-from sagemaker_entry.failure import Failure
-from sagemaker_entry.problem import Problem
+from sagemaker_entry.container.failure import Failure
+from sagemaker_entry.protocol.problem import Problem
 
 PORT = 7778  # beside 7777, which Amazon's own start scripts use
 BEAT = 1.0  # seconds between signs of life

@@ -1,0 +1,1 @@
+"""What runs in the training container, on each host of a job."""

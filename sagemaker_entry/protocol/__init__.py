@@ -1,0 +1,1 @@
+"""What the laptop and the container both read: the job, the dataset's manifest, lines of progress."""
