@@ -36,7 +36,7 @@ from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
 from dino_lightning.resuming import changed_options
 from dino_lightning.run_folder import as_list, asked_for, checkpoints_and_record, ddp_strategy, kept_metrics, loggers
-from dino_lightning.starting_weights import start_from
+from dino_lightning.weights.loading import start_from
 
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lightning.architecture import heads_times_points, sizes
-from dino_lightning.checkpoint import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write
 from dino_lightning.module import DINOModule
-from dino_lightning.published_layout import backbone_kind, to_published
-from dino_lightning.weights import local_file
+from dino_lightning.weights.download import local_file
+from dino_lightning.weights.published_layout import backbone_kind, to_published
+from dino_lightning.weights.reading import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.weights.sizes import heads_times_points, sizes
 
 DESCRIPTION = """Write the weights of a detector in the layout of published DINO checkpoints, or in ours.
 

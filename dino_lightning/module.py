@@ -25,14 +25,14 @@ from dino_lightning.model import DINO, postprocess
 from dino_lightning.non_finite import NonFiniteSteps
 from dino_lightning.optim import AccumulatedBoxes, GroupRule, RateSchedule, drop_epochs, freeze_parts, parameter_groups
 from dino_lightning.resuming import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
-from dino_lightning.starting_weights import (
+from dino_lightning.structures import Batch
+from dino_lightning.training_figures import TrainingFigures
+from dino_lightning.weights.loading import (
     advice_on_a_pretrained_backbone,
     advice_on_random_weights,
     start_backbone_from,
     start_from,
 )
-from dino_lightning.structures import Batch
-from dino_lightning.training_figures import TrainingFigures
 
 
 class DINOModule(lightning.LightningModule):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dino_lightning.model import DINO
-from dino_lightning.published_layout import to_published_key
+from dino_lightning.weights.published_layout import to_published_key
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"num_encoder_layers": 1, "num_decoder_layers": 2, "num_queries": 50, "num_classes": 3}

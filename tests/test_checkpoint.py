@@ -10,12 +10,17 @@ import pytest
 import torch
 import torchvision
 
-from dino_lightning.checkpoint import coco_names, read_checkpoint, read_weights
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.optim import parameter_groups
-from dino_lightning.published_layout import backbone_to_published_key, from_published, to_published, to_published_key
-from dino_lightning.starting_weights import load_weights, start_backbone_from, start_from
+from dino_lightning.weights.loading import load_weights, start_backbone_from, start_from
+from dino_lightning.weights.published_layout import (
+    backbone_to_published_key,
+    from_published,
+    to_published,
+    to_published_key,
+)
+from dino_lightning.weights.reading import coco_names, read_checkpoint, read_weights
 from tests.conftest import TINY_SIZES
 from tests.golden_recipe import GOLDEN
 

@@ -8,10 +8,10 @@ from PIL import Image
 
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
-from dino_lightning.checkpoint import CLASS_ENTRIES, coco_names
 from dino_lightning.model import DINO
 from dino_lightning.module import DINOModule
-from dino_lightning.published_layout import to_published
+from dino_lightning.weights.published_layout import to_published
+from dino_lightning.weights.reading import CLASS_ENTRIES, coco_names
 from tests.conftest import TINY_SIZES
 
 SIZES = {**TINY_SIZES, "backbone_norm": "frozen", "trainable_backbone_layers": 3}

@@ -34,10 +34,6 @@ TRITON = "model/deformable_attention/triton_kernels.py"
 # Modules that have yet to move into their room.
 STILL_LOOSE = {
     "overlay": "visualization",
-    "checkpoint": "weights",
-    "published_layout": "weights",
-    "architecture": "weights",
-    "starting_weights": "weights",
     "training_figures": "training",
     "resuming": "training",
     "non_finite": "training",

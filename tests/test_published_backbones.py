@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from dino_lightning.architecture import sizes
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.model.large_backbones import LARGE_BACKBONES, convnext, swin
-from dino_lightning.published_layout import (
+from dino_lightning.weights.published_layout import (
     backbone_from_published,
     backbone_kind,
     from_published,
@@ -26,6 +25,7 @@ from dino_lightning.published_layout import (
     to_published_key,
     wrong_indices,
 )
+from dino_lightning.weights.sizes import sizes
 from tests.golden_recipe import GOLDEN
 
 FIVE = {"feature_strides": [4, 8, 16, 32], "num_feature_levels": 5}

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_lightning import weights as weights_module
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.starting_weights import start_from
-from dino_lightning.weights import cache_folder, local_file
+from dino_lightning.weights import download as weights_module
+from dino_lightning.weights.download import cache_folder, local_file
+from dino_lightning.weights.loading import start_from
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 

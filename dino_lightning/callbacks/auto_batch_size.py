@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dino_lightning.callbacks.ema import EMA
-from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import OutOfMemory
 from dino_lightning.memory import (
@@ -31,6 +30,7 @@ from dino_lightning.memory import (
 )
 from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.weights.reading import read_checkpoint
 
 GPU_SHARE = 0.9  # of its memory: steps of ever changing shapes leave gaps in it
 HOST_SHARE = 0.8  # of what is available: loaders need some, and an estimate does not see everything

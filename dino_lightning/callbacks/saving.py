@@ -20,9 +20,9 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write, previous_checkpoint, remove_unfinished
+from dino_lightning.weights.reading import read_checkpoint
 
 SECONDS_BETWEEN_POLLS = 5.0
 MOST_BATCHES_BETWEEN_POLLS = 10

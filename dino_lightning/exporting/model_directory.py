@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dino_lightning.checkpoint import read_checkpoint
 from dino_lightning.errors import CheckpointError
+from dino_lightning.weights.reading import read_checkpoint
 
 MODEL_FILE = "model.ckpt"
 DESCRIPTION_FILE = "model.json"

@@ -19,7 +19,7 @@ from dino_lightning.arguments import config_path
 from dino_lightning.cli import parse_fit
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.starting_weights import needs_download
+from dino_lightning.weights.loading import needs_download
 from sagemaker_entry.protocol.problem import Problem
 
 DATA_PATHS = (

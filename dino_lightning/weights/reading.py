@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from dino_lightning.errors import CheckpointError
-from dino_lightning.published_layout import (
+from dino_lightning.weights.published_layout import (
     backbone_from_published,
     backbone_kind,
     from_published,

@@ -11,12 +11,12 @@ from pathlib import Path
 import torchvision
 from torch import Tensor
 
-from dino_lightning.architecture import differences
-from dino_lightning.checkpoint import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
-from dino_lightning.weights import in_turn, is_address, local_file
+from dino_lightning.weights.download import in_turn, is_address, local_file
+from dino_lightning.weights.reading import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.weights.sizes import differences
 
 FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
 OUTCOMES = ("loaded", "re-mapped", "new", "ignored")

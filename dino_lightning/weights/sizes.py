@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino_lightning.model.backbone import Backbone
-from dino_lightning.published_layout import backbone_kind, map_widths
+from dino_lightning.weights.published_layout import backbone_kind, map_widths
 
 # By what their entries have in common, published ones first.
 _CANDIDATES = {

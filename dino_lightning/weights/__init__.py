@@ -1,0 +1,1 @@
+"""Weights from files and addresses: read safely, told apart, mapped to our names, loaded."""
