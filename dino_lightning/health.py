@@ -13,14 +13,14 @@ from jsonargparse import ArgumentError
 
 from dino_lightning.cli import parse_fit
 from dino_lightning.console import say
-from dino_lightning.data.health import inspect_dataset
-from dino_lightning.data.health_checks import Limits
-from dino_lightning.data.health_page import as_html
-from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.errors import DataError
 from dino_lightning.expected_errors import explain
 from dino_lightning.files import atomic_write
+from dino_lightning.inspection.checks import Limits
+from dino_lightning.inspection.inspect import inspect_dataset
+from dino_lightning.inspection.page import as_html
+from dino_lightning.inspection.text import as_json, as_text
 from dino_lightning.metrics.backends import MAX_DETECTIONS
 
 DESCRIPTION = """Read all annotations and decode all images of a dataset, and say what is wrong with them.

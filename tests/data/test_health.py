@@ -13,13 +13,13 @@ from PIL import Image
 
 from dino_lightning.console import columns, shown
 from dino_lightning.data.findings import KINDS
-from dino_lightning.data.health import inspect_dataset
-from dino_lightning.data.health_checks import Limits
-from dino_lightning.data.health_page import as_html
-from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import SplitFiles, resolve_split_files
 from dino_lightning.errors import DataError
 from dino_lightning.floor_plans import write_rooms_dataset
+from dino_lightning.inspection.checks import Limits
+from dino_lightning.inspection.inspect import inspect_dataset
+from dino_lightning.inspection.page import as_html
+from dino_lightning.inspection.text import as_json, as_text
 from tests.data.faults import FAULTS, TRAIN, VAL, write_dataset
 from tests.data.small_coco import annotation, write_json
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from dino_lightning.__main__ import run
 from dino_lightning.data import CocoDataModule
-from dino_lightning.data.health import inspect_dataset
-from dino_lightning.data.health_text import as_json, as_text
 from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.errors import DataError
+from dino_lightning.inspection.inspect import inspect_dataset
+from dino_lightning.inspection.text import as_json, as_text
 from tests.data.faults import FAULTS, break_dataset, write_dataset
 
 NUMBERS = itertools.count()

@@ -11,7 +11,7 @@ import numpy as np
 
 from dino_lightning.console import aligned, columns, columns_of, shown
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case
-from dino_lightning.data.health_report import HealthReport, SplitHealth
+from dino_lightning.inspection.report import HealthReport, SplitHealth
 
 CASES_SHOWN = 3
 CASE_LENGTH = 170  # columns, on two or three lines

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from dino_lightning.data.classes import Classes, class_conflicts
 from dino_lightning.data.coco import CLIP_TOLERANCE, CocoAnnotations, ImageEntry
 from dino_lightning.data.findings import Case
-from dino_lightning.data.health_report import SplitHealth, clipped_boxes
-from dino_lightning.data.image_facts import ImageFacts
-from dino_lightning.data.lookalikes import same_images, similar_images
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.inspection.image_facts import ImageFacts
+from dino_lightning.inspection.near_duplicates import same_images, similar_images
+from dino_lightning.inspection.report import SplitHealth, clipped_boxes
 
 TINY = 4.0  # pixels at the training size
 COVERING = 0.99  # of the image's width and height

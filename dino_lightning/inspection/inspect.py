@@ -11,7 +11,8 @@ from dino_lightning.data.annotation_file import read_coco
 from dino_lightning.data.classes import Classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
-from dino_lightning.data.health_checks import (
+from dino_lightning.data.splits import SplitFiles
+from dino_lightning.inspection.checks import (
     Limits,
     judge_boxes,
     judge_categories,
@@ -19,9 +20,8 @@ from dino_lightning.data.health_checks import (
     judge_folders,
     judge_images,
 )
-from dino_lightning.data.health_report import HealthReport, SplitHealth
-from dino_lightning.data.image_facts import ImageFacts, facts_of_all
-from dino_lightning.data.splits import SplitFiles
+from dino_lightning.inspection.image_facts import ImageFacts, facts_of_all
+from dino_lightning.inspection.report import HealthReport, SplitHealth
 
 
 def inspect_dataset(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial import cKDTree
 
-from dino_lightning.data.image_facts import ImageFacts
+from dino_lightning.inspection.image_facts import ImageFacts
 
 BLOCKS = 8  # a thumbnail's 8 x 8 block means find candidates, its pixels decide
 BLOCK_DISTANCE = 1.5  # grey levels, in every block

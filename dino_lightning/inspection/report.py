@@ -11,8 +11,8 @@ import numpy.typing as npt
 from dino_lightning.data.classes import Classes
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import Finding, Severity
-from dino_lightning.data.image_facts import ImageFacts
 from dino_lightning.data.splits import SplitFiles
+from dino_lightning.inspection.image_facts import ImageFacts
 
 
 @dataclass(frozen=True)

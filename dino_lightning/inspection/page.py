@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 
 from dino_lightning.console import shown
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
-from dino_lightning.data.health_report import HealthReport, SplitHealth
-from dino_lightning.data.health_text import CLASSES_SHOWN, SPREAD, class_rows, describe, splits_rows
 from dino_lightning.data.images import read_image
 from dino_lightning.errors import DataError
+from dino_lightning.inspection.report import HealthReport, SplitHealth
+from dino_lightning.inspection.text import CLASSES_SHOWN, SPREAD, class_rows, describe, splits_rows
 
 CASES_SHOWN = 200  # of each finding
 CASE_LENGTH = 400  # characters
