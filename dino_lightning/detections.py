@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lightning.files import atomic_write
-from dino_lightning.overlay import draw_boxes, to_page
+from dino_lightning.visualization.overlay import draw_boxes, to_page
 
 LISTED = 20  # detections that a printed table shows
 LONGEST_NAME = 24  # of a class, in a printed table

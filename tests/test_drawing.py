@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dino_lightning.callbacks.drawing import Panel, _colour, draw_panels
 from dino_lightning.files import save_figure
+from dino_lightning.visualization.panels import Panel, _colour, draw_panels
 
 
 def panel(height, width, boxes=20, classes=80, **changes):

@@ -33,7 +33,6 @@ MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"
 # Modules that have yet to move into their room.
 STILL_LOOSE = {
-    "overlay": "visualization",
     "training_figures": "training",
     "resuming": "training",
     "non_finite": "training",

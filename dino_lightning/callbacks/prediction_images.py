@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dino_lightning.callbacks.drawing import Panel, draw_panels
 from dino_lightning.detections import Detections
 from dino_lightning.files import save_figure
 from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.visualization.panels import Panel, draw_panels
 
 
 class PredictionImages(lightning.Callback):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
-from dino_lightning.overlay import Place, caption_places, colour_of, overlaps
+from dino_lightning.visualization.overlay import Place, caption_places, colour_of, overlaps
 
 TRUTH_COLOUR = "#2a9d4a"
 STRIPES = (215, 240)  # greys of padding, which paper could be mistaken for if it were plain
