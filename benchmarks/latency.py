@@ -22,8 +22,8 @@ from benchmarks.measure import Timing, environment, interleaved, save, table
 from benchmarks.peers import rfdetr_base
 from dino_lightning.detector import load_module
 from dino_lightning.exporting.formats import describe_module, run_onnx, write_onnx
-from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.training.module import DINOModule
 
 GIVEN = {"YOLO, as the user gave it": 600.0, "DINO, as the user expected it": 1500.0}  # milliseconds
 TINY = {

@@ -29,8 +29,8 @@ from benchmarks.measure import environment, interleaved, save, table
 from benchmarks.peers import CLASSES, random_batch, rfdetr_step, transformers_step
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
-from dino_lightning.optim import parameter_groups
 from dino_lightning.structures import Batch
+from dino_lightning.training.optim import parameter_groups
 
 PEERS = {"transformers": transformers_step, "rfdetr": rfdetr_step}
 COCO_MIX = ((640, 852), (800, 1066), (544, 725), (1066, 800), (736, 1100), (480, 640))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dino_lightning.losses import Criterion
     from dino_lightning.metrics import CocoMetric
     from dino_lightning.model import DINO
-    from dino_lightning.module import DINOModule
     from dino_lightning.structures import Batch
+    from dino_lightning.training.module import DINOModule
 
 _HOMES = {
     "DINO": "dino_lightning.model",
@@ -22,7 +22,7 @@ _HOMES = {
     "CocoDataModule": "dino_lightning.data",
     "CocoMetric": "dino_lightning.metrics",
     "Criterion": "dino_lightning.losses",
-    "DINOModule": "dino_lightning.module",
+    "DINOModule": "dino_lightning.training.module",
     "Detections": "dino_lightning.detections",
     "Detector": "dino_lightning.detector",
     "load_detector": "dino_lightning.detector",

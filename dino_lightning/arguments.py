@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.files import previous_checkpoint
-from dino_lightning.module import DINOModule
 from dino_lightning.options import add_own_options
+from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder

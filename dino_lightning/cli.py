@@ -30,12 +30,12 @@ from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.memory import is_out_of_memory
-from dino_lightning.module import DINOModule
 from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
-from dino_lightning.resuming import changed_options
 from dino_lightning.run_folder import as_list, asked_for, checkpoints_and_record, ddp_strategy, kept_metrics, loggers
+from dino_lightning.training.memory import is_out_of_memory
+from dino_lightning.training.module import DINOModule
+from dino_lightning.training.resume import changed_options
 from dino_lightning.weights.loading import start_from
 
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write
-from dino_lightning.module import DINOModule
+from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.download import local_file
 from dino_lightning.weights.published_layout import backbone_kind, to_published
 from dino_lightning.weights.reading import CLASS_ENTRIES, FoundWeights, coco_names, read_weights

@@ -20,7 +20,7 @@ from dino_lightning.exporting.formats import OPSETS, describe_module, run_onnx, 
 from dino_lightning.exporting.model_directory import MODEL_FILE, write_model_directory
 from dino_lightning.exporting.package_code import serving_code
 from dino_lightning.files import atomic_write
-from dino_lightning.module import DINOModule
+from dino_lightning.training.module import DINOModule
 
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
 beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores

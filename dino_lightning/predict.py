@@ -23,7 +23,6 @@ from dino_lightning.detector import find_model, load_module
 from dino_lightning.errors import UsageError
 from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.files import sha256_of
-from dino_lightning.module import DINOModule
 from dino_lightning.prediction.files import (
     Summary,
     finished,
@@ -36,6 +35,7 @@ from dino_lightning.prediction.files import (
 from dino_lightning.prediction.lock import locked
 from dino_lightning.prediction.loop import predict_images
 from dino_lightning.prediction.views import Views
+from dino_lightning.training.module import DINOModule
 
 LONGEST_WAIT = timedelta(days=7)  # of one process for another
 INTERRUPTED = 130  # exit code, as of a shell

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.optim import AccumulatedBoxes
+from dino_lightning.training.optim import AccumulatedBoxes
 from tests import accumulated_training
 from tests.accumulated_training import train
 from tests.conftest import TINY_SIZES

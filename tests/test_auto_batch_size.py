@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_lightning import DINOModule, memory
+from dino_lightning import DINOModule
 from dino_lightning.__main__ import run
 from dino_lightning.callbacks import auto_batch_size
 from dino_lightning.callbacks.auto_batch_size import Choice, Gauge, largest_fitting
 from dino_lightning.data.worst_case import blank_batch
 from dino_lightning.errors import OutOfMemory
 from dino_lightning.losses import Criterion
-from dino_lightning.memory import estimated_peak, is_out_of_memory, kept_as_it_is, take_steps
+from dino_lightning.training import memory
+from dino_lightning.training.memory import estimated_peak, is_out_of_memory, kept_as_it_is, take_steps
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 TOO_MUCH = 10**15  # bytes; no allocator has them

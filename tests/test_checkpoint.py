@@ -12,7 +12,7 @@ import torchvision
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.optim import parameter_groups
+from dino_lightning.training.optim import parameter_groups
 from dino_lightning.weights.loading import load_weights, start_backbone_from, start_from
 from dino_lightning.weights.published_layout import (
     backbone_to_published_key,

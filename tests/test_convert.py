@@ -9,7 +9,7 @@ from PIL import Image
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.model import DINO
-from dino_lightning.module import DINOModule
+from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.published_layout import to_published
 from dino_lightning.weights.reading import CLASS_ENTRIES, coco_names
 from tests.conftest import TINY_SIZES

@@ -7,8 +7,8 @@ import torch
 
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
-from dino_lightning.optim import parameter_groups
 from dino_lightning.structures import Batch
+from dino_lightning.training.optim import parameter_groups
 from dino_lightning.weights.published_layout import to_published_key
 from tests.golden_recipe import TINY, golden_arrays, golden_json, load_recipe, recipe_image
 from tests.losses.test_golden_criterion import published_name

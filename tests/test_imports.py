@@ -33,12 +33,6 @@ MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"
 # Modules that have yet to move into their room.
 STILL_LOOSE = {
-    "training_figures": "training",
-    "resuming": "training",
-    "non_finite": "training",
-    "memory": "training",
-    "module": "training",
-    "optim": "training",
     "exporting": "export",
     "prediction": "inference",
     "detector": "inference",

@@ -14,7 +14,7 @@ from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.optim import RateSchedule, freeze_parts, parameter_groups
+from dino_lightning.training.optim import RateSchedule, freeze_parts, parameter_groups
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 

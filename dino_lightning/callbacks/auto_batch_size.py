@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from dino_lightning.callbacks.ema import EMA
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import OutOfMemory
-from dino_lightning.memory import (
+from dino_lightning.structures import Batch
+from dino_lightning.training.memory import (
     GIGABYTE,
     available_memory,
     estimated_peak,
@@ -28,8 +29,7 @@ from dino_lightning.memory import (
     tensor_bytes,
     worst_box_count,
 )
-from dino_lightning.module import DINOModule
-from dino_lightning.structures import Batch
+from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 
 GPU_SHARE = 0.9  # of its memory: steps of ever changing shapes leave gaps in it

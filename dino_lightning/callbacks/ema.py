@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dino_lightning.resuming import AVERAGED_WEIGHTS, RAW_WEIGHTS
+from dino_lightning.training.resume import AVERAGED_WEIGHTS, RAW_WEIGHTS
 
 
 class EMA(lightning.Callback):

@@ -9,9 +9,9 @@ import torch
 
 from dino_lightning.callbacks.auto_batch_size import AutoBatchSize
 from dino_lightning.errors import OutOfMemory
-from dino_lightning.memory import GIGABYTE, StepSize
-from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.training.memory import GIGABYTE, StepSize
+from dino_lightning.training.module import DINOModule
 
 
 class MemoryWatch(lightning.Callback):

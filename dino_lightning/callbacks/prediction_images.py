@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dino_lightning.detections import Detections
 from dino_lightning.files import save_figure
-from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.training.module import DINOModule
 from dino_lightning.visualization.panels import Panel, draw_panels
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dino_lightning.data.transforms import LabelledImage
 from dino_lightning.detections import Detections
 from dino_lightning.model.query_selection import SelectedQueries
-from dino_lightning.module import DINOModule
 from dino_lightning.structures import Batch
+from dino_lightning.training.module import DINOModule
 
 BOX_TOLERANCE = 0.5  # pixels of the original image
 SCORE_TOLERANCE = 1e-3

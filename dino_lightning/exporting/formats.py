@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dino_lightning.errors import UsageError
 from dino_lightning.exporting.onnx_model import onnxruntime_session
 from dino_lightning.model.traceable import TraceableDetector, TraceablePreprocessing
-from dino_lightning.module import DINOModule
+from dino_lightning.training.module import DINOModule
 
 OPSETS = range(18, 21)  # resizing with antialiasing came with 18
 OUTPUTS = ("boxes", "scores", "labels", "tokens")

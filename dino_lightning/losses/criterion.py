@@ -19,7 +19,7 @@ class Criterion(nn.Module):
 
     Every term is a sum divided by the number of boxes in the global batch (averaged over processes), at least 1; for
     the denoising terms also by the number of groups. Runs in float32, whatever autocast says. A batch that is one of
-    several of an optimizer step is judged alone here; see `dino_lightning.optim.AccumulatedBoxes`.
+    several of an optimizer step is judged alone here; see `dino_lightning.training.optim.AccumulatedBoxes`.
 
     Args:
         matcher: the assignment; the published costs by default.

@@ -24,11 +24,11 @@ from dino_lightning.data.image_list import ListedImage
 from dino_lightning.data.images import read_image
 from dino_lightning.detections import Detections, save_page
 from dino_lightning.errors import DataError
-from dino_lightning.module import DINOModule
 from dino_lightning.prediction.files import Records, failure, record
 from dino_lightning.prediction.tiling import Window, merge
 from dino_lightning.prediction.views import Unreadable, View, Views, batches
 from dino_lightning.structures import Batch
+from dino_lightning.training.module import DINOModule
 
 OVERLAY_SIDE = 2400  # pixels of the long side of a picture, at the most
 

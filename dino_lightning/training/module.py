@@ -22,11 +22,18 @@ from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, mean_num_boxes
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
-from dino_lightning.non_finite import NonFiniteSteps
-from dino_lightning.optim import AccumulatedBoxes, GroupRule, RateSchedule, drop_epochs, freeze_parts, parameter_groups
-from dino_lightning.resuming import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
 from dino_lightning.structures import Batch
-from dino_lightning.training_figures import TrainingFigures
+from dino_lightning.training.non_finite import NonFiniteSteps
+from dino_lightning.training.optim import (
+    AccumulatedBoxes,
+    GroupRule,
+    RateSchedule,
+    drop_epochs,
+    freeze_parts,
+    parameter_groups,
+)
+from dino_lightning.training.resume import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
+from dino_lightning.training.step_metrics import TrainingFigures
 from dino_lightning.weights.loading import (
     advice_on_a_pretrained_backbone,
     advice_on_random_weights,
@@ -54,7 +61,7 @@ class DINOModule(lightning.LightningModule):
         backbone_lr: learning rate of the backbone.
         backbone_layer_decay: what the rate of each earlier stage of the backbone is multiplied with once more.
         weight_decay: AdamW's decoupled weight decay.
-        group_rule: how parameters are grouped, see `dino_lightning.optim.parameter_groups`.
+        group_rule: how parameters are grouped, see `dino_lightning.training.optim.parameter_groups`.
         clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
         max_non_finite_steps: how many steps in a row are left out because their predictions or gradients are not
             finite numbers, before training stops.

@@ -1,0 +1,1 @@
+"""The LightningModule and what belongs to a training step: optimizer, schedule, memory, resuming."""
