@@ -31,27 +31,27 @@ def run(args: list[str]) -> int:
 
         return fit.run(rest)
     if command in ("validate", "test"):
-        from dino_lightning import cli
+        from dino_lightning.cli import lightning_cli as cli
 
         return cli.main(command, rest)
     if command == "predict":
-        from dino_lightning import predict
+        from dino_lightning.cli import predict
 
         return predict.run(rest)
     if command == "export":
-        from dino_lightning import export
+        from dino_lightning.cli import export
 
         return export.run(rest)
     if command == "convert":
-        from dino_lightning import convert
+        from dino_lightning.cli import convert
 
         return convert.run(rest)
     if command == "inspect":
-        from dino_lightning import health
+        from dino_lightning.cli import inspect as health
 
         return health.run(rest)
     if command == "preview":
-        from dino_lightning import preview
+        from dino_lightning.cli import preview
 
         return preview.run(rest)
     if command == "rooms":

@@ -149,7 +149,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     """
     file = find_model(path)
     if file.suffix.lower() == ".onnx":
-        from dino_lightning.exporting.onnx_model import OnnxModel  # needs packages that not everybody has
+        from dino_lightning.export.onnx_model import OnnxModel  # needs packages that not everybody has
 
         model = OnnxModel(file)
         return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)

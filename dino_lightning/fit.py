@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_lightning.arguments import config_path
-from dino_lightning.cli import main
+from dino_lightning.cli.arguments import config_path
+from dino_lightning.cli.lightning_cli import main
 from dino_lightning.console import say
 from dino_lightning.floor_plans import write_rooms_dataset
 

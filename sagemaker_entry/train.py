@@ -286,7 +286,7 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
 
     Args:
         run_dir: the folder of the run.
-        model_dir: what is in it becomes model.tar.gz; its content is that of `dino_lightning.export.model_directory`.
+        model_dir: what is in it becomes model.tar.gz; its content is that of `dino_lightning.cli.export.model_directory`.
         complete: False if the run was stopped before its end.
 
     Returns:
@@ -295,8 +295,8 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
     best = run_dir / BEST
     if not best.is_file():
         return False
-    from dino_lightning.exporting.model_directory import write_model_directory  # needs what `install` has installed
-    from dino_lightning.exporting.package_code import serving_code
+    from dino_lightning.export.model_directory import write_model_directory  # needs what `install` has installed
+    from dino_lightning.export.package_code import serving_code
 
     write_model_directory(best, run_dir, model_dir, serving_code(), complete=complete)
     return True

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from dino_lightning.arguments import RUN_DIR_VARIABLE
+from dino_lightning.cli.arguments import RUN_DIR_VARIABLE
 from dino_lightning.floor_plans import write_rooms_dataset
 
 TINY_SIZES = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dino_lightning import DINOModule
 from dino_lightning.detections import Detections
-from dino_lightning.exporting.check import drawn
+from dino_lightning.export.check import drawn
 from tests.conftest import TINY_SIZES
 from tests.golden_recipe import load_recipe
 

@@ -13,8 +13,10 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from dino_lightning import arguments, cli, fit
+from dino_lightning import fit
 from dino_lightning.__main__ import run
+from dino_lightning.cli import arguments
+from dino_lightning.cli import lightning_cli as cli
 from tests.conftest import TINY_ARGS
 
 CONFIGS = Path(__file__).parent.parent / "configs"

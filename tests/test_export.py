@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lightning import Batch, export, load_detector
+from dino_lightning import Batch, load_detector
+from dino_lightning.cli import export
 from dino_lightning.data.transforms import resize_pixels, resized_size
 from dino_lightning.detections import Detections
-from dino_lightning.exporting.check import compare_with_module, difference, drawn, table
-from dino_lightning.exporting.formats import DESCRIPTION_FILE, describe_module, run_onnx, run_torch, write_onnx
+from dino_lightning.export.check import compare_with_module, difference, drawn, table
+from dino_lightning.export.formats import DESCRIPTION_FILE, describe_module, run_onnx, run_torch, write_onnx
+from dino_lightning.export.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.model.query_selection import QuerySelection
-from dino_lightning.model.traceable import TraceableDetector, TraceablePreprocessing
 from tests.exported import CLASSES, assert_same, images, save, tiny_module
 
 

@@ -33,18 +33,8 @@ MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"
 # Modules that have yet to move into their room.
 STILL_LOOSE = {
-    "exporting": "export",
     "prediction": "inference",
     "detector": "inference",
-    "options": "cli",
-    "arguments": "cli",
-    "expected_errors": "cli",
-    "run_folder": "cli",
-    "predict": "cli",
-    "convert": "cli",
-    "health": "cli",
-    "preview": "cli",
-    "export": "cli",
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

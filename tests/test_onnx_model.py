@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_lightning import export, load_detector
+from dino_lightning import load_detector
+from dino_lightning.cli import export
 from dino_lightning.errors import CheckpointError
-from dino_lightning.exporting.onnx_model import OnnxModel
+from dino_lightning.export.onnx_model import OnnxModel
 from tests.exported import CLASSES, assert_same, images, save, tiny_module
 
 

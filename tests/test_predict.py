@@ -18,8 +18,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dino_lightning import load_detector
-from dino_lightning import predict as predict_command
 from dino_lightning.__main__ import run
+from dino_lightning.cli import predict as predict_command
 from tests.test_detector import save_tiny
 
 CPU = ["--trainer.accelerator", "cpu", "--num_workers", "0"]

@@ -55,7 +55,7 @@ def as_html(report: HealthReport, root: str) -> str:
     """The page: findings with pictures, tables, plots and samples; nothing is loaded from elsewhere."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(
-        resources.files("dino_lightning.data").joinpath("health.html.jinja").read_text(encoding="utf-8")
+        resources.files("dino_lightning.inspection").joinpath("health.html.jinja").read_text(encoding="utf-8")
     )
     rows = class_rows(report)
     for row in rows:

@@ -12,8 +12,8 @@ import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
-from dino_lightning.cli import execute
-from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.lightning_cli import execute
 from sagemaker_entry.container.failure import Failure, write_record
 from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
 from sagemaker_entry.protocol.problem import Problem

@@ -7,7 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from dino_lightning.exporting.package_code import package_files, requirements, sources
+from dino_lightning.export.package_code import package_files, requirements, sources
 from sagemaker_entry.protocol.job import REQUIREMENTS
 
 

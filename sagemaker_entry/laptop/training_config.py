@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning import Batch, CocoDataModule, DINOModule
-from dino_lightning.arguments import config_path
-from dino_lightning.cli import parse_fit
+from dino_lightning.cli.arguments import config_path
+from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data.transforms import resized_size
-from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.weights.loading import needs_download
 from sagemaker_entry.protocol.problem import Problem
 

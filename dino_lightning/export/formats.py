@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.errors import UsageError
-from dino_lightning.exporting.onnx_model import onnxruntime_session
-from dino_lightning.model.traceable import TraceableDetector, TraceablePreprocessing
+from dino_lightning.export.onnx_model import onnxruntime_session
+from dino_lightning.export.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.training.module import DINOModule
 
 OPSETS = range(18, 21)  # resizing with antialiasing came with 18

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from dino_lightning.arguments import explain_argument_error
+from dino_lightning.cli.arguments import explain_argument_error
 from dino_lightning.errors import CheckpointError, DataError, NonFiniteError, OutOfMemory, UsageError
 
 EXPECTED_ERRORS = (

@@ -11,11 +11,11 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 
-from dino_lightning.cli import parse_fit
+from dino_lightning.cli.expected_errors import explain
+from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.console import say
 from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.errors import DataError
-from dino_lightning.expected_errors import explain
 from dino_lightning.files import atomic_write
 from dino_lightning.inspection.checks import Limits
 from dino_lightning.inspection.inspect import inspect_dataset

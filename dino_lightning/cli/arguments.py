@@ -17,10 +17,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dino_lightning.cli.options import add_own_options
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.files import previous_checkpoint
-from dino_lightning.options import add_own_options
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 
@@ -117,7 +117,7 @@ def config_path(name: str) -> Path:
     Raises:
         FileNotFoundError: there is none of that name.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name

@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from dino_lightning.arguments import FROM_DATA, prepare, with_packaged_configs
 from dino_lightning.callbacks import (
     MemoryWatch,
     PredictionImages,
@@ -26,13 +25,21 @@ from dino_lightning.callbacks import (
     WatchProcesses,
     WholeCheckpoints,
 )
+from dino_lightning.cli.arguments import FROM_DATA, prepare, with_packaged_configs
+from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.options import add_own_options
+from dino_lightning.cli.run_options import (
+    as_list,
+    asked_for,
+    checkpoints_and_record,
+    ddp_strategy,
+    kept_metrics,
+    loggers,
+)
 from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
-from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.options import add_own_options
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
-from dino_lightning.run_folder import as_list, asked_for, checkpoints_and_record, ddp_strategy, kept_metrics, loggers
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.resume import changed_options

@@ -14,14 +14,14 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined]  # exported, not declared
 
-from dino_lightning.arguments import CommandParser, newest_run
-from dino_lightning.cli import default_precision
+from dino_lightning.cli.arguments import CommandParser, newest_run
+from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.lightning_cli import default_precision
 from dino_lightning.console import say
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.image_list import ListedImage, list_images
 from dino_lightning.detector import find_model, load_module
 from dino_lightning.errors import UsageError
-from dino_lightning.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.files import sha256_of
 from dino_lightning.prediction.files import (
     Summary,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 
-from dino_lightning.arguments import CommandParser
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy
-from dino_lightning.cli import parse_fit
+from dino_lightning.cli.arguments import CommandParser
+from dino_lightning.cli.expected_errors import explain
+from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import DataError
-from dino_lightning.expected_errors import explain
 from dino_lightning.files import save_figure
 from dino_lightning.structures import Batch
 from dino_lightning.visualization.panels import Panel, draw_panels
