@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.measure import Timing, environment, interleaved, save, table
 from benchmarks.peers import rfdetr_base
-from dino_lightning.detector import load_module
 from dino_lightning.export.formats import describe_module, run_onnx, write_onnx
+from dino_lightning.inference.detector import load_module
 from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
 

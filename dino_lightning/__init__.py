@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dino_lightning.data import CocoDataModule
     from dino_lightning.detections import Detections
-    from dino_lightning.detector import Detector, load_detector
+    from dino_lightning.inference.detector import Detector, load_detector
     from dino_lightning.losses import Criterion
     from dino_lightning.metrics import CocoMetric
     from dino_lightning.model import DINO
@@ -24,8 +24,8 @@ _HOMES = {
     "Criterion": "dino_lightning.losses",
     "DINOModule": "dino_lightning.training.module",
     "Detections": "dino_lightning.detections",
-    "Detector": "dino_lightning.detector",
-    "load_detector": "dino_lightning.detector",
+    "Detector": "dino_lightning.inference.detector",
+    "load_detector": "dino_lightning.inference.detector",
 }
 
 __all__ = [

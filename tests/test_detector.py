@@ -11,7 +11,7 @@ from PIL import Image
 from dino_lightning import Detections, Detector, DINOModule, load_detector
 from dino_lightning.data.images import read_image
 from dino_lightning.errors import CheckpointError
-from dino_lightning.prediction.tiling import views
+from dino_lightning.inference.tiling import views
 from tests.conftest import TINY_SIZES
 from tests.test_tiling import seen
 

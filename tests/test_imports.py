@@ -32,10 +32,7 @@ MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "callbacks", "cli", "infe
 MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"
 # Modules that have yet to move into their room.
-STILL_LOOSE = {
-    "prediction": "inference",
-    "detector": "inference",
-}
+STILL_LOOSE = {}
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 SAGEMAKER_FILES = sorted(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from dino_lightning import Detections
-from dino_lightning.prediction.tiling import Window, merge, tiles, views
+from dino_lightning.inference.tiling import Window, merge, tiles, views
 
 SIZES = st.tuples(st.integers(1, 900), st.integers(1, 900))
 

@@ -13,13 +13,13 @@ import torch
 
 from dino_lightning.cli.arguments import CommandParser, newest_run
 from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.detector import find_model, load_module
 from dino_lightning.errors import UsageError
 from dino_lightning.export.check import compare_with_module, table
 from dino_lightning.export.formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
 from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
 from dino_lightning.export.package_code import serving_code
 from dino_lightning.files import atomic_write
+from dino_lightning.inference.detector import find_model, load_module
 from dino_lightning.training.module import DINOModule
 
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run

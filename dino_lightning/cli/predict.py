@@ -19,11 +19,13 @@ from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.cli.lightning_cli import default_precision
 from dino_lightning.console import say
 from dino_lightning.data.datamodule import default_workers
-from dino_lightning.data.image_list import ListedImage, list_images
-from dino_lightning.detector import find_model, load_module
 from dino_lightning.errors import UsageError
 from dino_lightning.files import sha256_of
-from dino_lightning.prediction.files import (
+from dino_lightning.inference.detector import find_model, load_module
+from dino_lightning.inference.image_list import ListedImage, list_images
+from dino_lightning.inference.lock import locked
+from dino_lightning.inference.loop import predict_images
+from dino_lightning.inference.results import (
     Summary,
     finished,
     other_images,
@@ -32,9 +34,7 @@ from dino_lightning.prediction.files import (
     settings_differ,
     write_results,
 )
-from dino_lightning.prediction.lock import locked
-from dino_lightning.prediction.loop import predict_images
-from dino_lightning.prediction.views import Views
+from dino_lightning.inference.views import Views
 from dino_lightning.training.module import DINOModule
 
 LONGEST_WAIT = timedelta(days=7)  # of one process for another

@@ -13,7 +13,7 @@ import torch
 from dino_lightning.data.images import ImageLike, read_image, to_pixels
 from dino_lightning.detections import Detections
 from dino_lightning.errors import CheckpointError
-from dino_lightning.prediction.tiling import merge, views
+from dino_lightning.inference.tiling import merge, views
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dino_lightning.data.dataset import available_cores
-from dino_lightning.data.image_list import ListedImage
 from dino_lightning.data.images import read_image
 from dino_lightning.detections import Detections, save_page
 from dino_lightning.errors import DataError
-from dino_lightning.prediction.files import Records, failure, record
-from dino_lightning.prediction.tiling import Window, merge
-from dino_lightning.prediction.views import Unreadable, View, Views, batches
+from dino_lightning.inference.image_list import ListedImage
+from dino_lightning.inference.results import Records, failure, record
+from dino_lightning.inference.tiling import Window, merge
+from dino_lightning.inference.views import Unreadable, View, Views, batches
 from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
 

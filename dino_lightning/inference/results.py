@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from dino_lightning.data.image_list import ListedImage
 from dino_lightning.detections import COLUMNS, Detections
 from dino_lightning.files import atomic_write
+from dino_lightning.inference.image_list import ListedImage
 
 SETTINGS = "settings.json"
 RECORDS = "predictions.jsonl"

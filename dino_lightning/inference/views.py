@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dino_lightning.data.image_list import ListedImage
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
 from dino_lightning.errors import DataError
-from dino_lightning.prediction.tiling import Window, views
+from dino_lightning.inference.image_list import ListedImage
+from dino_lightning.inference.tiling import Window, views
 
 SHAPES_PER_DOUBLING = 2  # of the aspect ratio: images of one such class share a batch
 
