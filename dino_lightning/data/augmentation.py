@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dino_lightning.data.ink import blur, fade, save_as_jpeg, shade, speckle, thicken, thin
 from dino_lightning.data.random_geometry import (
     careful_crop,
     chance,
@@ -22,6 +21,7 @@ from dino_lightning.data.random_geometry import (
     random_crop,
     uniform,
 )
+from dino_lightning.data.scan_noise import blur, fade, save_as_jpeg, shade, speckle, thicken, thin
 from dino_lightning.data.transforms import (
     Canvas,
     LabelledImage,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
-from dino_lightning.data import augmentation, eval_transform, ink, random_geometry, train_transform
+from dino_lightning.data import augmentation, eval_transform, random_geometry, train_transform
+from dino_lightning.data import scan_noise as ink
 from dino_lightning.data.random_geometry import careful_crop
 from dino_lightning.data.transforms import (
     Canvas,
