@@ -20,7 +20,7 @@ from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
     from sagemaker_entry.laptop.account import Account
-    from sagemaker_entry.laptop.start import Wishes
+    from sagemaker_entry.laptop.start import LaunchOptions
     from sagemaker_entry.laptop.training_config import Training
 
 COMMANDS = {
@@ -66,7 +66,7 @@ def _launch(args: Sequence[str]) -> int:
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
     from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
-    from sagemaker_entry.laptop.local_run import lay_out, run_locally
+    from sagemaker_entry.laptop.local_run import prepare_opt_ml, run_locally
     from sagemaker_entry.protocol.job import Job
 
     root = Path(options.local_dir or tempfile.mkdtemp(prefix="opt-ml-")).resolve()
@@ -75,7 +75,7 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     write_dataset(read_dataset(training.data), stored)
     names = {option: path.name for option, path in training.weights.items()}
     weights = {path.name: path for path in training.weights.values()}
-    lay_out(root, stored, training.config, Job(arguments=training.arguments, hosts=1, weights=names), weights)
+    prepare_opt_ml(root, stored, training.config, Job(arguments=training.arguments, hosts=1, weights=names), weights)
     code = run_locally(root)
     if code == 0:
         print(f"\nThe model as a job would leave it: {root / 'model'}")
@@ -88,16 +88,16 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     _need("boto3", "sagemaker")
     from sagemaker_entry.laptop.start import (
         PREFIX,
-        Wishes,
+        LaunchOptions,
         bucket_name,
-        look_at_account,
         make_plan,
         planned_job,
+        run_preflight,
         start,
     )
     from sagemaker_entry.laptop.submit import as_request
 
-    wishes = Wishes(**{field.name: getattr(options, field.name) for field in fields(Wishes)})
+    wishes = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
     account = _account(wishes, needed=not options.dry_run)
     plan = make_plan(wishes, training, account)
     print(plan.table(), flush=True)
@@ -119,7 +119,7 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
             f"Dry run: nothing was uploaded or started. The request would be:\n{json.dumps(as_request(spec), indent=2)}"
         )
         return 0
-    role = look_at_account(wishes, plan, account, _warn)
+    role = run_preflight(wishes, plan, account, _warn)
     print(
         f"Account {account.id}, {account.region}: credentials, role, bucket, quota and image are in order.", flush=True
     )
@@ -135,7 +135,7 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     return _attach(account, job)
 
 
-def _account(wishes: Wishes, *, needed: bool) -> Account | None:
+def _account(wishes: LaunchOptions, *, needed: bool) -> Account | None:
     """The account; None for a dry run of somebody who has no credentials yet."""
     from sagemaker_entry.laptop.account import Account, NoAccount
 

@@ -286,7 +286,7 @@ def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
 
     Args:
         run_dir: the folder of the run.
-        model_dir: what is in it becomes model.tar.gz; its content is that of `dino_lightning.cli.export.model_directory`.
+        model_dir: what is in it becomes model.tar.gz; see `write_model_directory`.
         complete: False if the run was stopped before its end.
 
     Returns:

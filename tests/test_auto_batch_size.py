@@ -14,12 +14,12 @@ import torch
 from dino_lightning import DINOModule
 from dino_lightning.__main__ import run
 from dino_lightning.callbacks import auto_batch_size
-from dino_lightning.callbacks.auto_batch_size import Choice, Gauge, largest_fitting
+from dino_lightning.callbacks.auto_batch_size import BatchSizePlan, MemoryProbe, largest_fitting
 from dino_lightning.data.worst_case import blank_batch
 from dino_lightning.errors import OutOfMemory
 from dino_lightning.losses import Criterion
 from dino_lightning.training import memory
-from dino_lightning.training.memory import estimated_peak, is_out_of_memory, kept_as_it_is, take_steps
+from dino_lightning.training.memory import estimated_peak, is_out_of_memory, preserve_state, take_steps
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 TOO_MUCH = 10**15  # bytes; no allocator has them
@@ -55,7 +55,7 @@ def real_steps(trainer, module):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return 1000 * len(batch)
 
-    return Gauge(10**9, "of a pretended GPU", measure)
+    return MemoryProbe(10**9, "of a pretended GPU", measure)
 
 
 # ---------------------------------------------------------------------- choosing
@@ -95,7 +95,7 @@ def test_probing_leaves_no_trace():
         moved,
     )
     for probe in probes:
-        with kept_as_it_is(module.model):
+        with preserve_state(module.model):
             probe()
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[name]), name
@@ -166,7 +166,7 @@ def gauge(limit, lost_at):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 100 * len(batch)
 
-    return Gauge(limit, "pretended", measure)
+    return MemoryProbe(limit, "pretended", measure)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        largest_fitting([1], lambda size: blank_batch((8, 8), batch_size=1, num_boxes=1), Gauge(1, "", broken))
+        largest_fitting([1], lambda size: blank_batch((8, 8), batch_size=1, num_boxes=1), MemoryProbe(1, "", broken))
 
 
 def test_the_choice_is_said_with_what_could_not_be_had():
-    assert "nearest below 5" in str(Choice(global_batch=5, processes=2, batch_size=2, accumulation=1))
-    said = str(Choice(global_batch=12, processes=2, batch_size=2, accumulation=3))
+    assert "nearest below 5" in str(BatchSizePlan(global_batch=5, processes=2, batch_size=2, accumulation=1))
+    said = str(BatchSizePlan(global_batch=12, processes=2, batch_size=2, accumulation=3))
     assert "2 for each process x 2 processes x 3 batches accumulated, a global batch of 12" in said
     assert "nearest" not in said
 
@@ -338,7 +338,7 @@ def test_running_out_of_memory_in_training_ends_in_one_sentence(rooms, monkeypat
 
 
 def test_remedies_in_use_are_not_proposed_again(rooms, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: Gauge(10**9, "", lambda batch: 1))
+    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: MemoryProbe(10**9, "", lambda batch: 1))
     monkeypatch.setattr(Criterion, "forward", hungry)
     args = ["--data.root", str(rooms), *TINY_ARGS, "--auto_batch_size=2", "--model.recompute_encoder=true"]
     assert run(["fit", *args, "--trainer.num_sanity_val_steps=0"]) == 1
@@ -360,7 +360,7 @@ def test_nothing_that_fits_ends_in_one_sentence(rooms, monkeypatch, capsys):
     def lost(batch):
         return torch.empty(TOO_MUCH, dtype=torch.uint8)
 
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: Gauge(1, "", lost))
+    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: MemoryProbe(1, "", lost))
     assert run(["fit", "--data.root", str(rooms), *TINY_ARGS, "--auto_batch_size=4"]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "Not even 1 of the largest images of" in error

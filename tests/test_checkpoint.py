@@ -13,7 +13,7 @@ import torchvision
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.training.optim import parameter_groups
-from dino_lightning.weights.loading import load_weights, start_backbone_from, start_from
+from dino_lightning.weights.loading import load_initial_weights, load_weights, start_backbone_from
 from dino_lightning.weights.published_layout import (
     backbone_to_published_key,
     from_published,
@@ -218,7 +218,7 @@ def test_a_torchvision_backbone_loads_into_the_backbone_alone(tmp_path, wrapped)
     torch.save(state if wrapped == "bare" else {wrapped: state, "epoch": 3}, tmp_path / "resnet18.pth")
     model = tiny(2, backbone="resnet18")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    report = start_from(model, str(tmp_path / "resnet18.pth"), ["a", "b"])
+    report = load_initial_weights(model, str(tmp_path / "resnet18.pth"), ["a", "b"])
     assert "torchvision backbone" in str(report)
     assert "Only the backbone starts from weights" in str(report)
     after = model.state_dict()
@@ -233,7 +233,7 @@ def test_a_torchvision_backbone_loads_into_the_backbone_alone(tmp_path, wrapped)
 def test_a_backbone_of_another_network_is_refused(tmp_path):
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(CheckpointError, match=r"resnet18.pth, a torchvision backbone, does not fit .* resnet34"):
-        start_from(tiny(2, backbone="resnet34"), str(tmp_path / "resnet18.pth"))
+        load_initial_weights(tiny(2, backbone="resnet34"), str(tmp_path / "resnet18.pth"))
 
 
 @pytest.mark.parametrize("name", ["swin_t", "convnext_tiny"])
@@ -271,15 +271,15 @@ def test_names_of_torchvisions_weights(monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda self, **_: state)
     for place in ("IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"):
         model = tiny(2, backbone="resnet18")
-        report = start_from(model, place)
+        report = load_initial_weights(model, place)
         assert torch.equal(model.backbone.state_dict()["body.conv1.weight"], state["conv1.weight"])
         assert f"{place} for resnet18, a torchvision backbone: " in report.line()
     with pytest.raises(CheckpointError, match=r"another network than the backbone resnet18 \(ResNet18_Weights\)"):
-        start_from(tiny(2, backbone="resnet18"), "ResNet50_Weights.IMAGENET1K_V1")
+        load_initial_weights(tiny(2, backbone="resnet18"), "ResNet50_Weights.IMAGENET1K_V1")
     with pytest.raises(CheckpointError, match=r"no torchvision weights 'IMAGENET1K_V9'; there are \['IMAGENET1K_V1'\]"):
-        start_from(tiny(2, backbone="resnet18"), "IMAGENET1K_V9")
+        load_initial_weights(tiny(2, backbone="resnet18"), "IMAGENET1K_V9")
     with pytest.raises(CheckpointError, match="resnet10 has no torchvision weights"):
-        start_from(tiny(2), "IMAGENET1K_V1")
+        load_initial_weights(tiny(2), "IMAGENET1K_V1")
 
 
 # ------------------------------------------------------------------ files that are none

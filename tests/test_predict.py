@@ -304,7 +304,7 @@ def test_other_images_need_another_folder(checkpoint, plans, tmp_path, capsys):
 @pytest.fixture
 def held_folder(tmp_path):
     """A folder of results that another process holds; that process is killed in the end."""
-    holder = "import sys, time; from pathlib import Path; from dino_lightning.inference.lock import locked\n"
+    holder = "import sys, time; from pathlib import Path; from dino_lightning.inference.results import locked\n"
     holder += "with locked(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(600)"
     output = tmp_path / "out"
     first = subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE)

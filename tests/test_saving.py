@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from dino_lightning.__main__ import run
-from dino_lightning.callbacks import SaveAndStop
+from dino_lightning.callbacks import GracefulCheckpoint
 from tests.conftest import TINY_ARGS
 
 PATIENCE = 200  # seconds, on a loaded machine
@@ -210,6 +210,6 @@ def test_no_process_is_asked_before_each_batch_whether_it_got_a_signal(tmp_path,
     loop = lightning.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path
     ).fit_loop.epoch_loop
-    SaveAndStop(checkpoint=tmp_path / "last.ckpt").on_fit_start(loop.trainer, None)
+    GracefulCheckpoint(checkpoint=tmp_path / "last.ckpt").on_fit_start(loop.trainer, None)
     loop._broadcast_sigterm_tensor()
     assert not asked

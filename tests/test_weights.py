@@ -18,7 +18,7 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.weights import download as weights_module
 from dino_lightning.weights.download import cache_folder, local_file
-from dino_lightning.weights.loading import start_from
+from dino_lightning.weights.loading import load_initial_weights
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 
@@ -235,7 +235,7 @@ def test_a_model_starts_from_an_address(server, tmp_path):
     )
     server.content = (tmp_path / "a.ckpt").read_bytes()
     model = DINO(num_classes=2, **TINY_SIZES)
-    report = start_from(model, server.address)
+    report = load_initial_weights(model, server.address)
     assert "dino_lightning checkpoint" in str(report)
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
 

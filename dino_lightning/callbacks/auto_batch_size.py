@@ -23,8 +23,8 @@ from dino_lightning.training.memory import (
     available_memory,
     estimated_peak,
     is_out_of_memory,
-    kept_as_it_is,
     peak_of_step,
+    preserve_state,
     release,
     tensor_bytes,
     worst_box_count,
@@ -37,7 +37,7 @@ HOST_SHARE = 0.8  # of what is available: loaders need some, and an estimate doe
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchSizePlan:
     """What was chosen, for which run.
 
     Attributes:
@@ -66,7 +66,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Gauge:
+class MemoryProbe:
     """How much memory steps may take, and do.
 
     Attributes:
@@ -101,7 +101,7 @@ class AutoBatchSize(lightning.Callback):
             raise ValueError(f"auto_batch_size is {global_batch}; the global batch must be at least 1.")
         self.global_batch = int(global_batch)  # a plain one: parsers have types of their own, which checkpoints refuse
         self.checkpoint = checkpoint
-        self.choice: Choice | None = None
+        self.choice: BatchSizePlan | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Saved with the checkpoint, so that a run that goes on has the same batches."""
@@ -123,20 +123,20 @@ class AutoBatchSize(lightning.Callback):
         data.batch_size = self.choice.batch_size
         trainer.accumulate_grad_batches = self.choice.accumulation
 
-    def _stored(self, trainer: lightning.Trainer) -> Choice | None:
+    def _stored(self, trainer: lightning.Trainer) -> BatchSizePlan | None:
         if self.checkpoint is None:
             return None
         content = read_checkpoint(self.checkpoint)  # Lightning restores callbacks only after `setup`
         stored = content.get("callbacks", {}).get(self.state_key) if isinstance(content, dict) else None
         if not stored:
             return None
-        choice = Choice(**stored)
+        choice = BatchSizePlan(**stored)
         if (choice.global_batch, choice.processes) != (self.global_batch, trainer.world_size):
             return None
         rank_zero_info(f"{choice}, as before in this run.")
         return choice
 
-    def _chosen(self, trainer: lightning.Trainer, module: DINOModule, data: CocoDataModule) -> Choice:
+    def _chosen(self, trainer: lightning.Trainer, module: DINOModule, data: CocoDataModule) -> BatchSizePlan:
         if trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
                 "auto_batch_size chooses the accumulation itself: leave out "
@@ -153,7 +153,7 @@ class AutoBatchSize(lightning.Callback):
         sizes = [size for size in range(1, min(share, images) + 1) if share % size == 0]
         boxes = worst_box_count(data.most_boxes, module.model.num_denoising)
         device = trainer.strategy.root_device
-        with isolate_rng(), kept_as_it_is(module.model):
+        with isolate_rng(), preserve_state(module.model):
             fitting, reason = largest_fitting(
                 sizes,
                 lambda size: data.worst_case_batch(size, num_boxes=boxes),
@@ -165,14 +165,14 @@ class AutoBatchSize(lightning.Callback):
                 f"{reason} Lower data.max_size and data.image_size, set model.recompute_encoder to true, or choose a "
                 "smaller backbone."
             )
-        choice = Choice(self.global_batch, processes, agreed, share // agreed)
+        choice = BatchSizePlan(self.global_batch, processes, agreed, share // agreed)
         if agreed < fitting:
             reason = "More do not fit on the device of another process."
         rank_zero_info(f"{choice}. {reason}")
         return choice
 
 
-def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], gauge: Gauge) -> tuple[int, str]:
+def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], gauge: MemoryProbe) -> tuple[int, str]:
     """The largest batch within a limit, and why that one, in words; 0 if not even the smallest can be computed.
 
     The smallest is taken even where it passes the limit, which leaves some room.
@@ -208,7 +208,7 @@ def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], ga
     return fitting, reason
 
 
-def _measured(gauge: Gauge, batch: Batch) -> int | None:
+def _measured(gauge: MemoryProbe, batch: Batch) -> int | None:
     """The bytes a step takes; None where there are too few."""
     try:
         return gauge.measure(batch)
@@ -219,7 +219,7 @@ def _measured(gauge: Gauge, batch: Batch) -> int | None:
     return None
 
 
-def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
+def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
     """Takes steps on this process' GPU, where the model goes for it."""
     device, spare = trainer.strategy.root_device, _averaged_bytes(trainer, module)
     module.model.to(device)
@@ -229,10 +229,10 @@ def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
         return peak_of_step(module.model, module.criterion, batch, precision=precision, spare=spare)
 
     total = torch.cuda.get_device_properties(device).total_memory
-    return Gauge(int(GPU_SHARE * total), f"{GPU_SHARE:.0%} of the memory of {device}", measure)
+    return MemoryProbe(int(GPU_SHARE * total), f"{GPU_SHARE:.0%} of the memory of {device}", measure)
 
 
-def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
+def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
     """Estimates, since a step too large would end the process, and maybe others."""
     spare = _averaged_bytes(trainer, module)
 
@@ -240,7 +240,7 @@ def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> Gauge:
         return estimated_peak(module.model, batch) + spare
 
     limit = int(HOST_SHARE * available_memory()) // trainer.num_devices
-    return Gauge(limit, f"{HOST_SHARE:.0%} of the memory available, by estimate", measure)
+    return MemoryProbe(limit, f"{HOST_SHARE:.0%} of the memory available, by estimate", measure)
 
 
 def _averaged_bytes(trainer: lightning.Trainer, module: DINOModule) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dino_lightning.files import atomic_write
 
 
-class KeptMetrics(lightning.Callback):
+class MetricsCsvResume(lightning.Callback):
     """For a run that goes on: logs the rows of its metrics.csv again, since Lightning's logger begins a new file.
 
     Rows from steps after the checkpoint are left out: these steps are done again. Lightning writes the file anew when a

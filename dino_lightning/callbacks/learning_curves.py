@@ -13,7 +13,7 @@ from dino_lightning.files import save_figure
 COLUMNS = ("epoch", "train/loss", "val/loss", "val/AP", "val/AP50", "val/AP75", "val/F1")
 
 
-class RunReport(lightning.Callback):
+class LearningCurves(lightning.Callback):
     """Collects the figures of each epoch, keeps the picture of the curves up to date and prints a table at the end.
 
     Args:
@@ -24,6 +24,11 @@ class RunReport(lightning.Callback):
         self.directory = Path(directory)
         self.history: list[dict[str, float]] = []
         self._validated = False
+
+    @property
+    def state_key(self) -> str:
+        """Under which Lightning keeps its state in checkpoints: the class's first name, so that older ones resume."""
+        return "RunReport"
 
     @property
     def curves_path(self) -> Path:

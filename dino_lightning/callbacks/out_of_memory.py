@@ -14,7 +14,7 @@ from dino_lightning.training.memory import GIGABYTE, StepSize
 from dino_lightning.training.module import DINOModule
 
 
-class MemoryWatch(lightning.Callback):
+class OutOfMemoryReporter(lightning.Callback):
     """Remembers the size of the batch at work; `explained` makes a sentence of it when memory has run out."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ SIGNS_OF_A_LOST_PEER = (
 )
 
 
-class EndTogether(threading.Thread):
+class RankWatchdog(threading.Thread):
     """Ends this process soon after one that it cannot go on without has died, and says which.
 
     Under DDP as Lightning starts it, the first process starts the others. Where one of them is killed, the rest would
@@ -70,19 +70,19 @@ class EndTogether(threading.Thread):
 
 
 class WatchProcesses(lightning.Callback):
-    """Starts `EndTogether` where Lightning has started the processes."""
+    """Starts `RankWatchdog` where Lightning has started the processes."""
 
     def __init__(self) -> None:
-        self._watch: EndTogether | None = None
+        self._watch: RankWatchdog | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """The others exist by now."""
         launcher = trainer.strategy.launcher
         started = getattr(launcher, "procs", None)
         if started:
-            self._watch = EndTogether(list(enumerate(started, start=1)), None)
+            self._watch = RankWatchdog(list(enumerate(started, start=1)), None)
         elif trainer.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and trainer.local_rank > 0:
-            self._watch = EndTogether([], os.getppid())
+            self._watch = RankWatchdog([], os.getppid())
         if self._watch is not None:
             self._watch.start()
 

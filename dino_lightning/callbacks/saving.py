@@ -43,7 +43,7 @@ class StoppedOnRequest(Exception):
         self.step, self.signal_number, self.checkpoint = step, signal_number, checkpoint
 
 
-class SaveAndStop(lightning.Callback):
+class GracefulCheckpoint(lightning.Callback):
     """Saves a checkpoint every so often, and saves one and raises `StoppedOnRequest` when the run is asked to stop.
 
     SIGINT (ctrl-C) and SIGTERM ask for it, on any process, and so does a flag file. A second signal ends the process at
@@ -247,7 +247,7 @@ def _validation_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % every == 0 and (trainer.current_epoch + 1) % epochs == 0
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints to a temporary name and renames them, keeps the one before `last.ckpt`, and reads them safely.
 
     Whatever interrupts it, a checkpoint is whole or absent, and of `last.ckpt` there is always one that is whole. No

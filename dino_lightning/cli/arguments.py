@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.cli.options import add_own_options
+from dino_lightning.cli.run_options import add_own_options
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.files import previous_checkpoint

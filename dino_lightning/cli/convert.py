@@ -18,7 +18,7 @@ from dino_lightning.files import atomic_write
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.download import local_file
 from dino_lightning.weights.published_layout import backbone_kind, to_published
-from dino_lightning.weights.reading import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
 from dino_lightning.weights.sizes import heads_times_points, sizes
 
 DESCRIPTION = """Write the weights of a detector in the layout of published DINO checkpoints, or in ours.
@@ -95,7 +95,7 @@ def convert(place: str, output: Path, layout: str | None, overwrite: bool, conti
 
 
 def _classes(
-    file: Path, found: FoundWeights, contiguous: bool
+    file: Path, found: LoadedWeights, contiguous: bool
 ) -> tuple[dict[str, Tensor], list[str] | None, list[int] | None]:
     """The state dict, and the names and original ids of its classes, without COCO's gaps if that is wanted."""
     state = dict(found.state)
@@ -124,7 +124,7 @@ def _classes(
 
 
 def _settings(
-    file: Path, found: FoundWeights, state: Mapping[str, Tensor], names: list[str] | None, ids: list[int] | None
+    file: Path, found: LoadedWeights, state: Mapping[str, Tensor], names: list[str] | None, ids: list[int] | None
 ) -> dict[str, Any]:
     """The arguments of a `DINOModule` that these weights fit into."""
     known = dict(found.settings or {})

@@ -9,26 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dino_lightning.callbacks import (
-    MemoryWatch,
+    AtomicCheckpointIO,
+    LearningCurves,
+    OutOfMemoryReporter,
     PredictionImages,
     Progress,
-    RunReport,
     SavedConfig,
     StoppedOnRequest,
     WatchProcesses,
-    WholeCheckpoints,
 )
 from dino_lightning.cli.arguments import FROM_DATA, prepare, with_packaged_configs
 from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.cli.options import add_own_options
 from dino_lightning.cli.run_options import (
+    add_own_options,
     as_list,
     asked_for,
     checkpoints_and_record,
@@ -42,8 +41,9 @@ from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, Usage
 from dino_lightning.report import Source, as_text, find_report, load_report, write_report
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
+from dino_lightning.training.precision import default_precision
 from dino_lightning.training.resume import changed_options
-from dino_lightning.weights.loading import start_from
+from dino_lightning.weights.loading import load_initial_weights
 
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
 
@@ -57,7 +57,7 @@ class DINOCLI(LightningCLI):
         self.run_dir = run_dir
         self.stop_flag = stop_flag
         self.extra_callbacks = list(callbacks)
-        self.report = RunReport(directory=str(run_dir))
+        self.report = LearningCurves(directory=str(run_dir))
         self._other_run: tuple[str, dict[str, Any]] | None = None
         super().__init__(
             DINOModule,
@@ -117,7 +117,7 @@ class DINOCLI(LightningCLI):
             config["strategy"] = ddp_strategy(compress_gradients=options.compress_gradients)
         if config.get("logger") in (None, True):
             config["logger"] = loggers(self.run_dir)
-        config["plugins"] = [*as_list(config.get("plugins")), WholeCheckpoints()]
+        config["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.get("callbacks")))
         if config.get("enable_progress_bar") is not False and not own_bar:
@@ -187,7 +187,7 @@ class DINOCLI(LightningCLI):
         weights = self.model.hparams["weights"]
         if weights is None:
             raise UsageError("There is nothing to evaluate: give a checkpoint with --ckpt_path, or --model.weights.")
-        say(f"{start_from(self.model.model, weights, self.datamodule.class_names)}\n")
+        say(f"{load_initial_weights(self.model.model, weights, self.datamodule.class_names)}\n")
 
     def before_test(self) -> None:
         """As before validation."""
@@ -270,7 +270,7 @@ def execute(
         StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
     """
     prepared, run_dir = prepare(subcommand, list(args))
-    watch = MemoryWatch()
+    watch = OutOfMemoryReporter()
     try:
         DINOCLI([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag)
     except (RuntimeError, MemoryError) as error:
@@ -314,10 +314,3 @@ def options_of(checkpoint: Path) -> dict[str, Any] | None:
         return parse_fit(["--config", str(stored)])
     except EXPECTED_ERRORS:
         return None
-
-
-def default_precision(accelerator: Any) -> str:
-    """Mixed precision on a GPU, bfloat16 where the GPU computes in it; float32 elsewhere."""
-    if accelerator in ("cpu", "mps") or not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

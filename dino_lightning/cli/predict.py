@@ -16,18 +16,17 @@ from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined
 
 from dino_lightning.cli.arguments import CommandParser, newest_run
 from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
-from dino_lightning.cli.lightning_cli import default_precision
 from dino_lightning.console import say
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.errors import UsageError
 from dino_lightning.files import sha256_of
 from dino_lightning.inference.detector import find_model, load_module
 from dino_lightning.inference.image_list import ListedImage, list_images
-from dino_lightning.inference.lock import locked
 from dino_lightning.inference.loop import predict_images
 from dino_lightning.inference.results import (
     Summary,
     finished,
+    locked,
     other_images,
     overlay_paths,
     prepare,
@@ -36,6 +35,7 @@ from dino_lightning.inference.results import (
 )
 from dino_lightning.inference.views import Views
 from dino_lightning.training.module import DINOModule
+from dino_lightning.training.precision import default_precision
 
 LONGEST_WAIT = timedelta(days=7)  # of one process for another
 INTERRUPTED = 130  # exit code, as of a shell

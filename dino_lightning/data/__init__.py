@@ -4,10 +4,10 @@ from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.classes import Classes, check_classes, classes_of
 from dino_lightning.data.coco import AnnotationSummary, CocoAnnotations
-from dino_lightning.data.collate import collate
 from dino_lightning.data.datamodule import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.data.images import read_image
+from dino_lightning.data.loading import collate
 from dino_lightning.data.splits import SplitFiles, find_split_files
 from dino_lightning.data.transforms import eval_transform
 from dino_lightning.errors import DataError

@@ -182,7 +182,7 @@ def _safe_file_name(path: Path, what: str, name: object) -> str:
     """The file name with forward slashes; refuses one that would be read from outside the image folder."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{path}: {what} has no file_name.")
-    # Judged by both systems' rules: files written on Windows are read here, and the other way round.
+    # ClassifiedDetection by both systems' rules: files written on Windows are read here, and the other way round.
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
         raise UnsafeNameError(

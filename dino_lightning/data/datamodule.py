@@ -18,12 +18,10 @@ from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import check_classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
-from dino_lightning.data.collate import collate
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
-from dino_lightning.data.loading import Loader
-from dino_lightning.data.presence import check_files_exist, check_images_folder
+from dino_lightning.data.loading import Loader, collate
 from dino_lightning.data.sampling import TrainSampler
-from dino_lightning.data.splits import resolve_split_files, split_images
+from dino_lightning.data.splits import check_files_exist, check_images_folder, resolve_split_files, split_images
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
 from dino_lightning.data.worst_case import blank_batch, largest_canvas, most_boxes, turns
 from dino_lightning.errors import DataError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lightning.data.dataset import Sample
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.errors import DataError
+from dino_lightning.structures import Batch
 
 MAX_DEATHS = 3  # of worker processes in one epoch
 
@@ -109,3 +111,27 @@ def _leave_deaths_to_the_loader() -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     if getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None, pad_to_multiple: int = 1) -> Batch:
+    """Put samples into one batch.
+
+    Args:
+        samples: what `CocoDetection` gave.
+        pad_to: canvas (height, width) in pixels; defaults to the largest height and width of the samples.
+        pad_to_multiple: round the canvas up to a multiple of this.
+
+    Raises:
+        ValueError: no samples, or one larger than `pad_to`.
+    """
+    truths = [sample.ground_truth for sample in samples if sample.ground_truth is not None]
+    batch = Batch.from_images(
+        [sample.image for sample in samples],
+        image_ids=[sample.image_id for sample in samples],
+        original_sizes=[sample.original_size for sample in samples],
+        targets=[(sample.boxes_cxcywh, sample.labels) for sample in samples],
+        ground_truth=truths if len(truths) == len(samples) else None,
+        pad_to=pad_to,
+        pad_to_multiple=pad_to_multiple,
+    )
+    return replace(batch, notices=tuple(notice for sample in samples for notice in sample.notices))

@@ -8,11 +8,12 @@ command finds finished. Nothing is held in memory but the names and where their 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +23,7 @@ from dino_lightning.files import atomic_write
 from dino_lightning.inference.image_list import ListedImage
 
 SETTINGS = "settings.json"
+LOCK = ".predict.lock"
 RECORDS = "predictions.jsonl"
 OVERLAYS = "overlays"
 RESULTS = ("predictions.json", "predictions.csv", "images.json", RECORDS)
@@ -291,3 +293,28 @@ def overlay_paths(folder: Path, images: Iterable[ListedImage]) -> dict[str, Path
         taken.add(free)
         paths[name] = free
     return paths
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder, which is made if need be; gives False if another process holds it.
+
+    The system gives the lock back when the process ends, however it does. The file stays: to delete it would let two
+    processes lock two files of the same name. `lockf`, as loader processes would inherit a lock of `flock`, and keep it
+    for seconds after this process was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        yield _lock(file.fileno())
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where nothing is locked
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of another kind: a file system that has no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True

@@ -45,7 +45,7 @@ class Limits:
     max_size: int = 1333
 
 
-def judge_images(found: Found, split: str, source: CocoAnnotations, facts: Sequence[ImageFacts]) -> None:
+def check_images(found: Found, split: str, source: CocoAnnotations, facts: Sequence[ImageFacts]) -> None:
     """Whether each listed file is there, can be decoded, and has the size that the annotations say."""
     per_image = np.diff(np.concatenate(([0], np.cumsum(source.usable & ~source.iscrowd)))[source.offsets])
     listed: dict[str, int] = {}
@@ -72,7 +72,7 @@ def judge_images(found: Found, split: str, source: CocoAnnotations, facts: Seque
             add("no-boxes")
 
 
-def judge_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limits) -> None:
+def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limits) -> None:
     """Size, place and number of the boxes."""
     owners = np.repeat(np.arange(len(source.images)), np.diff(source.offsets))
     sizes = np.array([image.size for image in source.images], dtype=np.float64)
@@ -128,7 +128,7 @@ def judge_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limit
             found["beyond-evaluation", split].append(Case(detail, entry.id, None, entry.file_name))
 
 
-def judge_categories(
+def check_categories(
     found: Found, split: str, source: CocoAnnotations, classes: Classes | None, counts: Sequence[int]
 ) -> None:
     """Whether every class has a name of its own and boxes, and means the same as in training."""
@@ -149,7 +149,7 @@ def judge_categories(
         found["classes-differ", split] += found_here
 
 
-def judge_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
+def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
     """Image files in the splits' folders that no annotation file lists."""
     roots = {name: Path(os.path.realpath(split.files.images)) for name, split in splits.items()}
     listed = {
@@ -166,7 +166,7 @@ def judge_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
                     found["not-listed", name].append(Case(file_name=path.relative_to(roots[name]).as_posix()))
 
 
-def judge_copies(found: Found, splits: Mapping[str, SplitHealth]) -> None:
+def check_copies(found: Found, splits: Mapping[str, SplitHealth]) -> None:
     """The same image twice, in one split or in two."""
     places = [(name, index) for name, split in splits.items() for index in range(len(split.facts))]
     facts = [splits[name].facts[index] for name, index in places]

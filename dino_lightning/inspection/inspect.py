@@ -14,11 +14,11 @@ from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
 from dino_lightning.data.splits import SplitFiles
 from dino_lightning.inspection.checks import (
     Limits,
-    judge_boxes,
-    judge_categories,
-    judge_copies,
-    judge_folders,
-    judge_images,
+    check_boxes,
+    check_categories,
+    check_copies,
+    check_folders,
+    check_images,
 )
 from dino_lightning.inspection.image_facts import ImageFacts, facts_of_all
 from dino_lightning.inspection.report import HealthReport, SplitHealth
@@ -53,12 +53,12 @@ def inspect_dataset(
             paths = [annotations.image_path(index) for index in range(len(annotations.images))]
             facts = facts_of_all(paths, f"{name} images", progress=progress)
             counts = _counts(annotations, classes)
-            judge_images(found, name, annotations, facts)
-            judge_boxes(found, name, annotations, limits or Limits())
-            judge_categories(found, name, annotations, classes, counts)
+            check_images(found, name, annotations, facts)
+            check_boxes(found, name, annotations, limits or Limits())
+            check_categories(found, name, annotations, classes, counts)
         splits[name] = SplitHealth(name, split, annotations, facts, counts)
-    judge_folders(found, splits)
-    judge_copies(found, splits)
+    check_folders(found, splits)
+    check_copies(found, splits)
     if "val" not in files:
         found["no-validation", "train"].append(Case())
         if training is not None and len(training.images) < 2:

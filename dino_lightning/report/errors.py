@@ -37,7 +37,7 @@ REASONS = ("wrong_class", "wrong_place", "low_score", "unseen")
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClassifiedDetection:
     """A kept detection.
 
     Attributes:
@@ -68,7 +68,7 @@ class Missed:
 
 
 @dataclass(frozen=True)
-class JudgedImage:
+class ClassifiedImage:
     """The detections and the true boxes of one image.
 
     Attributes:
@@ -77,7 +77,7 @@ class JudgedImage:
         num_boxes: true boxes, crowd regions left out.
     """
 
-    detections: tuple[Judged, ...]
+    detections: tuple[ClassifiedDetection, ...]
     missed: tuple[Missed, ...]
     num_boxes: int
 
@@ -101,7 +101,7 @@ class JudgedImage:
         return f1_of(self.count("right"), self.num_counted - self.count("right"), len(self.missed))
 
 
-def judge_image(image: EvaluatedImage, *, threshold: float, iou_threshold: float = 0.5) -> JudgedImage:
+def classify_image(image: EvaluatedImage, *, threshold: float, iou_threshold: float = 0.5) -> ClassifiedImage:
     """Judge the detections of one image with a score of at least `threshold`."""
     truth = image.truth
     taken, is_ignored = assign_detections(
@@ -132,7 +132,7 @@ def judge_image(image: EvaluatedImage, *, threshold: float, iou_threshold: float
             instead_of = int(np.argmax(np.where(candidates & free[kind], overlaps[row], -1.0)))
             free[kind][instead_of] = False
         detections.append(
-            Judged(
+            ClassifiedDetection(
                 index=index,
                 label=int(image.labels[index]),
                 kind=kind,
@@ -151,7 +151,7 @@ def judge_image(image: EvaluatedImage, *, threshold: float, iou_threshold: float
         Missed(index, int(truth.labels[index]), next((name for name in reasons if reasons[name][index]), "unseen"))
         for index in np.flatnonzero(is_missed).tolist()
     ]
-    return JudgedImage(tuple(detections), tuple(missed), int((~truth.iscrowd).sum()))
+    return ClassifiedImage(tuple(detections), tuple(missed), int((~truth.iscrowd).sum()))
 
 
 def _kind(

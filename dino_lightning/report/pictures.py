@@ -16,7 +16,7 @@ from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.images import read_image
 from dino_lightning.errors import DataError
 from dino_lightning.metrics import EvaluatedImage, Evaluation
-from dino_lightning.report.errors import ERROR_KINDS, JudgedImage, judge_image
+from dino_lightning.report.errors import ERROR_KINDS, ClassifiedImage, classify_image
 from dino_lightning.report.tables import WORDS
 
 WORST = BEST = 12
@@ -99,7 +99,7 @@ def pictures(
         if left < 0 or more == MORE:
             break
         image = evaluation.images[place[row["image_id"]]]
-        judged = judge_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        judged = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
         tokens = error_tokens(judged)
         if group == "more" and tokens <= seen:
             continue
@@ -130,7 +130,7 @@ def choose(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, dict[str, An
     return chosen, order[worst:first] + order[last : len(order) - best]
 
 
-def error_tokens(judged: JudgedImage) -> set[str]:
+def error_tokens(judged: ClassifiedImage) -> set[str]:
     """The errors of an image by kind and class."""
     found = {f"{one.kind}:{one.label}" for one in judged.detections if one.kind in ERROR_KINDS}
     return found | {f"missed:{one.label}" for one in judged.missed}
@@ -140,7 +140,7 @@ def _picture(
     group: str,
     row: dict[str, Any],
     image: EvaluatedImage,
-    judged: JudgedImage,
+    judged: ClassifiedImage,
     class_names: Sequence[str],
     annotations: CocoAnnotations,
     index: int,
@@ -171,7 +171,7 @@ def encode(pixels: Any) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
 
-def _boxes(image: EvaluatedImage, judged: JudgedImage, names: Sequence[str]) -> list[Box]:
+def _boxes(image: EvaluatedImage, judged: ClassifiedImage, names: Sequence[str]) -> list[Box]:
     truth = image.truth
     missed = {one.index: one for one in judged.missed}
     drawn: list[Box] = []

@@ -18,10 +18,10 @@ from dino_lightning.report.errors import (
     ERROR_KINDS,
     FALSE_KINDS,
     REASONS,
-    JudgedImage,
+    ClassifiedImage,
+    classify_image,
     f1_of,
     f1_without,
-    judge_image,
 )
 from dino_lightning.structures import GroundTruth
 
@@ -65,7 +65,7 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
     names = {entry.id: entry.file_name for entry in source.annotations.images}
     rows = []
     for image_id, image in zip(evaluation.image_ids, evaluation.images, strict=True):
-        judged = judge_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        judged = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
         tally.add(judged, np.bincount(image.truth.labels[~image.truth.iscrowd], minlength=len(tally.counted_off)))
         rows.append(image_row(image_id, names.get(image_id, ""), judged))
     return {
@@ -108,7 +108,7 @@ class _Tally:
         self.reasons: Counter[str] = Counter()
         self.confusion: Counter[tuple[int, int]] = Counter()
 
-    def add(self, judged: JudgedImage, true_by_class: npt.NDArray[np.int64]) -> None:
+    def add(self, judged: ClassifiedImage, true_by_class: npt.NDArray[np.int64]) -> None:
         counted = np.zeros_like(true_by_class)
         mistaken = set()
         label_of_missed = {one.index: one.label for one in judged.missed}
@@ -154,7 +154,7 @@ def _most_of_a_class(truth: GroundTruth) -> int:
     return int(np.bincount(truth.labels[~truth.iscrowd]).max(initial=0))
 
 
-def image_row(image_id: int, file_name: str, judged: JudgedImage) -> dict[str, Any]:
+def image_row(image_id: int, file_name: str, judged: ClassifiedImage) -> dict[str, Any]:
     """One image in numbers."""
     return {
         "image_id": image_id,

@@ -93,7 +93,7 @@ def peak_of_step(
 ) -> int:
     """Take optimizer steps, and give the most memory in bytes that the GPU ever had in use.
 
-    Whatever else is on the device counts as well. Parameters and buffers change; see `kept_as_it_is`.
+    Whatever else is on the device counts as well. Parameters and buffers change; see `preserve_state`.
 
     Args:
         model: on a GPU.
@@ -139,7 +139,7 @@ def _loss(model: DINO, criterion: Criterion, batch: Batch) -> Tensor:
 
 
 @contextlib.contextmanager
-def kept_as_it_is(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the model has its parameters, buffers and gradients again, where they were."""
     tensors = [*model.parameters(), *model.buffers()]
     # By name as well: moved to another device, a parameter stays the same object, a buffer does not.
@@ -179,7 +179,7 @@ def estimated_peak(model: DINO, batch: Batch) -> int:
 
     Forward and backward pass are made with tensors that have shapes and no content: every operation is looked at for
     what it makes, and for when that is let go of. What operations use within themselves is not seen; an allowance
-    stands for it. Running averages of norms change; see `kept_as_it_is`.
+    stands for it. Running averages of norms change; see `preserve_state`.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     live = _LiveBytes()

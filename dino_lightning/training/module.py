@@ -32,13 +32,13 @@ from dino_lightning.training.optim import (
     freeze_parts,
     parameter_groups,
 )
-from dino_lightning.training.resume import go_on_from_raw_weights, refuse_another_model, refuse_another_optimizer
-from dino_lightning.training.step_metrics import TrainingFigures
+from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
+from dino_lightning.training.step_metrics import StepMetrics
 from dino_lightning.weights.loading import (
     advice_on_a_pretrained_backbone,
     advice_on_random_weights,
+    load_initial_weights,
     start_backbone_from,
-    start_from,
 )
 
 
@@ -127,7 +127,7 @@ class DINOModule(lightning.LightningModule):
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
         self.has_weights = False  # or will have: those of a checkpoint that the run goes on from
         self._noise_seed: int | None = None
-        self.training_figures = TrainingFigures()
+        self.training_figures = StepMetrics()
         self._shown: dict[str, float] = {}  # figures of this step, where they are logged
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
@@ -164,7 +164,7 @@ class DINOModule(lightning.LightningModule):
     def _load_starting_weights(self, num_images: int) -> None:
         whole, backbone = self.hparams["weights"], self.hparams["backbone_weights"]
         if whole is not None:
-            rank_zero_info(start_from(self.model, whole, self.hparams["class_names"]))
+            rank_zero_info(load_initial_weights(self.model, whole, self.hparams["class_names"]))
         elif backbone is not None:
             rank_zero_info(start_backbone_from(self.model, backbone).line())
             for advice in advice_on_a_pretrained_backbone(num_images):
@@ -396,17 +396,17 @@ class DINOModule(lightning.LightningModule):
         Raises:
             CheckpointError: a checkpoint of other classes, of another architecture or of other parameter groups.
         """
-        refuse_another_model(checkpoint.get("hyper_parameters", {}), self.hparams)
+        check_same_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
         self._noise_seed = checkpoint.get("noise_seed")
-        self.training_figures.go_on_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
+        self.training_figures.resume_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
         self.has_weights = True
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
-                refuse_another_optimizer(checkpoint, self._parameter_groups())
+                check_same_optimizer(checkpoint, self._parameter_groups())
                 for group in checkpoint["optimizer_states"][0]["param_groups"]:
                     group["fused"] = self._fused  # of the precision of now
-            go_on_from_raw_weights(checkpoint)
+            resume_from_raw_weights(checkpoint)
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
         """How images are resized for the detector; without sizes, as in training."""

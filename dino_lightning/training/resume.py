@@ -23,7 +23,7 @@ FREE_TO_CHANGE = (
 RAW_WEIGHTS, AVERAGED_WEIGHTS = "raw_state_dict", "averaged_state_dict"  # in checkpoints of runs with `callbacks.EMA`
 
 
-def refuse_another_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_architecture(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compare classes and architecture.
 
     Args:
@@ -41,7 +41,7 @@ def refuse_another_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
         )
 
 
-def refuse_another_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+def check_same_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Compare the sizes of parameter groups.
 
     Raises:
@@ -59,7 +59,7 @@ def refuse_another_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Map
         )
 
 
-def go_on_from_raw_weights(checkpoint: dict[str, Any]) -> None:
+def resume_from_raw_weights(checkpoint: dict[str, Any]) -> None:
     """Let `state_dict` be the raw weights, where averaged ones were evaluated and stand there."""
     if RAW_WEIGHTS in checkpoint:
         rank_zero_info(

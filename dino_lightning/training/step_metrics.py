@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class TrainingFigures:
+class StepMetrics:
     """The figures of the last step, and the sum of the losses of an epoch.
 
     Nothing here waits for the device but `of_step` and `epoch_loss`.
@@ -57,7 +57,7 @@ class TrainingFigures:
         """Begin the sum anew."""
         self.of_epoch = (None, 0)
 
-    def go_on_from(self, stored: tuple[Tensor | None, int], device: torch.device) -> None:
+    def resume_from(self, stored: tuple[Tensor | None, int], device: torch.device) -> None:
         """Take back the `of_epoch` of a checkpoint."""
         total, images = stored
         self.of_epoch = (None if total is None else total.to(device), images)

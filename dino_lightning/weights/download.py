@@ -76,7 +76,7 @@ def local_file(place: str) -> Path:
 
 
 @contextmanager
-def in_turn(name: str) -> Iterator[None]:
+def interprocess_lock(name: str) -> Iterator[None]:
     """Let the processes of this machine through one at a time: the first downloads, the others find it done."""
     folder = cache_folder()
     try:
@@ -99,7 +99,7 @@ def _downloaded(place: str) -> Path:
     name = Path(urllib.parse.urlsplit(address).path).name
     # The whole address is in the name: the same file name at two places may mean two files.
     path = cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
-    with in_turn(path.name):
+    with interprocess_lock(path.name):
         if path.is_file() and checksum is not None and sha256_of(path) != checksum:
             path.unlink()  # of an earlier time, or damaged
         if not path.is_file():

@@ -14,8 +14,8 @@ from torch import Tensor
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
-from dino_lightning.weights.download import in_turn, is_address, local_file
-from dino_lightning.weights.reading import CLASS_ENTRIES, FoundWeights, coco_names, read_weights
+from dino_lightning.weights.download import interprocess_lock, is_address, local_file
+from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
 from dino_lightning.weights.sizes import differences
 
 FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
@@ -68,7 +68,7 @@ class LoadReport:
         return "\n".join([f"{self.source}:", header, *lines, *said, *self.notes])
 
 
-def start_from(model: DINO, place: str, class_names: Sequence[str] | None = None) -> LoadReport:
+def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | None = None) -> LoadReport:
     """Start a detector from weights wherever they are.
 
     Args:
@@ -86,7 +86,7 @@ def start_from(model: DINO, place: str, class_names: Sequence[str] | None = None
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:
-    """Start a detector's backbone from weights wherever they are; as `start_from`, but for backbones alone.
+    """Start a detector's backbone from weights wherever they are; as `load_initial_weights`, but for backbones alone.
 
     Raises:
         CheckpointError: no such place, or weights that do not fit.
@@ -101,11 +101,11 @@ def start_backbone_from(model: DINO, place: str) -> LoadReport:
         return _load_backbone(model, found, file)
     name = model.backbone.name
     try:
-        with in_turn("torchvision"):  # the first process downloads, the others find it in torchvision's cache
+        with interprocess_lock("torchvision"):  # the first process downloads, the others find it in torchvision's cache
             state = pretrained_state(name, _weights_of(name, place))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    found = FoundWeights("backbone", {f"body.{key}": value for key, value in state.items()}, "torchvision backbone")
+    found = LoadedWeights("backbone", {f"body.{key}": value for key, value in state.items()}, "torchvision backbone")
     return _load_backbone(model, found, f"{place} for {name}")
 
 
@@ -177,7 +177,9 @@ def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | Non
     )
 
 
-def _load_detector(model: DINO, found: FoundWeights, path: str | Path, class_names: Sequence[str] | None) -> LoadReport:
+def _load_detector(
+    model: DINO, found: LoadedWeights, path: str | Path, class_names: Sequence[str] | None
+) -> LoadReport:
     own, state = model.state_dict(), found.state
     others = [key for key in own if key not in CLASS_ENTRIES]
     missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state]
@@ -225,7 +227,7 @@ def _class_entry(theirs: Tensor, own: Tensor, rows: Sequence[int | None], num_cl
     return fresh, "re-mapped"
 
 
-def _class_rows(found: FoundWeights, names: Sequence[str] | None, count: int) -> tuple[list[int | None], str]:
+def _class_rows(found: LoadedWeights, names: Sequence[str] | None, count: int) -> tuple[list[int | None], str]:
     """For each of our labels, the row of the file to take, or None for a fresh start; and how they were matched."""
     source_count = len(found.state["decoder.class_head.bias"])
     if found.class_names is not None and names is not None:
@@ -265,7 +267,7 @@ def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _load_backbone(model: DINO, found: FoundWeights, source: str | Path) -> LoadReport:
+def _load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> LoadReport:
     """Load a backbone's weights; norms of its maps that the file does not have stay as they are."""
     own = model.backbone.state_dict()
     optional = {key for key in own if key.startswith("norms.") or key.endswith("num_batches_tracked")}

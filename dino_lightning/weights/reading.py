@@ -36,7 +36,7 @@ CLASS_ENTRIES = (
 
 
 @dataclass(frozen=True)
-class FoundWeights:
+class LoadedWeights:
     """Weights as found in a file, under our names.
 
     Attributes:
@@ -94,7 +94,7 @@ def _check_sums(path: Path) -> None:
             raise ValueError(f"the checksum of {broken} in it does not fit")
 
 
-def read_weights(path: str | Path) -> FoundWeights:
+def read_weights(path: str | Path) -> LoadedWeights:
     """A detector's or a backbone's weights from a file of any of the layouts.
 
     Detectors: published DINO checkpoints, checkpoints of ours, or the bare state dict of either. Backbones: the state
@@ -158,13 +158,13 @@ def _state_dict(content: Any) -> dict[str, Tensor] | None:
     return {key.removeprefix("module."): value for key, value in found.items()}
 
 
-def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> FoundWeights:
+def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> LoadedWeights:
     given = (settings or {}).get("class_names")
     names = tuple(given) if isinstance(given, list | tuple) and all(isinstance(name, str) for name in given) else ()
     count = len(state.get("decoder.class_head.bias", ()))
     if names and len(names) != count:
         raise ValueError(f"it names {len(names)} classes, but its class heads have {count}.")
-    return FoundWeights(
+    return LoadedWeights(
         part="detector",
         state=state,
         source="dino_lightning checkpoint",
@@ -175,7 +175,7 @@ def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) 
 
 def _published_detector(
     state: dict[str, Tensor], content: Mapping[str, Any], settings: Mapping[str, Any] | None
-) -> FoundWeights:
+) -> LoadedWeights:
     ours, ignored = from_published(state)
     notes = []
     wrong = wrong_indices(ours)
@@ -191,7 +191,7 @@ def _published_detector(
     if len(ours.get("decoder.class_head.bias", ())) == len(coco_names()):
         names = coco_names()
         notes.append("Its 91 classes have no names and are taken for COCO's categories.")
-    return FoundWeights(
+    return LoadedWeights(
         part="detector",
         state=ours,
         source="published DINO checkpoint",
@@ -202,13 +202,13 @@ def _published_detector(
     )
 
 
-def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> FoundWeights:
+def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> LoadedWeights:
     """A backbone alone: ours, torchvision's, or as published by the authors of Swin and ConvNeXt."""
     if any(key.startswith("body.") for key in state):
-        return FoundWeights("backbone", state, "backbone of dino_lightning", settings=settings)
+        return LoadedWeights("backbone", state, "backbone of dino_lightning", settings=settings)
     if any(key.startswith(("layer1.", "features.")) for key in state):
         known = {f"body.{key}": value for key, value in state.items()}
-        return FoundWeights("backbone", known, "torchvision backbone")
+        return LoadedWeights("backbone", known, "torchvision backbone")
     kind = backbone_kind(state)
     if kind == "other":
         raise ValueError(
@@ -216,4 +216,4 @@ def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> F
         )
     ours, ignored = backbone_from_published(state)
     name = "Swin Transformer" if kind == "swin" else "ConvNeXt"
-    return FoundWeights("backbone", ours | wrong_indices(ours), f"published {name} backbone", ignored=ignored)
+    return LoadedWeights("backbone", ours | wrong_indices(ours), f"published {name} backbone", ignored=ignored)

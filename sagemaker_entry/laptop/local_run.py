@@ -13,7 +13,7 @@ from pathlib import Path
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
 
 
-def lay_out(
+def prepare_opt_ml(
     root: Path, data: Path, config: str, job: Job, weights: Mapping[str, Path], hosts: Sequence[str] = ("algo-1",)
 ) -> None:
     """Fill a folder as SageMaker fills /opt/ml before it starts the container.
@@ -50,7 +50,7 @@ def lay_out(
 
 
 def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
-    """Run `sagemaker_entry.train` on a folder that `lay_out` filled; returns its exit code.
+    """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled; returns its exit code.
 
     An interrupt from the keyboard stops it as SageMaker would: it saves a checkpoint first.
     """

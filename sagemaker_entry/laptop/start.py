@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class LaunchOptions:
     """What the user asks of AWS; None where it is left to us.
 
     Attributes:
@@ -70,7 +70,7 @@ class Wishes:
     security_groups: tuple[str, ...] = ()
 
 
-def make_plan(wishes: Wishes, training: Training, account: Account | None) -> Plan:
+def make_plan(wishes: LaunchOptions, training: Training, account: Account | None) -> Plan:
     """Instances, time and money.
 
     Args:
@@ -144,7 +144,7 @@ def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> C
     return replace(compute, notes=(*compute.notes, note))
 
 
-def look_at_account(wishes: Wishes, plan: Plan, account: Account, warn: Say) -> str:
+def run_preflight(wishes: LaunchOptions, plan: Plan, account: Account, warn: Say) -> str:
     """Everything that can go wrong in the account and be known now; returns the ARN of the role.
 
     Raises:
@@ -168,7 +168,7 @@ def look_at_account(wishes: Wishes, plan: Plan, account: Account, warn: Say) -> 
 
 
 def planned_job(
-    wishes: Wishes,
+    wishes: LaunchOptions,
     training: Training,
     plan: Plan,
     *,
@@ -215,7 +215,7 @@ def container_job(training: Training, plan: Plan) -> Job:
     )
 
 
-def start(wishes: Wishes, training: Training, plan: Plan, account: Account, role: str, say: Say) -> str:
+def start(wishes: LaunchOptions, training: Training, plan: Plan, account: Account, role: str, say: Say) -> str:
     """Upload what is not there yet and submit; returns the name of the job.
 
     Raises:
@@ -249,6 +249,6 @@ def start(wishes: Wishes, training: Training, plan: Plan, account: Account, role
     return submit(account, spec, bucket, f"{PREFIX}/runs/{run}/sdk")
 
 
-def bucket_name(wishes: Wishes, account_id: str, region: str) -> str:
+def bucket_name(wishes: LaunchOptions, account_id: str, region: str) -> str:
     """The bucket: the user's, or the one that SageMaker's own tools use, which its usual roles may read."""
     return wishes.bucket or f"sagemaker-{region}-{account_id}"

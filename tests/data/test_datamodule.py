@@ -15,7 +15,8 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy, xyxy_to_normalized_cxcywh
-from dino_lightning.data import CocoDataModule, Sample, collate
+from dino_lightning.data import CocoDataModule, Sample
+from dino_lightning.data import loading as collate
 from dino_lightning.data.datamodule import default_workers
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.errors import DataError

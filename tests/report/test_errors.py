@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_lightning.metrics import EvaluatedImage, match_detections
-from dino_lightning.report.errors import ERROR_KINDS, FALSE_KINDS, f1_of, f1_without, judge_image
+from dino_lightning.report.errors import ERROR_KINDS, FALSE_KINDS, classify_image, f1_of, f1_without
 from dino_lightning.structures import GroundTruth
 
 BOX = [10, 10, 60, 60]
@@ -61,13 +61,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_kinds(case):
     found, truth, kinds, reasons = CASES[case]
-    judged = judge_image(image_of(found, truth), threshold=0.5)
+    judged = classify_image(image_of(found, truth), threshold=0.5)
     assert [one.kind for one in judged.detections] == kinds
     assert [one.reason for one in judged.missed] == reasons
 
 
 def test_a_wrong_detection_can_take_each_missed_box_once():
-    judged = judge_image(image_of([(BOX, 1, 0.9), (BOX, 2, 0.8)], [(BOX, 0)]), threshold=0.5)
+    judged = classify_image(image_of([(BOX, 1, 0.9), (BOX, 2, 0.8)], [(BOX, 0)]), threshold=0.5)
     assert [(one.kind, one.about, one.instead_of) for one in judged.detections] == [
         ("wrong_class", 0, 0),
         ("wrong_class", 0, -1),
@@ -76,11 +76,11 @@ def test_a_wrong_detection_can_take_each_missed_box_once():
 
 
 def test_f1_of_an_image():
-    assert judge_image(image_of([], []), threshold=0.5).f1 == 1
-    assert judge_image(image_of([(BOX, 0, 0.9)], []), threshold=0.5).f1 == 0
-    assert judge_image(image_of([(BOX, 0, 0.9), (ELSEWHERE, 0, 0.9)], [(BOX, 0)]), threshold=0.5).f1 == pytest.approx(
-        2 / 3
-    )
+    assert classify_image(image_of([], []), threshold=0.5).f1 == 1
+    assert classify_image(image_of([(BOX, 0, 0.9)], []), threshold=0.5).f1 == 0
+    assert classify_image(
+        image_of([(BOX, 0, 0.9), (ELSEWHERE, 0, 0.9)], [(BOX, 0)]), threshold=0.5
+    ).f1 == pytest.approx(2 / 3)
 
 
 @st.composite
@@ -98,7 +98,7 @@ def scenes(draw):
 @settings(max_examples=300, deadline=None)
 @given(image=scenes(), threshold=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_everything_is_counted_once(image, threshold):
-    judged = judge_image(image, threshold=threshold)
+    judged = classify_image(image, threshold=threshold)
     counts = {kind: judged.count(kind) for kind in ("right", "ignored", *ERROR_KINDS)}
     kept = image.scores >= np.float32(threshold)
     assert counts["right"] + counts["missed"] == judged.num_boxes == (~image.truth.iscrowd).sum()

@@ -21,7 +21,7 @@ from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
 from sagemaker_entry.container.environment import read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
-from sagemaker_entry.laptop.local_run import lay_out
+from sagemaker_entry.laptop.local_run import prepare_opt_ml
 from sagemaker_entry.protocol.job import Job
 from sagemaker_entry.protocol.progress import ProgressLines
 from sagemaker_entry.train import STRAY, child_environment, write_model
@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
     plans = write_rooms_dataset(tmp_path / "plans", num_train=40 if moment == "epoch" else 2, num_val=40, size=128)
     roots = [tmp_path / "whole", tmp_path / "parts"]
     for root in roots:
-        lay_out(root, plans, config(max_epochs=2), Job(hosts=1, gpus_per_host=0), {})
+        prepare_opt_ml(root, plans, config(max_epochs=2), Job(hosts=1, gpus_per_host=0), {})
     whole = Container(roots[0])
     assert whole.wait() == 0, whole.text[-3000:]
 
@@ -165,7 +165,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
 
 
 def test_a_stop_while_requirements_are_installed(tmp_path, rooms):
-    lay_out(tmp_path / "ml", rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    prepare_opt_ml(tmp_path / "ml", rooms, config(), Job(hosts=1, gpus_per_host=0), {})
     (tmp_path / "requirements.txt").write_text("dino-lightning-needs-this-too\n")
     with socket.create_server(("127.0.0.1", 0)) as index:  # takes the call and never answers
         address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
@@ -229,7 +229,7 @@ def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, wo
     if case == "config":
         text = yaml.safe_dump({**TINY_CONFIG, "model": {"nun_queries": 3}})
     plan = Job(hosts=2 if case == "hosts" else 1, gpus_per_host=1 if case == "gpus" else 0)
-    lay_out(root, data, text, plan, {})
+    prepare_opt_ml(root, data, text, plan, {})
     variables = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"} if case == "nested" else {}
     container = Container(root, **variables)
     assert container.wait() == 1
@@ -241,7 +241,7 @@ def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, wo
 
 
 def test_a_process_that_is_killed_is_named(tmp_path, rooms):
-    lay_out(tmp_path, rooms, config(max_epochs=500), Job(hosts=1, gpus_per_host=0), {})
+    prepare_opt_ml(tmp_path, rooms, config(max_epochs=500), Job(hosts=1, gpus_per_host=0), {})
     container = Container(tmp_path)
     container.wait_for("epoch=1 epochs=500")
     workers = [
