@@ -150,7 +150,7 @@ def test_a_gpu_that_the_table_lacks_is_estimated_as_well():
     assert "B900" in Plan(other, WORK, (1.0, 2.0, 3.0), limits(), True, "i", {}).table()
 
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 ROWS = {
     "1 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 1),
     "2 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 2),

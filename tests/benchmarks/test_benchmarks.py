@@ -12,7 +12,7 @@ import torch
 from benchmarks import match, plain
 from dino_lightning.losses import Criterion
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("count", [1, 10, 60])

@@ -17,7 +17,7 @@ from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.errors import DataError
 from dino_lightning.inspection.inspect import inspect_dataset
 from dino_lightning.inspection.text import as_json, as_text
-from tests.data.faults import FAULTS, break_dataset, write_dataset
+from tests.inspection.faults import FAULTS, break_dataset, write_dataset
 
 NUMBERS = itertools.count()
 

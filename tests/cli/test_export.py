@@ -21,7 +21,7 @@ from dino_lightning.export.check import compare_with_module, difference, drawn, 
 from dino_lightning.export.formats import DESCRIPTION_FILE, describe_module, run_onnx, run_torch, write_onnx
 from dino_lightning.export.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.model.query_selection import QuerySelection
-from tests.exported import CLASSES, assert_same, images, save, tiny_module
+from tests.export.exported import CLASSES, assert_same, images, save, tiny_module
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from dino_lightning.inspection.checks import Limits
 from dino_lightning.inspection.inspect import inspect_dataset
 from dino_lightning.inspection.page import as_html
 from dino_lightning.inspection.text import as_json, as_text
-from tests.data.faults import FAULTS, TRAIN, VAL, write_dataset
 from tests.data.small_coco import annotation, write_json
+from tests.inspection.faults import FAULTS, TRAIN, VAL, write_dataset
 
 NOT_EXPLICIT = dict.fromkeys(("train", "val", "test"), (None, None))
 

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.latency import percentile
 from benchmarks.measure import Timing
-from tests.test_benchmarks import run
+from tests.benchmarks.test_benchmarks import run
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 def test_percentiles_are_in_milliseconds():

@@ -13,7 +13,7 @@ from dino_lightning.data.images import read_image
 from dino_lightning.errors import CheckpointError
 from dino_lightning.inference.tiling import views
 from tests.conftest import TINY_SIZES
-from tests.test_tiling import seen
+from tests.inference.test_tiling import seen
 
 
 def save_tiny(path, **changes):

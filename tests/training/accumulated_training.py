@@ -1,6 +1,6 @@
 """Trains on twelve drawn images of one size, in batches and on processes as asked for, and writes what came out.
 
-Run as a program by tests/test_accumulation.py where there are two processes: `accumulated_training.py OPTIONS_AS_JSON`.
+Run as a program by tests/training/test_accumulation.py where there are two processes, with the options as JSON.
 """
 
 import json

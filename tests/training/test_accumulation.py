@@ -11,11 +11,11 @@ import torch
 
 from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.training.optim import AccumulatedBoxes
-from tests import accumulated_training
-from tests.accumulated_training import train
 from tests.conftest import TINY_SIZES
-from tests.test_ddp import run_in
-from tests.test_waiting import Watch, waits_of_a_step
+from tests.training import accumulated_training
+from tests.training.accumulated_training import train
+from tests.training.test_ddp import run_in
+from tests.training.test_synchronisation import Watch, waits_of_a_step
 
 # Boxes of each image. With denoising queries, images of a batch are filled up to the fullest, and what fills them up
 # counts as background, as published; so there each batch has the same fullest image.
@@ -31,7 +31,7 @@ def train_apart(tmp_path, **options):
     script = Path(accumulated_training.__file__)
     out = tmp_path / "out.pt"
     command = [sys.executable, str(script), json.dumps({"out": str(out), "devices": 2, **options})]
-    os.environ["PYTHONPATH"] = str(script.parent.parent)
+    os.environ["PYTHONPATH"] = str(script.parents[2])
     run_in(tmp_path, command)
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1)]
 

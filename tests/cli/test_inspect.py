@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from dino_lightning.__main__ import run
-from tests.data.faults import FAULTS, TRAIN, break_dataset, write_dataset
 from tests.data.small_coco import annotation, write_json
+from tests.inspection.faults import FAULTS, TRAIN, break_dataset, write_dataset
 
 HOSTILE = "<img src=//evil.example/x onerror=alert(1)>\"'&{{7*7}}\x1b[2J"
 
@@ -155,7 +155,7 @@ def test_it_runs_as_a_command_where_the_terminal_lacks_characters(root):
     done = subprocess.run(
         [sys.executable, "-m", "dino_lightning", "inspect", "--data.root", str(root)],
         capture_output=True,
-        env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent), "PATH": "/usr/bin"},
+        env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

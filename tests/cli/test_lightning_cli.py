@@ -19,7 +19,7 @@ from dino_lightning.cli import arguments
 from dino_lightning.cli import lightning_cli as cli
 from tests.conftest import TINY_ARGS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 LOG = ["--trainer.log_every_n_steps=1"]
 SMALL = ["--data.image_size=64", "--data.max_size=96", "--data.num_workers=0"]
 

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.cli import predict as predict_command
-from tests.test_detector import save_tiny
+from tests.inference.test_detector import save_tiny
 
 CPU = ["--trainer.accelerator", "cpu", "--num_workers", "0"]
 

@@ -21,8 +21,8 @@ from dino_lightning.data import CocoDataModule
 from dino_lightning.data.findings import KINDS
 from dino_lightning.errors import DataError
 from dino_lightning.floor_plans import write_rooms_dataset
-from tests.data.shared_folder_faults import FAULTS, write_dataset
 from tests.data.small_coco import annotation, write_images, write_json
+from tests.inspection.shared_folder_faults import FAULTS, write_dataset
 
 NUMBERS = itertools.count()
 MAX_PAGE = 10_000_000  # bytes

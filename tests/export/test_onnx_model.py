@@ -10,7 +10,7 @@ from dino_lightning import load_detector
 from dino_lightning.cli import export
 from dino_lightning.errors import CheckpointError
 from dino_lightning.export.onnx_model import OnnxModel
-from tests.exported import CLASSES, assert_same, images, save, tiny_module
+from tests.export.exported import CLASSES, assert_same, images, save, tiny_module
 
 
 @pytest.fixture(scope="module")
