@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.measure import environment, save, table
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.cli.arguments import config_path
+from dino_lightning.cli.config_files import config_path
 from dino_lightning.floor_plans import write_rooms_dataset
 
 GOAL = 0.85

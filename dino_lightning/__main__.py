@@ -1,73 +1,74 @@
-"""The command line: `python -m dino_lightning {fit,validate,test,predict,export,convert,inspect,preview,rooms}`."""
+"""The command line: `python -m dino_lightning COMMAND`, or `dino-lightning COMMAND` where the package is installed."""
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
 
-USAGE = """usage: python -m dino_lightning COMMAND [options]
+# command -> the function that runs it, and what it does; loaded when it is asked for
+COMMANDS = {
+    "fit": ("dino_lightning.fit:run", "train (without options: a demo on floor plans that it draws itself)"),
+    "validate": ("dino_lightning.cli.evaluate:validate", "evaluate a checkpoint on the validation split"),
+    "test": ("dino_lightning.cli.evaluate:test", "evaluate a checkpoint on the test split"),
+    "predict": (
+        "dino_lightning.cli.predict:run",
+        "find objects in images, folders or a COCO dataset; writes JSON, CSV and images",
+    ),
+    "export": (
+        "dino_lightning.cli.export:run",
+        "write a checkpoint as ONNX, as a torch.export program or as a model directory",
+    ),
+    "convert": (
+        "dino_lightning.cli.convert:run",
+        "write a checkpoint in the published layout, or a published one in ours",
+    ),
+    "inspect": ("dino_lightning.cli.inspect:run", "find what is wrong with a dataset, before training on it"),
+    "preview": ("dino_lightning.cli.preview:run", "draw training images as the model sees them, with their boxes"),
+    "rooms": ("dino_lightning.cli.rooms:run", "draw synthetic floor plans as a COCO dataset"),
+}
 
-  fit        train (without options: a demo on floor plans that it draws itself)
-  validate   evaluate a checkpoint on the validation split
-  test       evaluate a checkpoint on the test split
-  predict    find objects in images, folders or a COCO dataset; writes JSON, CSV and pictures
-  export     write a checkpoint as ONNX, as a torch.export program or as a model directory
-  convert    write a checkpoint in the published layout, or a published one in ours
-  inspect    look for what is wrong with a dataset, before training on it
-  preview    draw training images as the model sees them, with their boxes
-  rooms      draw synthetic floor plans as a COCO dataset
 
-COMMAND --help lists the options of each.
-"""
+def usage() -> str:
+    """The table of commands."""
+    lines = "\n".join(f"  {name:<10} {does}" for name, (_, does) in COMMANDS.items())
+    return (
+        f"usage: python -m dino_lightning COMMAND [options]\n\n{lines}\n\n"
+        "COMMAND --help lists the options of each; --version says which version this is."
+    )
 
 
-def run(args: list[str]) -> int:
-    """Dispatch to a command; returns the exit code."""
+def version() -> str:
+    """The installed version; a copy that is not installed, as in a job, has none."""
+    try:
+        return metadata.version("dino-lightning")
+    except metadata.PackageNotFoundError:
+        return "unknown version (not installed)"
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command; returns the exit code."""
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0 if args else 2
     command, *rest = args
-    if command == "fit":
-        from dino_lightning import fit
-
-        return fit.run(rest)
-    if command in ("validate", "test"):
-        from dino_lightning.cli import lightning_cli as cli
-
-        return cli.main(command, rest)
-    if command == "predict":
-        from dino_lightning.cli import predict
-
-        return predict.run(rest)
-    if command == "export":
-        from dino_lightning.cli import export
-
-        return export.run(rest)
-    if command == "convert":
-        from dino_lightning.cli import convert
-
-        return convert.run(rest)
-    if command == "inspect":
-        from dino_lightning.cli import inspect as health
-
-        return health.run(rest)
-    if command == "preview":
-        from dino_lightning.cli import preview
-
-        return preview.run(rest)
-    if command == "rooms":
-        from jsonargparse import auto_cli
-
-        from dino_lightning.floor_plans import write_rooms_dataset
-
-        try:
-            print(auto_cli(write_rooms_dataset, args=rest, as_positional=False))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    if command == "--version":
+        print(f"dino_lightning {version()}")
         return 0
-    print(f"error: there is no command {command!r}.\n\n{USAGE}", file=sys.stderr)
-    return 2
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else f"\n\n{usage()}"
+        print(f"error: There is no command {command!r}.{hint}", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[command][0].split(":")
+    return int(getattr(import_module(module), function)(rest))
+
+
+def main() -> int:
+    """The console script `dino-lightning`."""
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main())

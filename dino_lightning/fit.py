@@ -7,19 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_lightning.cli.arguments import config_path
-from dino_lightning.cli.lightning_cli import main
+from dino_lightning.cli.command import run_command
+from dino_lightning.cli.config_files import config_path
+from dino_lightning.cli.help_pages import help_page
 from dino_lightning.console import say
-from dino_lightning.floor_plans import write_rooms_dataset
 
 
 def demo_arguments() -> list[str]:
     """Draw the demo's floor plans, once, and give the arguments to train on them."""
+    from dino_lightning.floor_plans import write_rooms_dataset  # takes a second to import
+
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_lightning"
     root = cache / "rooms-clean"
     say(
         "No arguments: the demo. It draws 300 floor plans, trains a small DINO from scratch to find the rooms on them\n"
-        "(a few minutes on two CPU cores) and shows what it found in a picture. For your own data:\n"
+        "(a few minutes on two CPU cores) and shows what it found in an image. For your own data:\n"
         "    python -m dino_lightning.fit --data.root DIR            (all options: --help)\n"
         f"Floor plans: {root}\n"
     )
@@ -29,7 +31,18 @@ def demo_arguments() -> list[str]:
 
 def run(args: Sequence[str]) -> int:
     """Train; returns the exit code."""
-    return main("fit", args or demo_arguments())
+    page = help_page("fit", args)
+    if page is not None:
+        print(page)
+        return 0
+
+    def action() -> int:
+        given = args or demo_arguments()
+        from dino_lightning.cli.lightning_cli import run_subcommand  # takes seconds to import
+
+        return run_subcommand("fit", given)
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

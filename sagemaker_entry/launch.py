@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dino_lightning.cli.command import CommandParser, no_such_option, run_command
 from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
@@ -28,7 +29,7 @@ COMMANDS = {
     "attach": "show a job's log and progress until it ends",
     "stop": "stop a job; it saves a checkpoint first",
     "fetch": "download a job's model and unpack it",
-    "resume": "go on with a stopped or failed job from its last checkpoint",
+    "resume": "start a job that continues a stopped or failed one from its last checkpoint",
 }
 PASSED_ON = ("--data.", "--model.", "--trainer.", "--seed_everything")
 COMMAND = "python -m sagemaker_entry.launch"
@@ -36,15 +37,13 @@ COMMAND = "python -m sagemaker_entry.launch"
 
 def main(args: Sequence[str]) -> int:
     """Run a command; returns the exit code. Bad input and refusals of AWS end in one sentence."""
-    try:
+
+    def action() -> int:
         if args and args[0] in COMMANDS:
             return _about_a_job(args[0], _job_parser(args[0]).parse_args(args[1:]))
         return _launch(args)
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+    return run_command(action)
 
 
 def _launch(args: Sequence[str]) -> int:
@@ -52,9 +51,10 @@ def _launch(args: Sequence[str]) -> int:
     options, extra = parser.parse_known_args(args)
     for argument in extra:
         if not argument.startswith(PASSED_ON):
-            parser.error(f"there is no option {argument}; options of fit begin with {', '.join(PASSED_ON)}")
+            hint = no_such_option(argument, parser.option_names())
+            parser.error(f"{hint} Options of fit begin with {', '.join(PASSED_ON)}.")
         if "=" not in argument:
-            parser.error(f"write {argument}=VALUE, in one word")
+            parser.error(f"Write {argument}=VALUE, in one word.")
     from sagemaker_entry.laptop.training_config import check_training
 
     training = check_training(options.config, options.data, extra)
@@ -80,7 +80,7 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     if code == 0:
         print(f"\nThe model as a job would leave it: {root / 'model'}")
     elif code == 143:
-        print(f"\nStopped. Go on: {COMMAND} ... --local --local-dir {root}")
+        print(f"\nStopped. Resume: {COMMAND} ... --local --local-dir {root}")
     return code
 
 
@@ -170,7 +170,7 @@ def _about_a_job(command: str, options: argparse.Namespace) -> int:
         print(f"Use it: load_detector('{folder}/model.ckpt').detect(['plan.png']), from dino_lightning")
     elif command == "resume":
         name, most = resume(account, options.job)
-        print(f"Started {name}, which goes on where {options.job} stopped.\n{most}", flush=True)
+        print(f"Started {name}, which continues where {options.job} stopped.\n{most}", flush=True)
         return 0 if options.detach else _attach(account, name)
     else:
         return _attach(account, options.job)
@@ -203,20 +203,18 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _launch_parser() -> argparse.ArgumentParser:
+def _launch_parser() -> CommandParser:
     commands = "\n".join(f"  {COMMAND} {name} JOB{'':<{8 - len(name)}} {text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog=COMMAND,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train on Amazon SageMaker: plans and says what it costs, checks, asks, uploads, starts, follows.",
+    parser = CommandParser(
+        COMMAND,
+        "Train on Amazon SageMaker: plans and says what it costs, checks, asks, uploads, starts, follows.",
         epilog=f"Options of fit go along, as --model.lr=0.0001 or --trainer.max_epochs=12.\n\nOf a job:\n{commands}",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a configuration, such as configs/room_detection.yaml")
     parser.add_argument("--data", help="the dataset's folder")
     parser.add_argument("--role", help="name or ARN of the role that the job takes on")
     parser.add_argument("--local", action="store_true", help="run the container's entry here, without AWS and Docker")
-    parser.add_argument("--local-dir", help="with --local: the folder for /opt/ml; give it again to go on")
+    parser.add_argument("--local-dir", help="with --local: the folder for /opt/ml; give it again to resume")
     where = parser.add_argument_group("machines")
     where.add_argument("--gpus", type=int, help="all GPUs together; by default what the configuration is made for")
     where.add_argument("--instance-type", help="default ml.g5.2xlarge, which has ONE A10G")
@@ -242,8 +240,8 @@ def _launch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command].capitalize() + ".")
+def _job_parser(command: str) -> CommandParser:
+    parser = CommandParser(f"{COMMAND} {command}", COMMANDS[command].capitalize() + ".")
     parser.add_argument("job", help="the name of the training job")
     _add_account_options(parser)
     if command == "fetch":

@@ -23,7 +23,7 @@ def test_the_wheel_runs_from_any_directory(tmp_path):
     assert "dino_lightning/py.typed" in names
     assert {"sagemaker_entry/launch.py", "sagemaker_entry/train.py", "sagemaker_entry/py.typed"} <= set(names)
     code = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import dino_lightning.cli.arguments as a; "
+        f"import sys; sys.path.insert(0, {str(site)!r}); import dino_lightning.cli.config_files as a; "
         "print(a.__file__, a.config_path('rooms_demo.yaml'))"
     )
     printed = subprocess.run(

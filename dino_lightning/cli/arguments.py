@@ -1,8 +1,7 @@
-"""What stands before the parser: run folders, configuration files, stored values, sizes for the device."""
+"""What is settled before `fit`, `validate` and `test` are parsed: run folder, checkpoint, configuration, sizes."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import difflib
 import json
@@ -10,23 +9,23 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dino_lightning.cli.checkpoints import LAST, RUNS, checkpoint_to_resume, model_file, read_whole_checkpoint
+from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.run_options import add_own_options
+from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
-from dino_lightning.errors import CheckpointError, UsageError
-from dino_lightning.files import previous_checkpoint
+from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
-from dino_lightning.weights.reading import read_checkpoint
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
-RUNS = Path("runs")
 
+DEFAULT_SEED = 42
 FROM_DATA = (
     "num_classes",
     "class_names",
@@ -37,50 +36,39 @@ FROM_DATA = (
 )  # arguments the model takes over
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Of a command of its own: options are not abbreviated, and a bad one is an error to be caught, not an exit."""
-
-    def __init__(self, command: str, description: str, **more: Any) -> None:
-        super().__init__(
-            prog=f"python -m dino_lightning {command}",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **more,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise.
-
-        Raises:
-            argparse.ArgumentError: always.
-        """
-        raise argparse.ArgumentError(None, message)
-
-
 def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
-    """Find the run's folder, and put before the user's arguments what they may leave out.
+    """Find the run's folder and checkpoint, and put before the user's arguments what they may leave out.
 
-    Later arguments win over earlier ones, so whatever the user says stands.
+    Later arguments win over earlier ones, so whatever the user says wins.
+
+    Args:
+        subcommand: `fit`, `validate` or `test`.
+        args: its options.
+
+    Returns:
+        The options for the parser, and the folder of the run.
 
     Raises:
-        UsageError: `--ckpt_path last` with no run to go on with.
+        UsageError: `--ckpt_path last` without any run.
         CheckpointError: `--ckpt_path` names no checkpoint.
     """
     run_dir, args = _take_option(args, "--run_dir")
     checkpoint, args = _take_option(args, "--ckpt_path")
     folder = Path(run_dir) if run_dir else _shared_run_dir()
-    if checkpoint == "last":
-        folder = folder or newest_run()
-        checkpoint = str(folder / "checkpoints" / "last.ckpt")
     if checkpoint is not None:
-        checkpoint, content = _whole_checkpoint(Path(checkpoint))
-        origin = Path(checkpoint).resolve().parent.parent
+        if subcommand == "fit":
+            wanted = checkpoint_to_resume(checkpoint, folder)
+        else:
+            wanted = model_file(folder if checkpoint == LAST and folder is not None else checkpoint)
+        path, content = read_whole_checkpoint(wanted)
+        origin = path.resolve().parent.parent
         if not _has_option(args, "--config", "-c"):
             args = [*_stored_arguments(origin, content), *args]
+        if checkpoint == LAST and folder is None and subcommand == "fit":
+            folder = path.parent.parent
         if folder is None and (origin / "config.yaml").is_file():
             folder = origin if subcommand == "fit" else origin / subcommand
-        args += ["--ckpt_path", checkpoint]
+        args += ["--ckpt_path", str(path)]
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
     args = with_packaged_configs(args)
@@ -90,7 +78,7 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
 
 
 def sizes_for_device() -> list[str]:
-    """Image sizes and batch for the published model on this machine's device; said, so that nobody wonders."""
+    """Options for image sizes and batch that suit the published model and this machine's device; printed as well."""
     if torch.cuda.is_available():
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
         image_size, max_size, batch = (
@@ -104,53 +92,62 @@ def sizes_for_device() -> list[str]:
             1,
             "a CPU (hours per epoch; configs/small_cpu.yaml is made for it)",
         )
-    rank_zero_info(
+    say(
         f"No --config given: training the published DINO R50 4-scale model, with images of {image_size} to {max_size} "
         f"pixels and batches of {batch} to suit {device}."
     )
     return [f"--data.image_size={image_size}", f"--data.max_size={max_size}", f"--data.batch_size={batch}"]
 
 
-def config_path(name: str) -> Path:
-    """A configuration file that comes with the package, in a checkout as in an installed wheel.
-
-    Raises:
-        FileNotFoundError: there is none of that name.
-    """
-    package = Path(__file__).parent.parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(name)
-
-
 def explain_argument_error(message: str) -> str:
-    """Add to a parser's complaint about an unknown option the names that exist and come close."""
+    """The parser's complaint in one sentence; about an unknown option, with the names that exist and come close."""
     message = " ".join(message.split())
+    if required := re.search(r"arguments are required: (?:\w+\.)?(data\.root)$", message):
+        return f"--{required[1]} is needed: the folder of the dataset."
+    if absent := re.fullmatch(r'Parser key "config": File does not exist: (.*)', message):
+        return f"--config: {absent[1]} does not exist."
+    key = re.match(r'Parser key "([\w.]+)": ', message)
+    value = re.search(r"(?:Got value|Given value): (.*)$", message)
+    kinds = " or ".join(
+        dict.fromkeys(_kind(name) for name in re.findall(r"<class '(\w+)'>", message.partition("Given value type")[0]))
+    )
+    if key and value and kinds:
+        return f"--{key[1]} {value[1]}: this must be {kinds}."
     known = known_options()
     for name in re.findall(r"(?:--|[Kk]ey ['\"]|option ['\"])([A-Za-z_][\w.]*)", message):
-        if name in known:
-            continue
-        group = name.rpartition(".")[0]
-        siblings = [option for option in known if option.rpartition(".")[0] == group]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f" Did you mean --{close[0]}?" if close else ""
-        listed = (
-            f" Options of {group}: {', '.join(option.rpartition('.')[2] for option in siblings)}." if siblings else ""
-        )
-        return f"There is no option --{name}.{hint}{listed}"
+        if name not in known:
+            group = name.rpartition(".")[0]
+            siblings = [option for option in known if option.rpartition(".")[0] == group]
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f" Did you mean --{close[0]}?" if close else ""
+            names = ", ".join(option.rpartition(".")[2] for option in siblings)
+            listed = f" Options of {group}: {names}." if group and siblings else f" Options: {names}." if names else ""
+            return f"There is no option --{name}.{hint}{listed}"
     return message
+
+
+def _kind(name: str) -> str:
+    """A Python type in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+    return words.get(name, name)
+
+
+def fit_parser() -> LightningArgumentParser:
+    """A parser with all options of `fit`, for their names and descriptions; it runs nothing."""
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", type=str | None, default=None)
+    parser.add_argument("--seed_everything", type=bool | int, default=DEFAULT_SEED)
+    parser.add_argument("--ckpt_path", type=str | None, default=None)
+    add_own_options(parser)
+    parser.add_lightning_class_args(CocoDataModule, "data")
+    parser.add_lightning_class_args(DINOModule, "model")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    return parser
 
 
 def known_options() -> list[str]:
     """The names of all options of `fit`."""
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(CocoDataModule, "data")
-    parser.add_lightning_class_args(DINOModule, "model")
-    parser.add_class_arguments(Trainer, "trainer")
-    add_own_options(parser)
-    own = [action.dest for action in parser._actions if action.dest not in ("help", "data", "model", "trainer")]
-    return [*own, "config", "seed_everything", "ckpt_path", "data", "model", "trainer"]
+    return [action.dest for action in fit_parser()._actions if action.dest != "help"]
 
 
 def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -180,35 +177,6 @@ def _shared_run_dir() -> Path | None:
     return Path(shared) if shared and "LOCAL_RANK" in os.environ else None
 
 
-def newest_run() -> Path:
-    """The folder of the run in `RUNS` that saved a checkpoint last.
-
-    Raises:
-        UsageError: there is none.
-    """
-    saved = sorted(RUNS.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        raise UsageError(f"--ckpt_path last: no run in {RUNS}/ has a checkpoint; name the run with --run_dir.")
-    return saved[-1].parent.parent
-
-
-def _whole_checkpoint(path: Path) -> tuple[str, Any]:
-    """A checkpoint and its content; where `last.ckpt` is damaged or gone, the one before it.
-
-    Raises:
-        CheckpointError: neither can be read; said here in one sentence, where Lightning would stumble over it.
-    """
-    try:
-        return str(path), read_checkpoint(path)
-    except CheckpointError as error:
-        previous = previous_checkpoint(path)
-        if path.name != "last.ckpt" or not previous.is_file():
-            raise
-        content = read_checkpoint(previous)
-        rank_zero_warn(f"{error} Going on from the one before it, {previous}.")
-        return str(previous), content
-
-
 def _stored_arguments(origin: Path, content: Any) -> list[str]:
     """What the run behind a checkpoint was started with: its configuration, or at least the model's sizes."""
     if (origin / "config.yaml").is_file():
@@ -219,19 +187,3 @@ def _stored_arguments(origin: Path, content: Any) -> list[str]:
         for name, value in stored.items()
         if name not in FROM_DATA
     ]
-
-
-def with_packaged_configs(args: Sequence[str]) -> list[str]:
-    """Let `--config configs/NAME.yaml` work from any directory for the files that come with the package."""
-    return [_packaged_config(previous, arg) for previous, arg in zip(["", *args], args, strict=False)]
-
-
-def _packaged_config(previous: str, arg: str) -> str:
-    option, _, value = arg.partition("=") if arg.startswith("--config=") else (previous, "", arg)
-    if option not in ("--config", "-c") or Path(value).is_file():
-        return arg
-    try:
-        found = str(config_path(Path(value).name))
-    except FileNotFoundError:
-        return arg
-    return f"--config={found}" if arg.startswith("--config=") else found

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from dino_lightning.cli.arguments import CommandParser, newest_run
-from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.checkpoints import HELP, model_file
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
 from dino_lightning.errors import UsageError
-from dino_lightning.export.check import compare_with_module, table
-from dino_lightning.export.formats import OPSETS, describe_module, run_onnx, run_torch, write_onnx, write_torch
-from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
-from dino_lightning.export.package_code import serving_code
+from dino_lightning.export import OPSETS
 from dino_lightning.files import atomic_write
-from dino_lightning.inference.detector import find_model, load_module
-from dino_lightning.training.module import DINOModule
 
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
 beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores
@@ -45,16 +37,12 @@ like. With --preprocessing
 
 def run(args: Sequence[str]) -> int:
     """Export; returns the exit code."""
-    parser = _parser()
-    try:
+
+    def action() -> int:
+        parser = _parser()
         options = parser.parse_args(args)
-        preprocessing = _preprocessing(options)
-    except (argparse.ArgumentError, UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        source = newest_run() / "checkpoints" / "best.ckpt" if options.ckpt_path == "last" else options.ckpt_path
-        checkpoint = find_model(source)
+        preprocessing = _preprocessing(parser, options)
+        checkpoint = model_file(options.ckpt_path)
         if checkpoint.suffix.lower() == ".onnx":
             raise UsageError(f"{checkpoint} is an ONNX file already; give the checkpoint that it came from.")
         if options.format == "directory":
@@ -62,29 +50,21 @@ def run(args: Sequence[str]) -> int:
             _export_directory(checkpoint, output)
         else:
             output = _file(options.output, checkpoint, ".onnx" if options.format == "onnx" else ".pt2")
-            _export_file(load_module(checkpoint), output, options.format, preprocessing, options.opset)
-    except EXPECTED_ERRORS as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: cannot be written ({error.strerror}).", file=sys.stderr)
-        return 1
-    print(output)
-    return 0
+            _export_file(checkpoint, output, options.format, preprocessing, options.opset)
+        print(output)
+        return 0
+
+    return run_command(action)
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        "export",
+        f"{PROGRAM} export",
         DESCRIPTION,
         epilog="Example: python -m dino_lightning export --ckpt_path runs/.../best.ckpt --output rooms.onnx",
     )
     add = parser.add_argument
-    add(
-        "--ckpt_path",
-        required=True,
-        help="a checkpoint, the folder of a run or of a model, or 'last': the newest run's",
-    )
+    add("--ckpt_path", required=True, help=HELP)
     add("--output", type=Path, help="the file to write, or the folder for it (next to the checkpoint's name, here)")
     add("--format", choices=("onnx", "torch", "directory"), default="onnx", help="what to write (onnx)")
     add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx)")
@@ -92,16 +72,16 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _preprocessing(options: argparse.Namespace) -> str:
+def _preprocessing(parser: CommandParser, options: argparse.Namespace) -> str:
     """Where images are prepared.
 
     Raises:
-        UsageError: options that do not go together.
+        argparse.ArgumentError: options that do not go together.
     """
     if options.format != "onnx" and options.preprocessing == "inside":
-        raise UsageError("--preprocessing inside is for --format onnx; a .pt2 file takes normalised images.")
+        parser.error("--preprocessing inside is for --format onnx; a .pt2 file takes normalised images.")
     if options.opset not in OPSETS:
-        raise UsageError(f"--opset is {options.opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
+        parser.error(f"--opset is {options.opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
     return options.preprocessing or ("inside" if options.format == "onnx" else "outside")
 
 
@@ -116,7 +96,12 @@ def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
     return output
 
 
-def _export_file(module: DINOModule, output: Path, kind: str, preprocessing: str, opset: int) -> None:
+def _export_file(checkpoint: Path, output: Path, kind: str, preprocessing: str, opset: int) -> None:
+    from dino_lightning.export.check import compare_with_module, table  # imports PyTorch
+    from dino_lightning.export.formats import describe_module, run_onnx, run_torch, write_onnx, write_torch
+    from dino_lightning.inference.detector import load_module
+
+    module = load_module(checkpoint)
     description = describe_module(module, preprocessing)
     with atomic_write(output) as temporary:
         prepare = None
@@ -136,6 +121,12 @@ def _export_file(module: DINOModule, output: Path, kind: str, preprocessing: str
 
 
 def _export_directory(checkpoint: Path, output: Path) -> None:
+    import torch  # takes seconds
+
+    from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
+    from dino_lightning.export.package_code import serving_code
+    from dino_lightning.inference.detector import load_module
+
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists already; give another --output.")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,79 +4,82 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError
-
-from dino_lightning.cli.expected_errors import explain
-from dino_lightning.cli.lightning_cli import parse_fit
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
 from dino_lightning.console import say
-from dino_lightning.data.splits import resolve_split_files
-from dino_lightning.errors import DataError
+from dino_lightning.errors import UsageError
 from dino_lightning.files import atomic_write
-from dino_lightning.inspection.checks import Limits
-from dino_lightning.inspection.inspect import inspect_dataset
-from dino_lightning.inspection.page import as_html
-from dino_lightning.inspection.text import as_json, as_text
-from dino_lightning.metrics.backends import MAX_DETECTIONS
+
+if TYPE_CHECKING:
+    from dino_lightning.inspection.checks import Limits
 
 DESCRIPTION = """Read all annotations and decode all images of a dataset, and say what is wrong with them.
 
 All options of fit are understood, --data.root and --config among them; of the model only the number of queries matters.
-Exit code: 0 without errors, 1 with errors, 2 for an option that does not exist.
+Exit code: 0 without errors in the dataset, 1 with errors, 2 for a wrong option.
 """
 
 
 def run(args: Sequence[str]) -> int:
     """Inspect; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dino_lightning inspect",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Example: python -m dino_lightning inspect --data.root room_detection_dataset_coco",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("inspection"), help="folder for health.html and health.json"
-    )
-    parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
-    options, rest = parser.parse_known_args(args)
-    try:
-        fit = parse_fit(rest)
-        data = fit["data"]
-        files = resolve_split_files(
-            Path(data["root"]),
-            {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
+
+    def action() -> int:
+        parser = CommandParser(
+            f"{PROGRAM} inspect",
+            DESCRIPTION,
+            epilog=f"Example: {PROGRAM} inspect --data.root room_detection_dataset_coco",
         )
-        report = inspect_dataset(files, limits=_limits(data, fit["model"]))
-        say(as_text(report))
-        places = {
-            options.output / "health.html": as_html(report, str(data["root"])),
-            options.output / "health.json": json.dumps(as_json(report), indent=1),
-        }
+        folder = Path("inspection")
+        parser.add_argument("--output", type=Path, default=folder, help="folder for health.html and health.json")
+        parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
+        options, rest = parser.parse_known_args(args)
+        from dino_lightning.cli.lightning_cli import parse_fit  # takes seconds to import
+
+        return _inspect(parse_fit(rest), options.output, strict=options.strict)
+
+    return run_command(action)
+
+
+def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
+    from dino_lightning.data.splits import resolve_split_files
+    from dino_lightning.inspection.inspect import inspect_dataset
+    from dino_lightning.inspection.page import as_html
+    from dino_lightning.inspection.text import as_json, as_text
+
+    data = fit["data"]
+    files = resolve_split_files(
+        Path(data["root"]),
+        {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
+    )
+    report = inspect_dataset(files, limits=_limits(data, fit["model"]))
+    say(as_text(report))
+    places = {
+        output / "health.html": as_html(report, str(data["root"])),
+        output / "health.json": json.dumps(as_json(report), indent=1),
+    }
+    try:
         for path, content in places.items():
             with atomic_write(path) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-    except (ArgumentError, DataError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
     except OSError as error:
-        print(f"error: {options.output}: the report cannot be written ({error.strerror}).", file=sys.stderr)
-        return 1
+        raise UsageError(f"{output}: the report cannot be written ({error.strerror}).") from error
     say("\nreport   " + "\ndetails  ".join(str(path) for path in places))
-    failed = report.count("error") > 0 or (options.strict and report.count("warning") > 0)
+    failed = report.count("error") > 0 or (strict and report.count("warning") > 0)
     return 1 if failed else 0
 
 
 def _limits(data: Mapping[str, Any], model: Mapping[str, Any]) -> Limits:
     """What training and evaluation will do with the dataset, by the options of `fit`."""
+    from dino_lightning.inspection.checks import Limits
+    from dino_lightning.metrics.backends import MAX_DETECTIONS
+
     image_size, max_size, fixed_size = data["image_size"], data["max_size"], data["fixed_size"]
     for name, value in (("image_size", image_size), ("max_size", max_size), ("fixed_size", fixed_size)):
         if value is not None and value < 1:
-            raise ArgumentError(None, f"{name} is {value}; it must be at least 1.")
+            raise argparse.ArgumentError(None, f"{name} is {value}; it must be at least 1.")
     if fixed_size is not None and data["fixed_size_mode"] == "pad":
         image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
     elif fixed_size is not None:

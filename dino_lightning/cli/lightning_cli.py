@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -24,8 +23,10 @@ from dino_lightning.callbacks import (
     StoppedOnRequest,
     WatchProcesses,
 )
-from dino_lightning.cli.arguments import FROM_DATA, prepare, with_packaged_configs
-from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.arguments import DEFAULT_SEED, FROM_DATA, explain_argument_error, prepare
+from dino_lightning.cli.command import SIGNAL_EXIT_CODE, expected_errors
+from dino_lightning.cli.config_files import with_packaged_configs
+from dino_lightning.cli.help_pages import asks_for_all
 from dino_lightning.cli.run_options import (
     add_own_options,
     as_list,
@@ -45,8 +46,6 @@ from dino_lightning.training.precision import default_precision
 from dino_lightning.training.resume import changed_options
 from dino_lightning.weights.loading import load_initial_weights
 
-SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a process was interrupted
-
 
 class DINOCLI(LightningCLI):
     """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`."""
@@ -65,7 +64,7 @@ class DINOCLI(LightningCLI):
             args=list(args),
             save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run writes its configuration again
-            seed_everything_default=42,
+            seed_everything_default=DEFAULT_SEED,
             parser_kwargs={"exit_on_error": False},
         )
 
@@ -74,16 +73,25 @@ class DINOCLI(LightningCLI):
         """The Trainer methods on offer."""
         return {name: methods for name, methods in LightningCLI.subcommands().items() if name != "predict"}
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """This program's own options first, then data, model and Trainer: the order of `--help all`."""
+        add_own_options(parser)
+        parser.add_lightning_class_args(CocoDataModule, "data")
+        parser.add_lightning_class_args(DINOModule, "model")
+        parser.add_lightning_class_args(Trainer, "trainer")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """State each value once: classes and sizes come from the data."""
-        add_own_options(parser)
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args` without the warning about `sys.argv`, which must stay as it is for DDP's other processes."""
         assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ArgumentError(None, explain_argument_error(str(error))) from error
 
     def _add_instantiators(self) -> None:
         """Keep the stored hyperparameters plain (Lightning would add the names of its own helpers to them)."""
@@ -235,22 +243,21 @@ class DINOCLI(LightningCLI):
             )
 
 
-def main(subcommand: str, args: Sequence[str]) -> int:
-    """Run one subcommand; bad input ends in one sentence on stderr and a non-zero exit code."""
+def run_subcommand(subcommand: str, args: Sequence[str]) -> int:
+    """Run `fit`, `validate` or `test`; returns the exit code, also of a run that was stopped and saved.
+
+    Raises:
+        UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
+    """
     try:
         execute(subcommand, args)
     except StoppedOnRequest as stopped:
         say(
-            f"\nStopped at step {stopped.step} on request. Go on with:\n"
+            f"\nStopped at step {stopped.step} on request. Resume with:\n"
             f"    python -m dino_lightning fit --ckpt_path {stopped.checkpoint}"
         )
-        # To the first process, a code of another would mean that it has failed.
+        # To the first process, an exit code of another would mean that it has failed.
         return 0 if os.environ.get("LOCAL_RANK", "0") != "0" else SIGNAL_EXIT_CODE + stopped.signal_number
-    except KeyboardInterrupt:
-        return SIGNAL_EXIT_CODE + signal.SIGINT
-    except EXPECTED_ERRORS as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
     return 0
 
 
@@ -266,10 +273,10 @@ def execute(
         stop_flag: a file that asks to save and stop as soon as it exists.
 
     Raises:
-        EXPECTED_ERRORS: bad input; `explain` makes a sentence of it.
+        UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
         StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
     """
-    prepared, run_dir = prepare(subcommand, list(args))
+    prepared, run_dir = prepare(subcommand, ["--help"] if asks_for_all(args) else list(args))
     watch = OutOfMemoryReporter()
     try:
         DINOCLI([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag)
@@ -299,7 +306,7 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     """The options of `fit` as `fit` itself would understand them, in groups `data`, `model` and `trainer`.
 
     Raises:
-        ArgumentError: an option or a configuration file that does not parse; `explain` makes a sentence of it.
+        ArgumentError: an option or a configuration file that does not parse; the message is one sentence.
     """
     parsed: dict[str, Any] = _ParseOnly(["fit", *with_packaged_configs(args)], Path()).config.fit.as_dict()
     return parsed
@@ -312,5 +319,5 @@ def options_of(checkpoint: Path) -> dict[str, Any] | None:
         return None
     try:
         return parse_fit(["--config", str(stored)])
-    except EXPECTED_ERRORS:
+    except expected_errors():
         return None

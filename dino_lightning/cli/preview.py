@@ -3,68 +3,76 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jsonargparse import ArgumentError
-
-from dino_lightning.boxes import normalized_cxcywh_to_xyxy
-from dino_lightning.cli.arguments import CommandParser
-from dino_lightning.cli.expected_errors import explain
-from dino_lightning.cli.lightning_cli import parse_fit
-from dino_lightning.data import CocoDataModule
-from dino_lightning.errors import DataError
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.errors import UsageError
 from dino_lightning.files import save_figure
-from dino_lightning.structures import Batch
-from dino_lightning.visualization.panels import Panel, draw_panels
 
+if TYPE_CHECKING:
+    from dino_lightning.data import CocoDataModule
+    from dino_lightning.structures import Batch
+    from dino_lightning.visualization.panels import Panel
+
+DESCRIPTION = """Draw training images after augmentation, resizing and padding, with their boxes and names.
+All options of fit are understood, --data.root and --config among them.
+"""
 NAME_LENGTH = 40  # characters of a file name that fit above a picture
 MOST_IMAGES = 200  # on a sheet
 
 
 def run(args: Sequence[str]) -> int:
-    """Draw; returns the exit code."""
-    parser = CommandParser(
-        "preview",
-        "Draw training images after augmentation, resizing and padding, with their boxes and names.\n"
-        "All options of fit are understood, --data.root and --config among them.",
-    )
-    parser.add_argument("--num_images", type=int, default=12, help="how many images to draw, up to 200 (12)")
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="val: as in evaluation")
-    parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the picture to write (preview.png)")
-    parser.add_argument("--seed", type=int, help="another seed draws other images; the same as --seed_everything")
-    try:
+    """Draw the sheet; returns the exit code."""
+
+    def action() -> int:
+        parser = _parser()
         options, rest = parser.parse_known_args(args)
         if not 1 <= options.num_images <= MOST_IMAGES:
             parser.error(f"--num_images is {options.num_images}; it must be at least 1 and at most {MOST_IMAGES}.")
-    except argparse.ArgumentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.seed is not None:
-        rest.append(f"--seed_everything={options.seed}")
+        if options.seed is not None:
+            rest.append(f"--seed_everything={options.seed}")
+        from dino_lightning.cli.lightning_cli import parse_fit  # takes seconds to import
+
+        _preview(options, parse_fit(rest))
+        return 0
+
+    return run_command(action)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(f"{PROGRAM} preview", DESCRIPTION, epilog=f"Example: {PROGRAM} preview --data.root plans")
+    parser.add_argument("--num_images", type=int, default=12, help="how many images to draw, up to 200 (12)")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="val: as in evaluation")
+    parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the file to write (preview.png)")
+    parser.add_argument("--seed", type=int, help="another seed draws other images; the same as --seed_everything")
+    return parser
+
+
+def _preview(options: argparse.Namespace, fit: Mapping[str, Any]) -> None:
+    import torch
+
+    from dino_lightning.data import CocoDataModule
+    from dino_lightning.visualization.panels import draw_panels
+
+    torch.manual_seed(int(fit["seed_everything"]))
     try:
-        fit = parse_fit(rest)
-        torch.manual_seed(int(fit["seed_everything"]))
         data = CocoDataModule(**{**fit["data"], "num_workers": 0})
         panels = _panels(data, options.split, options.num_images)
-        heading = _heading(fit["data"], options.split, panels)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    heading = _heading(fit["data"], options.split, panels)
+    try:
         save_figure(draw_panels(panels, heading), options.output)
-    except (ArgumentError, DataError, ValueError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
     except OSError as error:
-        print(f"error: {options.output}: the picture cannot be written ({error.strerror}).", file=sys.stderr)
-        return 1
+        raise UsageError(f"{options.output}: the picture cannot be written ({error.strerror}).") from error
     images = len(data.train_set if options.split == "train" else data.val_set)
     if images < len(panels):
-        print(f"There are {images} images; each is drawn several times, augmented anew.")
+        print(f"There are {images} images; each is drawn several times, with another augmentation.")
     elif len(panels) < options.num_images:
         print(f"There are only {images} images.")
     print(options.output)
-    return 0
 
 
 def _heading(arguments: Mapping[str, Any], split: str, panels: Sequence[Panel]) -> str:
@@ -96,6 +104,11 @@ def _batches(data: CocoDataModule, split: str) -> Iterator[Batch]:
 
 
 def _panel(batch: Batch, index: int, names: Mapping[int, str], class_names: Sequence[str]) -> Panel:
+    import torch
+
+    from dino_lightning.boxes import normalized_cxcywh_to_xyxy
+    from dino_lightning.visualization.panels import Panel
+
     image_id, size, original = batch.image_ids[index], batch.image_sizes[index], batch.original_sizes[index]
     assert batch.targets is not None
     number = batch.targets.num_boxes[index]

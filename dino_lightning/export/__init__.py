@@ -1,1 +1,3 @@
-"""What `export` writes: formats, how they are checked, model directories; and how an ONNX file is run."""
+"""Writing a detector as ONNX, for `torch.export` and as a model directory; each is checked by running it."""
+
+OPSETS = range(18, 21)  # of ONNX; resizing with antialiasing came with 18

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.errors import UsageError
+from dino_lightning.export import OPSETS
 from dino_lightning.export.onnx_model import onnxruntime_session
 from dino_lightning.export.traceable import TraceableDetector, TraceablePreprocessing
 from dino_lightning.training.module import DINOModule
 
-OPSETS = range(18, 21)  # resizing with antialiasing came with 18
 OUTPUTS = ("boxes", "scores", "labels", "tokens")
 INPUTS = {"inside": ("images",), "outside": ("images", "image_sizes", "original_sizes")}
 NAMES = {"images": ("batch", "channels", "height", "width"), "tokens": ("batch", "queries")}  # of open sizes

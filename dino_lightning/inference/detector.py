@@ -15,12 +15,7 @@ from dino_lightning.detections import Detections
 from dino_lightning.errors import CheckpointError
 from dino_lightning.inference.tiling import merge, views
 from dino_lightning.training.module import DINOModule
-from dino_lightning.weights.reading import read_checkpoint
-
-# Where a folder keeps its model, best first: of a SageMaker job, of a run, of a run's checkpoints.
-MODEL_FILES = (
-    "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
-)  # fmt: skip
+from dino_lightning.weights.reading import find_model, read_checkpoint
 
 
 class _Model(Protocol):
@@ -177,24 +172,3 @@ def load_module(path: str | Path) -> DINOModule:
     module.load_state_dict(content["state_dict"])
     module.on_load_checkpoint(content)
     return module.eval()
-
-
-def find_model(path: str | Path) -> Path:
-    """The model file that a path means: itself, or that of a folder.
-
-    Raises:
-        CheckpointError: a folder without a model, or with several ONNX files and nothing else.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in MODEL_FILES:
-        if (path / name).is_file():
-            return path / name
-    exported = sorted(path.glob("*.onnx"))
-    if len(exported) == 1:
-        return exported[0]
-    if exported:
-        names = ", ".join(file.name for file in exported)
-        raise CheckpointError(f"{path} has several ONNX files ({names}); name one of them.")
-    raise CheckpointError(f"{path} holds no model; looked for {', '.join(MODEL_FILES)} and an ONNX file.")

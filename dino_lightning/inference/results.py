@@ -44,6 +44,7 @@ class Summary:
     """What came out.
 
     Attributes:
+        threshold: the lowest score reported.
         images: images read.
         detections: in all of them.
         failed: images that could not be read.
@@ -51,6 +52,7 @@ class Summary:
         other_size: images whose size is not the one that the COCO file says.
     """
 
+    threshold: float = 0.0
     images: int = 0
     detections: int = 0
     failed: int = 0

@@ -25,6 +25,11 @@ from dino_lightning.weights.published_layout import (
 _MODULE_PREFIX = "model."  # where a DINOModule keeps its DINO
 _WRAPPERS = ("state_dict", "model")  # where training programs keep the weights among other things
 
+# Where a folder keeps its model, best first: of a SageMaker job, of a run, of a run's checkpoints.
+MODEL_FILES = (
+    "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
+)  # fmt: skip
+
 # Entries with one row for each class (and, in the label embedding, one more).
 CLASS_ENTRIES = (
     "decoder.class_head.weight",
@@ -83,6 +88,27 @@ def read_checkpoint(path: str | Path) -> Any:
         reason = str(error).partition("\n")[0]
         said = f" ({reason.rstrip('.')})" if " " in reason else ""  # a bare number helps nobody
         raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged{said}.") from error
+
+
+def find_model(path: str | Path) -> Path:
+    """The model file that a path means: itself, or that of a folder.
+
+    Raises:
+        CheckpointError: a folder without a model, or with several ONNX files and nothing else.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in MODEL_FILES:
+        if (path / name).is_file():
+            return path / name
+    exported = sorted(path.glob("*.onnx"))
+    if len(exported) == 1:
+        return exported[0]
+    if exported:
+        names = ", ".join(file.name for file in exported)
+        raise CheckpointError(f"{path} has several ONNX files ({names}); name one of them.")
+    raise CheckpointError(f"{path} holds no model; looked for {', '.join(MODEL_FILES)} and an ONNX file.")
 
 
 def _check_sums(path: Path) -> None:

@@ -12,7 +12,7 @@ import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
-from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.lightning_cli import execute
 from sagemaker_entry.container.failure import Failure, write_record
 from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
@@ -83,7 +83,7 @@ def main(settings_file: str) -> int:
             settings.saved.write_text(str(stopped.step))
         return 0  # the launcher knows from the file `saved` that this is no success
     except BaseException as error:
-        if isinstance(error, (*EXPECTED_ERRORS, Problem)):
+        if isinstance(error, (*expected_errors(), Problem)):
             message = explain(error)
         else:
             traceback.print_exc()

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning import Batch, CocoDataModule, DINOModule
-from dino_lightning.cli.arguments import config_path
-from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
+from dino_lightning.cli.command import expected_errors, explain
+from dino_lightning.cli.config_files import config_path
 from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.weights.loading import needs_download
@@ -93,7 +93,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
             warnings.simplefilter("ignore")  # repairs are counted in the summary, which is shown
             dataset = CocoDataModule(**data_options)
         teraflops, parameters = forward_cost(module_options, dataset)
-    except EXPECTED_ERRORS as error:
+    except expected_errors() as error:
         raise Problem(explain(error)) from error
     except (ValueError, TypeError) as error:
         raise Problem(str(error)) from error

@@ -1,5 +1,7 @@
-"""The error whose message is meant for the user."""
+"""An error of a job or a launch that the user can correct."""
+
+from dino_lightning.errors import UserError
 
 
-class Problem(Exception):
-    """Something the user has to change; the message is one sentence that says what and how."""
+class Problem(UserError):
+    """Something that the user can correct; the message is one sentence that says what and how."""

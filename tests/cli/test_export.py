@@ -17,6 +17,7 @@ from dino_lightning import Batch, load_detector
 from dino_lightning.cli import export
 from dino_lightning.data.transforms import resize_pixels, resized_size
 from dino_lightning.detections import Detections
+from dino_lightning.export import formats
 from dino_lightning.export.check import compare_with_module, difference, drawn, table
 from dino_lightning.export.formats import DESCRIPTION_FILE, describe_module, run_onnx, run_torch, write_onnx
 from dino_lightning.export.traceable import TraceableDetector, TraceablePreprocessing
@@ -197,7 +198,7 @@ def test_what_does_not_agree_is_not_written(module, checkpoint, outside, tmp_pat
     with torch.no_grad():
         changed.model.decoder.class_head.bias += 0.05
     other = save(changed, tmp_path / "other.ckpt")
-    monkeypatch.setattr(export, "write_onnx", lambda module, path, *_, **__: shutil.copyfile(outside, path) and None)
+    monkeypatch.setattr(formats, "write_onnx", lambda module, path, *_, **__: shutil.copyfile(outside, path) and None)
     arguments = ["--output", str(tmp_path / "out" / "model.onnx"), "--preprocessing", "outside"]
     assert export.run(["--ckpt_path", str(other), *arguments]) == 1
     error = capsys.readouterr().err

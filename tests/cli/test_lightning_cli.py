@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from dino_lightning import fit
 from dino_lightning.__main__ import run
-from dino_lightning.cli import arguments
+from dino_lightning.cli import config_files
 from dino_lightning.cli import lightning_cli as cli
 from tests.conftest import TINY_ARGS
 
@@ -132,7 +132,7 @@ def test_resuming_goes_on_where_it_stopped_and_the_users_values_win(rooms):
     assert last["global_step"] == 3 * first["global_step"]
     assert last["hyper_parameters"]["lr"] == 0.003
     assert last["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.003
-    history = last["callbacks"]["LearningCurves"]["history"]
+    history = last["callbacks"]["RunReport"]["history"]
     assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
@@ -184,12 +184,11 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capsys):
     assert "16-mixed instead of bf16-mixed" in capsys.readouterr().out
 
 
-def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, caplog):
+def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, capsys):
     args = ["--data.root", str(rooms), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
     args += ["--model.backbone_weights=null", "--data.image_size=64", "--data.num_workers=0"]
-    with caplog.at_level("INFO"):
-        assert run(["fit", *args]) == 0
-    assert "published DINO R50 4-scale model" in caplog.text
+    assert run(["fit", *args]) == 0
+    assert "published DINO R50 4-scale model" in capsys.readouterr().out
 
 
 def test_starting_weights_are_named_in_one_line(trained, rooms, capfd, caplog):
@@ -327,6 +326,6 @@ def test_help_of_the_program_and_unknown_commands(capsys):
 
 
 def test_packaged_configs_are_found_from_anywhere(rooms):
-    assert arguments.config_path("rooms_demo.yaml").is_file()
+    assert config_files.config_path("rooms_demo.yaml").is_file()
     args = ["--config", "configs/rooms_demo.yaml", "--data.root", str(rooms), "--trainer.fast_dev_run=1"]
     assert fit.run([*args, "--trainer.accelerator=cpu", "--data.num_workers=0"]) == 0

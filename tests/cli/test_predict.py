@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
-from dino_lightning.cli import predict as predict_command
+from dino_lightning.inference import predict_folder as predict_command
 from tests.inference.test_detector import save_tiny
 
 CPU = ["--trainer.accelerator", "cpu", "--num_workers", "0"]
@@ -151,7 +151,7 @@ def test_a_broken_image_is_reported_and_the_rest_done(checkpoint, plans, tmp_pat
     (tmp_path / "in" / "empty.jpg").unlink()
     spoil(tmp_path / "in" / "0.png")
     assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
-    assert "Going on: 5 of 6 images are finished already." in capsys.readouterr().out
+    assert "Resuming: 5 of 6 images are finished already." in capsys.readouterr().out
     assert {entry["image_id"] for entry in content(output, "predictions.json")} == {1, 2, 3, 4, 5, 6}
 
 
@@ -190,7 +190,7 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in error
     if how == signal.SIGINT:
-        assert "Interrupted; the same command goes on from here." in error
+        assert "Interrupted; the same command resumes from here." in error
     (part,) = output.glob("*.part")
     finished = [json.loads(line)["file"] for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 5 <= len(finished) < 600
@@ -199,7 +199,7 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     for name in finished:
         spoil(tmp_path / "images" / name)
     assert predict(checkpoint, *options, output=output) == 0
-    assert f"Going on: {len(finished)} of 600 images are finished already." in capsys.readouterr().out
+    assert f"Resuming: {len(finished)} of 600 images are finished already." in capsys.readouterr().out
     assert [entry["file_name"] for entry in content(output, "images.json")["images"]] == names
     assert not list(output.glob("*.part"))
     before = (output / "predictions.json").read_bytes()
@@ -260,7 +260,7 @@ def test_a_file_that_was_replaced_is_looked_at_again(checkpoint, plans, tmp_path
     write_noise(tmp_path / "in" / "1.png", (40, 50), 77)
     spoil(tmp_path / "in" / "0.png")
     assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
-    assert "Going on: 5 of 6 images are finished already." in capsys.readouterr().out
+    assert "Resuming: 5 of 6 images are finished already." in capsys.readouterr().out
     entries = content(output, "images.json")["images"]
     assert [(entry["height"], entry["width"]) for entry in entries[:2]] == [(60, 80), (40, 50)]
     boxes = [entry["bbox"] for entry in content(output, "predictions.json") if entry["image_id"] == 2]
@@ -291,10 +291,10 @@ def test_other_images_need_another_folder(checkpoint, plans, tmp_path, capsys):
         printed = capsys.readouterr()
         number = 1 if others.suffix == ".png" else 2
         assert f"out holds results of {number} images that are not asked for now ('00000" in printed.err
-        assert "give another --output, or --overwrite to start anew." in printed.err and "Going on" not in printed.out
+        assert "give another --output, or --overwrite to start anew." in printed.err and "Resuming" not in printed.out
         assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
     assert predict(checkpoint, "--images", tmp_path / "val" / "val.json", "--overwrite", output=output) == 0
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
     # those of an interrupted run have no file of their own yet, and are not lost either
     (output / "predictions.jsonl").rename(output / "predictions.rank0.jsonl.part")
     assert predict(checkpoint, "--images", plans, output=output) == 1
@@ -347,7 +347,7 @@ def test_an_image_without_a_line_counts_as_failed(checkpoint, plans, tmp_path, m
     printed = capsys.readouterr()
     assert "5 images: " in printed.out and "0.png has no result; the next run tries it again." in printed.err
     assert predict(checkpoint, "--images", plans, output=tmp_path / "out") == 0
-    assert "Going on: 5 of 6 images" in capsys.readouterr().out
+    assert "Resuming: 5 of 6 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("interrupted", ["predict_images", "list_images"])
@@ -361,7 +361,7 @@ def test_after_overwrite_it_goes_on_without_it(checkpoint, plans, tmp_path, monk
     assert predict(checkpoint, "--images", plans, "--overwrite", output=tmp_path / "out") == 130
     error = capsys.readouterr().err
     assert ("repeat it without --overwrite" in error) == (interrupted == "predict_images")
-    assert ("the same command goes on" in error) == (interrupted == "list_images")
+    assert ("the same command resumes" in error) == (interrupted == "list_images")
 
 
 def test_the_folder_of_the_images_is_none_for_results(checkpoint, plans, tmp_path, capsys):
@@ -457,10 +457,14 @@ def test_the_newest_run_and_run_folders_are_found(checkpoint, plans, tmp_path, m
         (["--images", "{plans}", "--batch_size", "0"], 2, "--batch_size is 0; it must be at least 1."),
         (["--images", "{plans}", "--num_workers", "-1"], 2, "--num_workers is -1; it must not be negative."),
         (["--images", "{plans}", "--overlays", "maybe"], 2, "'maybe' is neither true nor false"),
-        (["--images", "{plans}", "--trainer.precision", "8"], 2, "--trainer.precision is 8; choose 32-true"),
+        (
+            ["--images", "{plans}", "--trainer.precision", "8"],
+            2,
+            "argument --trainer.precision: invalid choice: '8' (choose from",
+        ),
         (["--images", "{plans}", "--trainer.accelerator", "abacus"], 1, "abacus"),
         (["--images", "{plans}", "--trainer.devices", "many"], 1, "should be an int > 0"),
-        (["--images", "{plans}", "--tiles", "64"], 2, "unrecognized arguments: --tiles 64"),
+        (["--images", "{plans}", "--tiles", "64"], 2, "There is no option --tiles. Did you mean --tile?"),
         ([], 2, "the following arguments are required: --images"),
         (["--images", "{plans}", "--output", "{file}/out"], 1, "cannot be written (Not a directory)"),
     ],

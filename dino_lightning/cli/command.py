@@ -1,0 +1,167 @@
+"""The frame of every command: one parser, one sentence for what the user can correct, the same exit codes.
+
+Imported before anything heavy, so that `--help` and a wrong option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from dino_lightning.errors import UserError
+
+PROGRAM = "python -m dino_lightning"
+BAD_INPUT, WRONG_OPTION = 1, 2
+SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a signal ended a process
+INTERRUPTED, TERMINATED = SIGNAL_EXIT_CODE + signal.SIGINT, SIGNAL_EXIT_CODE + signal.SIGTERM
+EXIT_CODES = "Exit code: 0, 1 for bad input, 2 for a wrong option, 130 when interrupted, 143 after SIGTERM."
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised where the program is, so that temporary files are removed on the way out."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that raises `argparse.ArgumentError` for a wrong option, instead of printing usage and exiting.
+
+    Options are not abbreviated: an abbreviation would change its meaning when an option is added.
+
+    Args:
+        prog: the command as it is typed.
+        description: what it does, printed by `--help` as it is.
+        **more: further arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, prog: str, description: str, **more: Any) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **more,
+        )
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """The options as a namespace.
+
+        Raises:
+            argparse.ArgumentError: an option that does not exist, lacks its value or has a bad one.
+        """
+        options, unknown = self.parse_known_args(None if args is None else list(args), namespace)
+        if unknown:
+            self.error(no_such_option(unknown[0], self.option_names()))
+        return options
+
+    def option_names(self) -> list[str]:
+        """The names of all options, with their dashes."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong option.
+
+        Raises:
+            argparse.ArgumentError: always; `run_command` prints its message.
+        """
+        raise argparse.ArgumentError(None, message)
+
+
+def no_such_option(argument: str, names: Sequence[str]) -> str:
+    """The sentence about an argument that no option takes, with the closest name or all of them."""
+    name = argument.partition("=")[0]
+    if not name.startswith("-"):
+        return f"{argument!r} belongs to no option. Options: {', '.join(sorted(names))}."
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"There is no option {name}. Did you mean {close[0]}?"
+    return f"There is no option {name}. Options: {', '.join(sorted(names))}."
+
+
+def boolean(text: str) -> bool:
+    """The value of an option that is true or false.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """The errors that are the user's to correct, for an `except` clause."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported: then it raised nothing
+    more = () if lightning is None else (lightning.MisconfigurationException,)
+    return (argparse.ArgumentError, UserError, *more)
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error in one sentence, without the traceback that a loader process wraps around it."""
+    message = str(error)
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return message
+
+
+def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = lambda: "Interrupted.") -> int:
+    """Run a command; what the user can correct becomes one sentence on stderr, and every end its exit code.
+
+    Args:
+        action: does the work and returns the exit code.
+        interrupted: what to say after Ctrl-C and SIGTERM; empty for nothing.
+
+    Returns:
+        The exit code: of the action, or as `EXIT_CODES` says.
+    """
+    try:
+        with _terminated_by_signal():
+            return action()
+    except expected_errors() as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return WRONG_OPTION if isinstance(error, argparse.ArgumentError) else BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return BAD_INPUT
+    except (KeyboardInterrupt, Terminated) as stop:
+        _say_interrupted(interrupted())
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run by exit(1)
+            _say_interrupted(interrupted())
+            return INTERRUPTED
+        raise
+
+
+def _say_interrupted(text: str) -> None:
+    if text:
+        print(f"\n{text}", file=sys.stderr)
+
+
+@contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """Raise `Terminated` when SIGTERM arrives, in this process alone; its children end as they would without it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

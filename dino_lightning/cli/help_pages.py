@@ -1,0 +1,188 @@
+"""The pages of `fit --help`, `validate --help` and `test --help`, and docs/options.md, made from the parser.
+
+Building that parser takes seconds, as it imports PyTorch and Lightning; so the short pages are files, and a test keeps
+them in step with the parser. `python -m dino_lightning.cli.help_pages` writes them again; `--help all` asks the parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dino_lightning.files import atomic_write
+
+HERE = Path(__file__).parent
+PAGES = {"fit": "help_fit.txt", "validate": "help_evaluate.txt", "test": "help_evaluate.txt"}
+WIDTH, COLUMN = 100, 32
+ALL = "All options: --help all, or docs/options.md. A misspelled option is refused, with the names that exist."
+
+SKIPPED = ("help", "print_config", "data", "model", "trainer", "data.help", "model.help", "trainer.help")
+RUN = ("config", "ckpt_path", "run_dir", "seed_everything")
+DATA = (
+    "data.root", "data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images",
+    "data.batch_size", "data.augmentation", "data.image_size", "data.max_size", "data.num_workers", "data.on_bad_image",
+)  # fmt: skip
+MODEL = (
+    "model.weights", "model.backbone", "model.backbone_weights", "model.num_queries", "model.lr", "model.backbone_lr",
+    "model.lr_schedule", "model.lr_drop_epochs", "model.freeze",
+)  # fmt: skip
+HELPERS = ("auto_batch_size", "ema_decay", "early_stopping_patience", "save_every_minutes")
+TRAINER = (
+    "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision",
+    "trainer.accumulate_grad_batches", "trainer.check_val_every_n_epoch",
+)  # fmt: skip
+EVALUATION_DATA = ("data.root", "data.val_annotations", "data.test_annotations", "data.val_batch_size")
+
+FIT = """usage: python -m dino_lightning.fit --data.root DIR [--config FILE] [options]
+
+Train DINO on a COCO-format dataset. Without any option: a demo on floor plans that it draws itself.
+
+    python -m dino_lightning.fit --config configs/room_detection.yaml --data.root room_detection_dataset_coco
+    python -m dino_lightning.fit --ckpt_path last          resume the newest run
+"""
+EVALUATE = """usage: python -m dino_lightning COMMAND --ckpt_path RUN_OR_CHECKPOINT [options]
+
+Evaluate a checkpoint on a split of the dataset that it was trained on, or of another one, and write a report.
+validate takes the validation split, test the test split.
+
+    python -m dino_lightning COMMAND --ckpt_path last      the best checkpoint of the newest run
+"""
+# What the parsers of Lightning say less plainly, or do not know at all.
+OWN_WORDS = {
+    "config": "YAML file with options, a packaged one too; later files and options win",
+    "ckpt_path": "a checkpoint, the folder of a run, or 'last': the newest run in runs/",
+    "seed_everything": "seed of all random numbers",
+    "data.image_size": "largest short side of a training image, and the short side in evaluation, in pixels",
+    "data.max_size": "limit of the long side in pixels",
+    "trainer.max_epochs": "epochs to train",
+    "trainer.accelerator": "gpu, cpu, mps or auto",
+    "trainer.devices": "how many devices, or which: 2, or 0,1",
+    "trainer.strategy": "ddp for several GPUs",
+    "trainer.precision": "32-true, bf16-mixed or 16-mixed; by default what suits the device",
+    "trainer.accumulate_grad_batches": "batches whose gradients make one optimizer step",
+    "trainer.check_val_every_n_epoch": "validate after every so many epochs",
+}
+VALUES = {"config": "FILE", "ckpt_path": "PATH", "run_dir": "DIR", "data.root": "DIR", "seed_everything": "N"}
+
+
+def help_page(command: str, args: Sequence[str]) -> str | None:
+    """The short page, where the options ask for it; None for other options, `--help all` among them.
+
+    Args:
+        command: `fit`, `validate` or `test`.
+        args: its options.
+    """
+    asked = next((place for place, arg in enumerate(args) if arg in ("-h", "--help")), None)
+    if asked is None or list(args[asked + 1 : asked + 2]) == ["all"]:
+        return None
+    return (HERE / PAGES[command]).read_text(encoding="utf-8").replace("COMMAND", command).rstrip()
+
+
+def asks_for_all(args: Sequence[str]) -> bool:
+    """Whether the options are `--help all`."""
+    return any(first in ("-h", "--help") and second == "all" for first, second in pairwise(args))
+
+
+def pages() -> dict[Path, str]:
+    """The generated files and what they should hold, from the parser as it is now."""
+    options = {action.dest: action for action in _actions()}
+    fit = [
+        FIT,
+        _section("run", RUN, options),
+        _section("data", DATA, options),
+        _section("model", MODEL, options),
+        _section("also", HELPERS, options),
+        _section("trainer", TRAINER, options),
+        ALL,
+    ]
+    evaluate = [
+        EVALUATE,
+        _section("run", (*RUN[:3], "report", "against"), options),
+        _section("data", EVALUATION_DATA, options),
+        _section("trainer", TRAINER[1:5], options),
+        ALL,
+    ]
+    return {
+        HERE / PAGES["fit"]: "\n".join(fit) + "\n",
+        HERE / PAGES["test"]: "\n".join(evaluate) + "\n",
+        HERE.parent.parent / "docs" / "options.md": _markdown(options.values()),
+    }
+
+
+def _actions() -> Iterator[argparse.Action]:
+    from dino_lightning.cli.arguments import fit_parser  # imports PyTorch and Lightning
+
+    parser = fit_parser()
+    yield from (action for action in parser._actions if action.option_strings and action.dest not in SKIPPED)
+
+
+def _section(title: str, names: Sequence[str], options: dict[str, argparse.Action]) -> str:
+    lines = [title]
+    for name in names:
+        action = options[name]
+        left = f"  --{name} {VALUES.get(name, 'VALUE')}"
+        text = _described(name, action)
+        default = _default(action)
+        text += f" ({default})" if default and not name.startswith("trainer.") else ""
+        wrapped = textwrap.wrap(text, WIDTH - COLUMN)
+        if len(left) < COLUMN - 1:
+            lines.append(f"{left:<{COLUMN}}{wrapped[0]}")
+            wrapped = wrapped[1:]
+        else:
+            lines.append(left)
+        lines += [" " * COLUMN + line for line in wrapped]
+    return "\n".join(lines) + "\n"
+
+
+def _described(name: str, action: argparse.Action) -> str:
+    """The first sentence or two of an option's help."""
+    if name in OWN_WORDS:
+        return OWN_WORDS[name]
+    text = " ".join(str(action.help or "").replace("%(default)s", "").split())
+    text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text).replace("``", "`").strip()
+    return re.split(r"(?<=[a-z)\]])\. (?=[A-Z])", text)[0].rstrip(".")
+
+
+def _default(action: argparse.Action) -> str:
+    value: Any = action.default
+    if value is None or value is argparse.SUPPRESS:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _markdown(actions: Sequence[argparse.Action] | Any) -> str:
+    groups: dict[str, list[argparse.Action]] = {"": [], "data": [], "model": [], "trainer": []}
+    for action in actions:
+        groups[action.dest.partition(".")[0] if "." in action.dest else ""].append(action)
+    titles = {
+        "": "Options of this program",
+        "data": "data: the dataset and its loading",
+        "model": "model: the detector and its training recipe",
+        "trainer": "trainer: Lightning's Trainer",
+    }
+    parts = [
+        "# Options\n\nAll options of `fit`, `validate` and `test`, made from the parser by "
+        "`python -m dino_lightning.cli.help_pages`. On the command line they are written as `--data.root DIR`, in a "
+        "YAML file of `--config` as groups:\n\n```yaml\ntrainer:\n  max_epochs: 50\ndata:\n  batch_size: 2\n"
+        "model:\n  lr: 0.0001\n```\n"
+    ]
+    for group, members in groups.items():
+        parts.append(f"## {titles[group]}\n\n| option | default | what it does |\n|---|---|---|")
+        for action in members:
+            text = _described(action.dest, action).replace("|", "\\|")
+            default = _default(action).replace("|", "\\|")
+            parts.append(f"| `--{action.dest}` | {f'`{default}`' if default else ''} | {text} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    for path, content in pages().items():
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        print(path)
