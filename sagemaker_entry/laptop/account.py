@@ -103,7 +103,7 @@ def explained(what: str) -> Iterator[None]:
             ) from error
         if code in DENIED:
             raise Problem(
-                f"AWS did not let us {what}: {message or code}; the policy in the README allows it."
+                f"AWS did not let us {what}: {message or code}; the policy in docs/sagemaker.md allows it."
             ) from error
         raise Problem(f"AWS could not {what}: {code}: {message}") from error
     except BotoCoreError as error:

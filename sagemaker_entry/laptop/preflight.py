@@ -37,7 +37,7 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
             return role
         if error_code(error) == "NoSuchEntity":
             raise Problem(
-                f"--role: account {account.id} has no role {name!r}; the README tells how to make one."
+                f"--role: account {account.id} has no role {name!r}; docs/sagemaker.md shows how to make one."
             ) from error
         with explained(f"look at the role {name} (iam:GetRole)"):
             raise
@@ -46,7 +46,7 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
     if "sagemaker.amazonaws.com" not in json.dumps(trust):
         raise Problem(
             f"--role: SageMaker may not take on {name!r}; add sagemaker.amazonaws.com to its trust relationship, as "
-            "the README shows."
+            "docs/sagemaker.md shows."
         )
     arn: str = found["Arn"]
     return arn

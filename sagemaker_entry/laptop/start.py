@@ -135,7 +135,7 @@ def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> C
     if refuse_cap:
         raise Problem(
             f"--max-cost cannot be kept: the price of {compute.instance_type} in {region} could not be read, and that "
-            f"of {other} may be lower; allow pricing:GetProducts, as the README shows, or give --max-run-hours instead."
+            f"of {other} may be lower; allow pricing:GetProducts (docs/sagemaker.md) or give --max-run-hours instead."
         )
     note = (
         f"The price is that of {other}; in {region}, all the dollars above may be others. With permission for "
@@ -152,7 +152,7 @@ def run_preflight(wishes: LaunchOptions, plan: Plan, account: Account, warn: Say
     """
     if wishes.role is None:
         raise Problem(
-            "--role is needed: name or ARN of the role that the job takes on; the README tells how to make one."
+            "--role is needed: name or ARN of the role that the job takes on; docs/sagemaker.md shows how to make one."
         )
     role = resolve_role(account, wishes.role, warn)
     check_bucket(account, bucket_name(wishes, account.id, account.region))

@@ -410,8 +410,8 @@ def test_options_that_do_not_exist_or_are_out_of_range_are_named(preset, options
 
 @pytest.mark.parametrize("preset", ["coco", "plans", "flips"])
 def test_every_option_is_described_with_its_default(preset):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = " ".join(line for line in readme.splitlines() if line.startswith(f"| `{preset}`"))
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    rows = " ".join(line for line in page.splitlines() if line.startswith(f"| `{preset}`"))
     transform = train_transform(preset)
     for field in fields(transform):
         assert f"        {field.name}: " in type(transform).__doc__

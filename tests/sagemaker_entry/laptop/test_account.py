@@ -59,7 +59,7 @@ def test_a_profile_that_there_is_not(no_account):
     [
         ("ExpiredToken", "have run out"),
         ("InvalidClientTokenId", "does not accept the credentials"),
-        ("AccessDenied", r"did not let us do it.*policy in the README"),
+        ("AccessDenied", r"did not let us do it.*policy in docs/sagemaker.md"),
         ("Throttling", "could not do it: Throttling"),
     ],
 )

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from sagemaker_entry.laptop import plan
+from sagemaker_entry.laptop.account import Account
 from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.laptop.preflight import resolve_role
 from sagemaker_entry.protocol.instances import INSTANCES, PRICES_DATE, Instance
 from sagemaker_entry.protocol.problem import Problem
 
@@ -150,7 +152,9 @@ def test_a_gpu_that_the_table_lacks_is_estimated_as_well():
     assert "B900" in Plan(other, WORK, (1.0, 2.0, 3.0), limits(), True, "i", {}).table()
 
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = (DOCS / "sagemaker.md").read_text(encoding="utf-8")
+POLICIES = [(DOCS / "iam" / f"{name}.json").read_text(encoding="utf-8") for name in ("trust", "job-role", "launch")]
 ROWS = {
     "1 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 1),
     "2 x `ml.g5.2xlarge`": ("ml.g5.2xlarge", 2),
@@ -160,7 +164,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_table_of_the_readme_is_what_the_estimate_says(row):
+def test_the_table_of_the_docs_is_what_the_estimate_says(row):
     """R50 4-scale, 800 x 1067: 0.4594 teraflop forward, 46.6 million trainable parameters, as `forward_cost` counts."""
     work = Work(1000, 100, 50, 50, 2, 0.4594, 46_601_482)
     type_name, count = ROWS[row]
@@ -171,13 +175,12 @@ def test_the_table_of_the_readme_is_what_the_estimate_says(row):
         f"| {chosen.price:.2f} | {likely:.1f} ({best:.1f} to {worst:.1f}) "
         f"| {dollars[0]:.2f} ({dollars[1]:.2f} to {dollars[2]:.2f}) |"
     )
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row}")]
     assert line.endswith(expected), expected
 
 
-def test_the_policies_of_the_readme_are_valid_and_allow_what_is_called():
-    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
-    trust, job, user = policies
+def test_the_policies_of_the_docs_are_valid_and_allow_what_is_called():
+    trust, job, user = map(json.loads, POLICIES)
     assert trust["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
     allowed = [
         {
@@ -193,3 +196,16 @@ def test_the_policies_of_the_readme_are_valid_and_allow_what_is_called():
         needed |= set(re.findall(r"\b((?:sagemaker|iam|s3|logs|servicequotas):[A-Z]\w+)", path.read_text()))
     assert {"sagemaker:CreateTrainingJob", "s3:PutObject", "logs:GetLogEvents"} <= needed
     assert needed <= allowed[1]
+
+
+def test_iam_takes_the_policies_and_launch_the_role(aws):
+    """As the commands of the page give them, with the account's number and a region in them."""
+    trust, job, user = (policy.replace("ACCOUNT", "123456789012").replace("REGION", "us-east-1") for policy in POLICIES)
+    assert not re.search(r"[A-Z]{6}", trust + job + user)
+    iam = aws("iam")
+    iam.create_role(RoleName="dino-trainer", AssumeRolePolicyDocument=trust)
+    iam.put_role_policy(RoleName="dino-trainer", PolicyName="dino-trainer", PolicyDocument=job)
+    iam.create_user(UserName="me")
+    iam.put_user_policy(UserName="me", PolicyName="dino-launch", PolicyDocument=user)
+    assert len("".join(user.split())) <= 2048  # what IAM allows for the inline policies of a user
+    assert resolve_role(Account(), "dino-trainer", pytest.fail).endswith(":role/dino-trainer")
