@@ -115,10 +115,10 @@ def pages() -> dict[Path, str]:
 
 
 def _actions() -> Iterator[argparse.Action]:
-    from dino_lightning.cli.arguments import fit_parser  # imports PyTorch and Lightning
+    from dino_lightning.cli.arguments import FROM_DATA, fit_parser  # imports PyTorch and Lightning
 
-    parser = fit_parser()
-    yield from (action for action in parser._actions if action.option_strings and action.dest not in SKIPPED)
+    skipped = {*SKIPPED, *(f"model.{name}" for name in FROM_DATA)}
+    yield from (action for action in fit_parser()._actions if action.option_strings and action.dest not in skipped)
 
 
 def _section(title: str, names: Sequence[str], options: dict[str, argparse.Action]) -> str:

@@ -12,7 +12,7 @@ DISTRIBUTION = "dino-lightning"
 REQUIREMENTS = "requirements.txt"
 FROM_THE_IMAGE = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
 HANDLER = "inference.py"
-SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js")
+SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js", ".txt")
 
 
 def requirements() -> list[str]:
