@@ -124,7 +124,9 @@ def test_every_command_exists_and_has_its_options(page):
             assert not words or words[0] in BENCHMARKS, f"{page}: {words}"
             continue
         else:
-            assert module in ("pip", "pytest", "sagemaker_entry.train", "dino_lightning.cli.help_pages"), f"{page}: {module}"
+            assert module in ("pip", "pytest", "sagemaker_entry.train", "dino_lightning.cli.help_pages"), (
+                f"{page}: {module}"
+            )
             continue
         for option in options:
             assert exists(option, known), f"{page}: {module} {' '.join(words)}: there is no {option}"

@@ -143,7 +143,7 @@ class DINOCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
-        """Say what is about to be trained on, and what is different from before when a run goes on."""
+        """Print the dataset and, of a resumed run, the options that changed since its checkpoint."""
         self._introduce()
         if self.config.fit.ckpt_path is not None:
             assert isinstance(self.model, DINOModule)

@@ -1,4 +1,4 @@
-"""The loop of `predict`: views in, batches through the detector, each finished image noted at once."""
+"""The loop of `predict`: views in, batches through the detector, each finished image recorded at once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def predict_images(
                 raise
             raise DataError(
                 "A process that reads images was killed, most likely because memory ran out; lower --num_workers. "
-                "What is finished is kept: the same command, without --overwrite, goes on."
+                "What is finished is kept: the same command without --overwrite resumes."
             ) from error
 
 
@@ -117,7 +117,7 @@ def _leave_interrupts_to_parent(_: int) -> None:
 def _found(
     loader: DataLoader[View | Unreadable], size: int, detect: Callable[[Sequence[View]], list[Detections]]
 ) -> Iterator[tuple[ListedImage, Found | Unreadable]]:
-    """Each image as soon as all its views were seen."""
+    """Yields each image as soon as all its views have been through the detector."""
     parts: dict[str, list[tuple[Window, Detections]]] = {}
     for batch in batches(loader, size):
         if isinstance(batch, Unreadable):
@@ -141,7 +141,7 @@ def _detect(fabric: Fabric, module: DINOModule, threshold: float, seen: Sequence
 
 
 class _Finisher:
-    """Draws pictures in threads, and notes an image when its picture is there. A bounded number waits."""
+    """Draws overlays in threads, and records an image when its overlay is written; the queue is bounded."""
 
     def __init__(self, records: Records, places: Mapping[str, Path], progress: Any) -> None:
         self._records = records

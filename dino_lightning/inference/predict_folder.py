@@ -129,7 +129,7 @@ def _begin(
     if not held.enter_context(locked(options.output)):
         return f"{options.output}: another predict writes there now; wait for its end, or give another --output."
     if not options.overwrite:
-        advice = "give another --output, or --overwrite to start anew."
+        advice = "give another --output, or --overwrite to start again."
         different = settings_differ(options.output, settings)
         if different:
             return f"{options.output} holds results with other settings ({', '.join(different)}); {advice}"

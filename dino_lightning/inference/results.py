@@ -1,4 +1,4 @@
-"""What `predict` leaves in a folder, and how an interrupted one goes on.
+"""What `predict` leaves in a folder, and how an interrupted one is resumed.
 
 Each process appends a line of JSON for each finished image to a file of its own. In the end these become
 `predictions.jsonl` and, from it, the files for other programs. Both kinds of lines are what the next start of the same

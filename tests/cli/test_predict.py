@@ -291,7 +291,7 @@ def test_other_images_need_another_folder(checkpoint, plans, tmp_path, capsys):
         printed = capsys.readouterr()
         number = 1 if others.suffix == ".png" else 2
         assert f"out holds results of {number} images that are not asked for now ('00000" in printed.err
-        assert "give another --output, or --overwrite to start anew." in printed.err and "Resuming" not in printed.out
+        assert "give another --output, or --overwrite to start again." in printed.err and "Resuming" not in printed.out
         assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
     assert predict(checkpoint, "--images", tmp_path / "val" / "val.json", "--overwrite", output=output) == 0
     assert "Resuming" not in capsys.readouterr().out
