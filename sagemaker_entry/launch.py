@@ -194,8 +194,8 @@ def _need(*packages: str) -> None:
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise Problem(
-            "The terminal is not interactive, so the start cannot be confirmed: give --yes to start without a question, or "
-            "--dry-run to see the plan alone."
+            "The terminal is not interactive, so nobody can confirm the start: give --yes to start without a question, "
+            "or --dry-run to see the plan alone."
         )
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
