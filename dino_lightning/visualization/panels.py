@@ -33,12 +33,12 @@ FONT_SIZE = 6  # of captions, in points
 TITLE_SIZE = 8
 CAPTION = 0.115  # height of a caption
 MARGIN = 0.015  # around it
-MANY_BOXES = 25  # are drawn with thinner lines
+MANY_BOXES = 25  # more are drawn with thinner lines
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One image with what was found in it and what is there.
+    """One image with its detections and its ground truth.
 
     Attributes:
         pixels: (h, w, 3) uint8.
@@ -47,7 +47,7 @@ class Panel:
         captions: N short texts; where there is no room for all, those of later boxes are left out.
         truth_xyxy: (M, 4) ground-truth boxes, in the same pixels.
         title: the text above; one line or several. Of a line that is too long, the end is shown.
-        image_size: (height, width) of `pixels` without its padding, which is drawn as stripes; None: it has none.
+        image_size: (height, width) of `pixels` without padding, which is drawn as stripes; None: no padding.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -78,7 +78,7 @@ def scaled_for_sheet(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
     """A contact sheet: detections in colour with their captions, ground truth as thin dashed green lines.
 
-    The panels of a row have one height and fill its width together, so that little of the sheet stays empty.
+    The panels of a row have the same height and fill its width, so that little of the sheet stays empty.
     """
     columns = min(len(panels), max(3, round(len(panels) ** 0.5)))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]

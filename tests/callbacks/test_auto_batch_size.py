@@ -241,7 +241,7 @@ MEASURE = textwrap.dedent(
     from pathlib import Path
     from dino_lightning import DINOModule
     from dino_lightning.data.worst_case import blank_batch
-    from dino_lightning.memory import estimated_peak, take_steps
+    from dino_lightning.training.memory import estimated_peak, take_steps
 
     def resident(name):
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

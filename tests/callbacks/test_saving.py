@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_takes_the_other_down_with_the_cause(rooms, tmp
     other.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: Training process 1 was killed by SIGKILL" in output
+    assert "error: Rank 1 was killed by SIGKILL" in output
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(copied, rooms):

@@ -132,7 +132,7 @@ def test_resuming_goes_on_where_it_stopped_and_the_users_values_win(rooms):
     assert last["global_step"] == 3 * first["global_step"]
     assert last["hyper_parameters"]["lr"] == 0.003
     assert last["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.003
-    history = last["callbacks"]["LearningCurves"]["history"]
+    history = last["callbacks"]["RunReport"]["history"]
     assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
