@@ -69,7 +69,7 @@ class DINOModule(lightning.LightningModule):
         lr_schedule: `step` drops the learning rate at given epochs, `cosine` takes it to 0 along half a cosine.
         lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs.
         lr_drop_factor: the factor of each drop.
-        freeze: parts of the detector that are not trained, such as `backbone` or `encoder`.
+        freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
             shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
         max_detections: detections kept for each image.

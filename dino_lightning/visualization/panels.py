@@ -101,9 +101,9 @@ def draw_panels(panels: Sequence[Panel], heading: str) -> Figure:
             )
             axes.set_axis_off()
             slot_width = _slot_ratio(panel) * row_height
-            title = "\n".join(_end_of(line, slot_width) for line in panel.title.split("\n"))
+            text = "\n".join(_end_of(line, slot_width) for line in panel.title.split("\n"))
             figure.text(
-                left / width, 1 - (top - 0.04) / height, title, fontsize=TITLE_SIZE, va="bottom", parse_math=False
+                left / width, 1 - (top - 0.04) / height, text, fontsize=TITLE_SIZE, va="bottom", parse_math=False
             )
             _draw(axes, panel, drawn_width / panel.pixels.shape[1])
             left += slot_width + GAP

@@ -125,7 +125,7 @@ def test_with_little_memory_the_batch_is_small_and_accumulated(rooms, monkeypatc
     assert saved["callbacks"]["AutoBatchSize"]["accumulation"] == 2
 
 
-def test_a_run_that_goes_on_keeps_its_batches(rooms, monkeypatch):
+def test_a_resumed_run_keeps_its_batches(rooms, monkeypatch):
     def stopped(trainer, module):
         raise AssertionError("asked again")
 
