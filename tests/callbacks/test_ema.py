@@ -282,7 +282,7 @@ def test_an_average_begins_where_a_checkpoint_has_none(tmp_path, caplog):
     weights, average, module = Weights(), EMA(decay=0.9, tau=0.0), Small()
     with caplog.at_level("INFO"):
         fit(module, average, weights, epochs=3, resume=path)
-    assert "holds no averaged weights: their average begins at its weights" in caplog.text
+    assert "holds no averaged weights: the average starts from its weights" in caplog.text
     assert average.updates == 6
     expected = weights.steps[0]["last.weight"]
     assert torch.equal(expected, torch.load(path, weights_only=True)["state_dict"]["last.weight"])

@@ -44,7 +44,7 @@ def test_the_star_marks_the_best_epoch_that_was_validated(history, best, tmp_pat
 
 def test_a_resumed_run_does_not_repeat_the_validation_before_it(tmp_path):
     trainer = SimpleNamespace(
-        callback_metrics=dict(VALIDATED), current_epoch=0, is_global_zero=True, sanity_checking=False
+        callback_metrics={**VALIDATED, **AT_THE_BEST}, current_epoch=0, is_global_zero=True, sanity_checking=False
     )
     module = SimpleNamespace(epoch_loss=12.0)
     first = LearningCurves(directory=str(tmp_path))
