@@ -11,26 +11,27 @@ from typing import Any
 
 from dino_lightning.training.module import DINOModule
 
-RANK_ZERO_LOG = "lightning.pytorch.utilities.rank_zero"  # through which Lightning tells things
+RANK_ZERO_LOG = "lightning.pytorch.utilities.rank_zero"  # the logger of Lightning's messages
 
-# Beginnings of what Lightning tells by its log, as regular expressions.
-TOLD_FOR_NOTHING = (
+# Regular expressions for the beginnings of log messages to leave out.
+LOG_MESSAGES = (
     r".*\[litlogger\]",  # an advertisement
     r"TPU available: False",
 )
-# Beginnings of warnings that a user can do nothing about, or that tell of what the command line does on purpose.
+# For the beginnings of warnings about what a user cannot change, or what the command line does on purpose.
 ALWAYS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     r"Found \d+ module\(s\) in eval mode at the start of training",  # model.freeze
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # options may be left out
     r"Grad strides do not match bucket view strides",  # DDP with channels-last images
+    r"Glyph \d+ .*missing from",  # class and file names in letters that matplotlib's font lacks
 )
-# As long as the folder of the run is meant to have files in it, and metrics.csv is taken care of.
+# When the run's folder is expected to have files in it; `MetricsCsvResume` keeps metrics.csv.
 WITH_A_CHECKPOINT = (
     r"Checkpoint directory .* exists and is not empty",
     r"Experiment logs directory .* exists and is not empty",
 )
-# Evaluation saves no checkpoints, and so compares none with an earlier best.
+# Evaluation saves no checkpoints, so it needs no earlier best score.
 IN_EVALUATION = (r"The dirpath has changed from",)
 
 
@@ -48,17 +49,25 @@ def quiet(subcommand: str, *, resuming: bool = False) -> Iterator[None]:
     if subcommand != "fit":
         ignored += IN_EVALUATION
     log = logging.getLogger(RANK_ZERO_LOG)
-    log.addFilter(_worth_telling)
-    formatted_before = warnings.formatwarning
+    log.addFilter(_is_wanted)
     try:
-        with warnings.catch_warnings():
+        with plain_warnings(), warnings.catch_warnings():
             for beginning in ignored:
                 warnings.filterwarnings("ignore", message=beginning)
-            warnings.formatwarning = _one_line
             yield
     finally:
-        warnings.formatwarning = formatted_before
-        log.removeFilter(_worth_telling)
+        log.removeFilter(_is_wanted)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings as one line, without file, line number and source text, which say nothing to a user."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def parameter_line(module: DINOModule) -> str:
@@ -82,13 +91,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join("  ".join(cells[start : start + 3]) for start in range(0, len(cells), 3))
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
+def _is_wanted(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(re.match(beginning, message) for beginning in TOLD_FOR_NOTHING)
+    return not any(re.match(beginning, message) for beginning in LOG_MESSAGES)
 
 
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning without file, line number and source text, which say nothing to a user."""
     return f"warning: {' '.join(str(message).split())}\n"
