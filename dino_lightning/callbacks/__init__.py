@@ -1,13 +1,13 @@
-"""Lightning callbacks that show what a run does, and keep it from being lost."""
+"""Lightning callbacks: saving and resuming, averaged weights, batch sizes, and what a run shows."""
 
 from dino_lightning.callbacks.auto_batch_size import AutoBatchSize
 from dino_lightning.callbacks.ema import EMA
-from dino_lightning.callbacks.kept_metrics import MetricsCsvResume
 from dino_lightning.callbacks.learning_curves import LearningCurves
+from dino_lightning.callbacks.metrics_csv import MetricsCsvResume
 from dino_lightning.callbacks.out_of_memory import OutOfMemoryReporter
 from dino_lightning.callbacks.prediction_images import PredictionImages
-from dino_lightning.callbacks.processes import WatchProcesses
 from dino_lightning.callbacks.progress import Progress
+from dino_lightning.callbacks.rank_watchdog import WatchProcesses
 from dino_lightning.callbacks.record import RunRecord, SavedConfig
 from dino_lightning.callbacks.saving import AtomicCheckpointIO, GracefulCheckpoint, StoppedOnRequest
 

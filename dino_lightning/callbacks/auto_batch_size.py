@@ -1,4 +1,4 @@
-"""The largest batch that fits, and as many of them as make up the wanted global batch."""
+"""Chooses the largest batch that fits into memory, and how many are accumulated for the wanted global batch."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from dino_lightning.training.memory import (
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 
-GPU_SHARE = 0.9  # of its memory: steps of ever changing shapes leave gaps in it
-HOST_SHARE = 0.8  # of what is available: loaders need some, and an estimate does not see everything
+GPU_SHARE = 0.9  # of its memory: steps of changing shapes fragment it
+HOST_SHARE = 0.8  # of what is available: loaders need some, and the estimate does not include everything
 
 
 @dataclass(frozen=True)
 class BatchSizePlan:
-    """What was chosen, for which run.
+    """The batch size and accumulation chosen for a run.
 
     Attributes:
-        global_batch: images for each optimizer step that were wanted.
+        global_batch: the wanted number of images for each optimizer step.
         processes: training processes.
         batch_size: images for each batch of a process.
         accumulation: batches for each optimizer step.
@@ -67,12 +67,12 @@ class BatchSizePlan:
 
 @dataclass(frozen=True)
 class MemoryProbe:
-    """How much memory steps may take, and do.
+    """The memory limit for training steps, and how to measure what a step takes.
 
     Attributes:
         limit: bytes.
         place: what the limit is, in words.
-        measure: the bytes that a step on a batch takes; out of memory is an answer as well.
+        measure: gives the bytes that a step on a batch takes, or raises when memory runs out.
     """
 
     limit: int
@@ -83,14 +83,14 @@ class MemoryProbe:
 class AutoBatchSize(lightning.Callback):
     """Sets the data module's `batch_size` and the Trainer's `accumulate_grad_batches` before loaders are made.
 
-    On a GPU it takes optimizer steps on the worst batch that the dataset and the augmentation can give, with more and
-    more images, and puts everything back as it was; elsewhere it estimates. All processes agree on the smallest of
-    their choices. A run that goes on keeps the choice stored in its checkpoint, if it wants the same global batch on
-    as many processes.
+    On a GPU it takes optimizer steps on the largest batch that the dataset and the augmentation can give, with more
+    and more images, and restores everything afterwards; elsewhere it estimates. All processes agree on the smallest
+    of their batch sizes. A resumed run keeps the plan stored in its checkpoint if it wants the same global batch on
+    the same number of processes.
 
     Args:
         global_batch: images for each optimizer step, over all processes and accumulated batches.
-        checkpoint: of the run that goes on, if one does. Lightning names it to nobody before loaders are made.
+        checkpoint: the one to resume from, or None. Lightning does not tell callbacks before loaders are made.
 
     Raises:
         ValueError: a global batch below 1.
@@ -98,30 +98,30 @@ class AutoBatchSize(lightning.Callback):
 
     def __init__(self, *, global_batch: int, checkpoint: str | Path | None = None) -> None:
         if global_batch < 1:
-            raise ValueError(f"auto_batch_size is {global_batch}; the global batch must be at least 1.")
-        self.global_batch = int(global_batch)  # a plain one: parsers have types of their own, which checkpoints refuse
+            raise ValueError(f"auto_batch_size={global_batch} must be at least 1.")
+        self.global_batch = int(global_batch)  # a plain int: checkpoints refuse the parser's own types
         self.checkpoint = checkpoint
-        self.choice: BatchSizePlan | None = None
+        self.plan: BatchSizePlan | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Saved with the checkpoint, so that a run that goes on has the same batches."""
-        return {} if self.choice is None else asdict(self.choice)
+        """The plan, saved with the checkpoint so that a resumed run has the same batches."""
+        return {} if self.plan is None else asdict(self.plan)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Choose, or take the choice of the run that goes on.
+        """Choose a plan, or take the one stored in the checkpoint.
 
         Raises:
-            MisconfigurationException: the Trainer has an accumulation of its own, or there are fewer images to a
-                step than processes.
+            MisconfigurationException: the Trainer has its own accumulation, or there are fewer images in a step
+                than processes.
             OutOfMemory: not even one image fits into a GPU's memory.
         """
         data = getattr(trainer, "datamodule", None)
         if stage != "fit" or not isinstance(pl_module, DINOModule) or not isinstance(data, CocoDataModule):
             return
-        if self.choice is None:
-            self.choice = self._stored(trainer) or self._chosen(trainer, pl_module, data)
-        data.batch_size = self.choice.batch_size
-        trainer.accumulate_grad_batches = self.choice.accumulation
+        if self.plan is None:
+            self.plan = self._stored(trainer) or self._chosen(trainer, pl_module, data)
+        data.batch_size = self.plan.batch_size
+        trainer.accumulate_grad_batches = self.plan.accumulation
 
     def _stored(self, trainer: lightning.Trainer) -> BatchSizePlan | None:
         if self.checkpoint is None:
@@ -130,11 +130,11 @@ class AutoBatchSize(lightning.Callback):
         stored = content.get("callbacks", {}).get(self.state_key) if isinstance(content, dict) else None
         if not stored:
             return None
-        choice = BatchSizePlan(**stored)
-        if (choice.global_batch, choice.processes) != (self.global_batch, trainer.world_size):
+        plan = BatchSizePlan(**stored)
+        if (plan.global_batch, plan.processes) != (self.global_batch, trainer.world_size):
             return None
-        rank_zero_info(f"{choice}, as before in this run.")
-        return choice
+        rank_zero_info(f"{plan}, as before in this run.")
+        return plan
 
     def _chosen(self, trainer: lightning.Trainer, module: DINOModule, data: CocoDataModule) -> BatchSizePlan:
         if trainer.accumulate_grad_batches != 1:
@@ -146,8 +146,8 @@ class AutoBatchSize(lightning.Callback):
         share = self.global_batch // processes
         if share < 1:
             raise MisconfigurationException(
-                f"auto_batch_size is {self.global_batch}, but there are {processes} processes, and each of them needs "
-                "an image for every step."
+                f"auto_batch_size={self.global_batch} must be at least {processes}: each of the {processes} processes "
+                "needs an image in every step."
             )
         images = max(1, len(data.train_set) // processes)
         sizes = [size for size in range(1, min(share, images) + 1) if share % size == 0]
@@ -157,7 +157,7 @@ class AutoBatchSize(lightning.Callback):
             fitting, reason = largest_fitting(
                 sizes,
                 lambda size: data.worst_case_batch(size, num_boxes=boxes),
-                _gpu_gauge(trainer, module) if device.type == "cuda" else _host_gauge(trainer, module),
+                _gpu_probe(trainer, module) if device.type == "cuda" else _host_probe(trainer, module),
             )
         agreed = int(trainer.strategy.reduce(torch.tensor(fitting, device=device), reduce_op="min"))
         if agreed == 0:
@@ -165,22 +165,22 @@ class AutoBatchSize(lightning.Callback):
                 f"{reason} Lower data.max_size and data.image_size, set model.recompute_encoder to true, or choose a "
                 "smaller backbone."
             )
-        choice = BatchSizePlan(self.global_batch, processes, agreed, share // agreed)
+        plan = BatchSizePlan(self.global_batch, processes, agreed, share // agreed)
         if agreed < fitting:
             reason = "More do not fit on the device of another process."
-        rank_zero_info(f"{choice}. {reason}")
-        return choice
+        rank_zero_info(f"{plan}. {reason}")
+        return plan
 
 
-def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], gauge: MemoryProbe) -> tuple[int, str]:
-    """The largest batch within a limit, and why that one, in words; 0 if not even the smallest can be computed.
+def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], probe: MemoryProbe) -> tuple[int, str]:
+    """The largest batch size within the limit, and the reason in words; 0 if even the smallest runs out of memory.
 
-    The smallest is taken even where it passes the limit, which leaves some room.
+    The smallest is taken even where it exceeds the limit, since the limit leaves some room.
 
     Args:
         sizes: to choose from, the smallest first.
-        make_batch: gives the worst case of that size.
-        gauge: what it takes.
+        make_batch: gives the largest possible batch of a size.
+        probe: measures what a step on it takes.
     """
     fitting, reason, beyond = 0, "", ""
     for size in sizes:
@@ -188,39 +188,39 @@ def largest_fitting(sizes: Sequence[int], make_batch: Callable[[int], Batch], ga
         height, width = batch.images.shape[-2:]
         boxes = 0 if batch.targets is None else max(batch.targets.num_boxes, default=0)
         case = f"images of {height} x {width} pixels (height x width) with {boxes} boxes each"
-        needed = _measured(gauge, batch)
+        needed = _measured(probe, batch)
         if needed is None:
             beyond = f"{size} do not fit"
             if not fitting:
                 reason = f"Not even {size} of the largest {case} can be trained on: out of memory."
             break
         takes = f"{size} of the largest {case} take {needed / GIGABYTE:.2f} GB"
-        if needed > gauge.limit and fitting:
+        if needed > probe.limit and fitting:
             beyond = f"{size} would take {needed / GIGABYTE:.2f} GB"
             break
         fitting, reason = size, takes
-        if needed > gauge.limit:
+        if needed > probe.limit:
             beyond = "it may run out of memory"
             break
     if fitting:
-        of = f"{gauge.limit / GIGABYTE:.2f} GB, {gauge.place}"
+        of = f"{probe.limit / GIGABYTE:.2f} GB, {probe.place}"
         reason = f"{reason} of {of}" + (f"; {beyond}." if beyond else ".")
     return fitting, reason
 
 
-def _measured(gauge: MemoryProbe, batch: Batch) -> int | None:
-    """The bytes a step takes; None where there are too few."""
+def _measured(probe: MemoryProbe, batch: Batch) -> int | None:
+    """The bytes that a step takes; None where memory runs out."""
     try:
-        return gauge.measure(batch)
+        return probe.measure(batch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    release()  # only now: the error held on to all that had been computed
+    release()  # only now: the error kept references to everything computed so far
     return None
 
 
-def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
-    """Takes steps on this process' GPU, where the model goes for it."""
+def _gpu_probe(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
+    """Measures steps on this process' GPU, to which the model is moved."""
     device, spare = trainer.strategy.root_device, _averaged_bytes(trainer, module)
     module.model.to(device)
 
@@ -232,8 +232,8 @@ def _gpu_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
     return MemoryProbe(int(GPU_SHARE * total), f"{GPU_SHARE:.0%} of the memory of {device}", measure)
 
 
-def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
-    """Estimates, since a step too large would end the process, and maybe others."""
+def _host_probe(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
+    """Estimates steps on the host: one that is too large would end this process, and perhaps others."""
     spare = _averaged_bytes(trainer, module)
 
     def measure(batch: Batch) -> int:
@@ -244,7 +244,7 @@ def _host_gauge(trainer: lightning.Trainer, module: DINOModule) -> MemoryProbe:
 
 
 def _averaged_bytes(trainer: lightning.Trainer, module: DINOModule) -> int:
-    """What averaged weights take, if the run keeps any."""
+    """The bytes that averaged weights take, 0 if the run keeps none."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
     averages = any(isinstance(callback, EMA | WeightAveraging) for callback in callbacks)
     return tensor_bytes([*module.model.parameters(), *module.model.buffers()]) if averages else 0

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside them and evaluated in their place."""
+"""An exponential moving average of the weights, which is evaluated in their place."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from dino_lightning.training.resume import AVERAGED_WEIGHTS, RAW_WEIGHTS
 class EMA(lightning.Callback):
     """Averages the weights after every optimizer step: average += (1 - d) * (weights - average).
 
-    The decay d = decay * (1 - exp(-updates / tau)) rises from nearly 0, so that the random start is soon forgotten. The
-    average lives on the weights' own device. A tensor with several names is averaged once; integer tensors and frozen
-    parameters are not averaged: evaluation uses them as they are. Works with any LightningModule whose weights are
-    whole on every process (one device, ddp); there the processes agree without a word.
+    The decay d = decay * (1 - exp(-updates / tau)) rises from nearly 0, so that the first weights are soon forgotten.
+    The average is on the same device as the weights. A tensor with several names is averaged once; integer tensors and
+    frozen parameters are not averaged: evaluation uses them as they are. Works with any LightningModule of which every
+    process has all weights (one device, ddp); the processes then have the same average without communication.
 
     A checkpoint's `state_dict` holds what was evaluated, so that everything that reads checkpoints gets that; the other
-    version is beside it, as `raw_state_dict` or `averaged_state_dict`. A resumed run goes on with both, bit for bit. At
-    the end of training the module holds what was evaluated.
+    version is beside it, as `raw_state_dict` or `averaged_state_dict`. A resumed run continues both, bit for bit. After
+    training the module holds what was evaluated.
 
     Args:
-        decay: upper end of the decay, between 0 and 1; the published DINO recipes with an average have 0.9997.
-        tau: after how many updates the decay has come to 63 % of `decay`; 0 for a constant decay.
-        evaluate: evaluate the average, during training and in `validate` and `test` of such a checkpoint; otherwise the
-            raw weights, with the average only kept.
+        decay: the final decay, between 0 and 1; 0.9997 in the published DINO recipes with an average.
+        tau: the number of updates after which the decay is 63 % of `decay`; 0 for a constant decay.
+        evaluate: evaluate the average, during training and in `validate` and `test` of such a checkpoint; if False,
+            evaluate the raw weights and only keep the average.
 
     Raises:
-        ValueError: a decay or a tau that cannot be.
+        ValueError: a decay outside 0-1, or a negative tau.
     """
 
     def __init__(self, *, decay: float = 0.9997, tau: float = 2000.0, evaluate: bool = True) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"An average with decay {decay} is none; the decay lies between 0 and 1, such as 0.9997.")
+            raise ValueError(f"ema_decay={decay} must be between 0 and 1, e.g. 0.9997.")
         if tau < 0:
-            raise ValueError(f"tau={tau}: the decay cannot rise backwards; 0 makes it constant.")
+            raise ValueError(f"ema_tau={tau} must be at least 0; 0 makes the decay constant.")
         self.decay, self.tau, self.evaluate = decay, tau, evaluate
         self.updates = 0
         self._live: list[Tensor] = []  # the module's own tensors
@@ -56,10 +56,10 @@ class EMA(lightning.Callback):
     # ------------------------------------------------------------------ averaging
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin the average, now that the module is on its device and has its weights.
+        """Start the average, now that the module is on its device and has its weights.
 
         Raises:
-            MisconfigurationException: a strategy, a precision or a ModelCheckpoint that averages cannot be had with.
+            MisconfigurationException: a strategy, a precision or a ModelCheckpoint that does not work with averages.
         """
         if trainer.strategy.restore_checkpoint_after_setup:
             raise MisconfigurationException(
@@ -72,19 +72,19 @@ class EMA(lightning.Callback):
             )
         if any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in pl_module.parameters()):
             raise MisconfigurationException(
-                "An average of half-precision weights stands still, as each step is less than their last digit; use "
-                "precision bf16-mixed or 16-mixed with EMA."
+                "EMA does not work with half-precision weights: each update would be rounded away; use precision "
+                "bf16-mixed or 16-mixed."
             )
         if self._loaded is None:
             self.updates = 0
         self._averages_live = False
         self._follow(pl_module, self._loaded or {})
         self._loaded = None
-        # after each step itself, so that whatever saves a checkpoint then, in whatever order, saves the new average
+        # right after each step, so that any checkpoint saved then holds the new average, whatever the callbacks' order
         self._hook = trainer.optimizers[0].register_step_post_hook(self._update)
 
     def _follow(self, pl_module: lightning.LightningModule, known: Mapping[str, Tensor]) -> None:
-        """List what is averaged; averages not known begin at the tensors' values."""
+        """List the averaged tensors; an average that is not in `known` starts at its tensor's value."""
         live: list[Tensor] = []
         other: list[Tensor] = []
         place: dict[str, int] = {}
@@ -97,7 +97,7 @@ class EMA(lightning.Callback):
                 seen[id(tensor)] = len(live)
                 average = known.get(name, tensor).detach()
                 if name not in known or average.device != tensor.device or average.stride() != tensor.stride():
-                    # laid out as the tensor, or the one kernel for all tensors would become one for each
+                    # with the tensor's strides; otherwise the update needs one kernel for each tensor
                     average = torch.empty_like(tensor, requires_grad=False).copy_(average)
                 live.append(tensor)
                 other.append(average)
@@ -105,7 +105,7 @@ class EMA(lightning.Callback):
         self._live, self._other, self._place = live, other, place
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Average what has been unfrozen as well."""
+        """Also average what has been unfrozen since."""
         self._follow(pl_module, {name: self._other[place] for name, place in self._place.items()})
 
     def _update(self, *_: Any) -> None:
@@ -127,12 +127,12 @@ class EMA(lightning.Callback):
             self._swap()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave in the module what was evaluated."""
+        """Leave the evaluated weights in the module."""
         if self.evaluate and not self._averages_live:
             self._swap()
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Free the device's memory, and stay able to write a checkpoint."""
+        """Free the device's memory; a checkpoint can still be written."""
         if stage == "fit":
             if self._hook is not None:
                 self._hook.remove()
@@ -141,7 +141,7 @@ class EMA(lightning.Callback):
 
     def _swap(self) -> None:
         """Exchange averages and raw weights without a copy: the tensors of the module stay, their memory changes."""
-        with torch.inference_mode(False):  # evaluation's inference mode would mark the weights for good
+        with torch.inference_mode(False):  # tensors of inference mode could not be trained again
             for index, tensor in enumerate(self._live):
                 tensor.data, self._other[index] = self._other[index], tensor.data
         self._averages_live = not self._averages_live
@@ -149,11 +149,11 @@ class EMA(lightning.Callback):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """How many updates the average has seen; the weights themselves stand beside the module's."""
+        """The number of updates; the averaged weights are stored beside the module's."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the rise of the decay."""
+        """Restore the number of updates, from which the decay follows."""
         self.updates = state_dict["updates"]
 
     def on_save_checkpoint(
@@ -175,7 +175,7 @@ class EMA(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the version that is wanted: to train on, the raw weights; to evaluate, what `evaluate` says."""
+        """Load the raw weights for training, and for evaluation the version that `evaluate` asks for."""
         stored = checkpoint["state_dict"]
         raw = checkpoint.get(RAW_WEIGHTS, stored)
         averaged = checkpoint.get(AVERAGED_WEIGHTS, stored if RAW_WEIGHTS in checkpoint else None)
@@ -183,7 +183,7 @@ class EMA(lightning.Callback):
             wanted = raw
             self._loaded = averaged
             if averaged is None:
-                rank_zero_info("The checkpoint holds no averaged weights: their average begins at its weights.")
+                rank_zero_info("The checkpoint holds no averaged weights: the average starts from its weights.")
         else:
             wanted = averaged if self.evaluate and averaged is not None else raw
             self._live, self._other, self._place = [], [], {}  # of an earlier training; the module has others now

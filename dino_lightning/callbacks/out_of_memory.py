@@ -1,4 +1,4 @@
-"""What a run was doing when memory ran out, and what helps."""
+"""Explains an out-of-memory error: at which batch it happened, and what helps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_lightning.training.module import DINOModule
 
 
 class OutOfMemoryReporter(lightning.Callback):
-    """Remembers the size of the batch at work; `explained` makes a sentence of it when memory has run out."""
+    """Notes the size of each batch; `explained` turns an out-of-memory error into a sentence with it."""
 
     def __init__(self) -> None:
         self._trainer: lightning.Trainer | None = None
@@ -23,13 +23,13 @@ class OutOfMemoryReporter(lightning.Callback):
         self._size: StepSize | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Note who works."""
+        """Note the Trainer."""
         self._trainer = trainer
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the batch; its sizes only, its tensors would stay on the device."""
+        """Note the sizes of the batch (a reference to its tensors would keep them on the device)."""
         self._note(pl_module, batch, f"in batch {batch_idx + 1} of training epoch {trainer.current_epoch + 1}")
 
     def on_validation_batch_start(
@@ -40,7 +40,7 @@ class OutOfMemoryReporter(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """As in training."""
+        """Note the sizes of the batch, as in training."""
         self._note(pl_module, batch, f"in batch {batch_idx + 1} of the validation")
 
     def on_test_batch_start(
@@ -51,7 +51,7 @@ class OutOfMemoryReporter(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """As in training."""
+        """Note the sizes of the batch, as in training."""
         self._note(pl_module, batch, f"in batch {batch_idx + 1} of the test")
 
     def _note(self, module: lightning.LightningModule, batch: Any, place: str) -> None:
@@ -59,11 +59,11 @@ class OutOfMemoryReporter(lightning.Callback):
             self._place, self._size = place, StepSize.of(batch, module.model)
 
     def explained(self, error: BaseException) -> OutOfMemory:
-        """Where memory ran out, how large the batch was, and what helps."""
+        """The error to show: where memory ran out, how large the batch was, and what helps."""
         if "DataLoader worker" in str(error):
             return OutOfMemory(
-                "A loader process ran out of memory: lower data.num_workers, or have very large images kept scaled "
-                "down in data.cache_dir."
+                "A loader process ran out of memory: lower data.num_workers, or set data.cache_dir to cache very large "
+                "images scaled down."
             )
         size = "" if self._size is None else f", which has {self._size}"
         remedies = self._remedies()
@@ -77,7 +77,7 @@ class OutOfMemoryReporter(lightning.Callback):
         return f" ({torch.cuda.get_device_properties(device).total_memory / GIGABYTE:.1f} GB of {device})"
 
     def _remedies(self) -> list[str]:
-        """What the run does not do already, the mildest first."""
+        """What helps and is not in use yet, the mildest first."""
         trainer = self._trainer
         found = []
         if trainer is not None:
@@ -101,4 +101,4 @@ class OutOfMemoryReporter(lightning.Callback):
                 f"--data.batch_size {images // 2} with --trainer.accumulate_grad_batches {accumulated * 2} in place of "
                 "--auto_batch_size"
             )
-        return f"--auto_batch_size {images * accumulated * trainer.world_size} to have batches chosen that fit"
+        return f"--auto_batch_size {images * accumulated * trainer.world_size} to choose batches that fit"

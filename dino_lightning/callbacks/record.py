@@ -1,4 +1,4 @@
-"""What a run was made with: `run.json` and `config.yaml` in its folder."""
+"""Records how a run was made: `run.json` and `config.yaml` in its folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pil
 
 
 class RunRecord(lightning.Callback):
-    """Writes versions, commit, data, classes and command line; each start of the run adds an entry.
+    """Writes versions, commit, data, classes and command line to a file; each start of the run adds an entry.
 
     Args:
         path: the JSON file.
@@ -36,7 +36,7 @@ class RunRecord(lightning.Callback):
         self.path = path
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write, on the first process."""
+        """Write the file, on the first process."""
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(data, CocoDataModule):
             return
@@ -57,29 +57,29 @@ class RunRecord(lightning.Callback):
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False))
 
     def _starts(self) -> list[Any]:
-        """Those of before, if the run goes on."""
+        """The entries of earlier starts of a resumed run."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return list(json.loads(self.path.read_text())["starts"])
         return []
 
 
 class SavedConfig(SaveConfigCallback):
-    """Lightning's, but a run that goes on keeps its old `config.yaml` until its checkpoint has been accepted."""
+    """Lightning's callback, but a resumed run keeps its old `config.yaml` until its checkpoint has been accepted."""
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Save at once in evaluation; training waits for `on_fit_start`."""
+        """Save at once in evaluation; in training `on_fit_start` does it."""
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The checkpoint is read by now. It is not named: a new run with this configuration must not go on with it."""
+        """Save, without the checkpoint: a new run with this configuration must not resume from it."""
         self.config = self.config.clone()
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
 
 
 def fingerprint(data: CocoDataModule) -> dict[str, dict[str, Any]]:
-    """Of each split: its images and boxes, and a SHA-256 of its annotation file and of the sizes of its image files."""
+    """For each split: the numbers of images and boxes, and a SHA-256 of annotation file and image file sizes."""
     result = {}
     for name in ("train", "val", "test"):
         split = getattr(data, f"{name}_set")
@@ -108,7 +108,7 @@ def _classes(data: CocoDataModule) -> list[dict[str, Any]]:
 
 
 def _without_query(command: str) -> str:
-    """Addresses without what follows their question mark, where signatures and tokens are."""
+    """The command with the query part of its URLs replaced by dots: signatures and tokens are there."""
     return re.sub(r"(\w+://[^\s?]+)\?[^\s']+", r"\1?...", command)
 
 
@@ -125,7 +125,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit that the package is at, with a + if files differ from it; None outside of a checkout."""
+    """The commit of the package, with a + if files differ from it; None outside a checkout."""
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,8 +1,8 @@
-"""Saving while a run goes on, and stopping it on request: all processes at the same step, files whole or absent.
+"""Saves checkpoints during training and stops it on request: all ranks at the same step, files complete or absent.
 
-A signal reaches one process, or all, at any moment; Lightning's own handler broadcasts from inside the handler, which
-can wait for ever, and its loop asks all processes before each batch. Here a signal only leaves a note, and the
-processes ask each other every few seconds, between two steps, whether anyone has one.
+A signal reaches one process, or all, at any moment. Lightning's own handler broadcasts from inside the handler, which
+can block forever, and its loop asks all ranks before each batch. Here a signal handler only sets a flag, and every few
+seconds, between two steps, the ranks ask each other whether anyone has it set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StoppedOnRequest(Exception):
     Attributes:
         step: optimizer steps done.
         signal_number: the signal that asked, SIGTERM if it was the flag file.
-        checkpoint: where the run can be gone on with.
+        checkpoint: the one to resume from.
     """
 
     def __init__(self, step: int, signal_number: int, checkpoint: Path) -> None:
@@ -44,15 +44,15 @@ class StoppedOnRequest(Exception):
 
 
 class GracefulCheckpoint(lightning.Callback):
-    """Saves a checkpoint every so often, and saves one and raises `StoppedOnRequest` when the run is asked to stop.
+    """Saves a checkpoint at intervals; when asked to stop, saves one and raises `StoppedOnRequest`.
 
-    SIGINT (ctrl-C) and SIGTERM ask for it, on any process, and so does a flag file. A second signal ends the process at
-    once. A save between two steps costs the run nothing but its time: what follows is the same as without it.
+    SIGINT (Ctrl-C) and SIGTERM ask to stop, on any rank, and so does a flag file. A second signal ends the process at
+    once. Saving between two steps does not change the training that follows.
 
     Args:
         checkpoint: where to save.
-        every_minutes: how often to save, by the clock; 0 for never.
-        every_steps: how often to save, by optimizer steps; 0 for never.
+        every_minutes: minutes between two saves; 0 for none.
+        every_steps: optimizer steps between two saves; 0 for none.
         flag: a file that asks to stop as soon as it exists.
     """
 
@@ -71,21 +71,21 @@ class GracefulCheckpoint(lightning.Callback):
     # ------------------------------------------------------------------ signals
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Tidy up after a process that was killed, and take over what Lightning does in ways that harm."""
+        """Remove what a killed process left, and switch off two parts of Lightning's loop that do harm here."""
         if trainer.is_global_zero:
             remove_unfinished(self.checkpoint.parent, ".ckpt")
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
-            # Lightning 2.6; before each batch it asks all processes for a SIGTERM, a wait for the device
+            # Lightning 2.6: before each batch it asks all ranks for a SIGTERM, a device synchronisation
             loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # it has no switch
         if hasattr(trainer.fit_loop, "_iteration_based_training"):
-            # Lightning 2.6; with max_steps, a run that goes on would end its last epoch once more
+            # Lightning 2.6: with max_steps, a resumed run would end its last epoch once more
             trainer.fit_loop._iteration_based_training = _never  # type: ignore[method-assign]  # it has no switch
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let a run folder that has been moved keep its best checkpoint, which Lightning forgets in any other place."""
+        """Keep the best checkpoint of a run folder that was moved; Lightning forgets it in another folder."""
         if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.checkpoint.resolve().parent:
             return
         for key, state in checkpoint.get("callbacks", {}).items():
@@ -93,18 +93,18 @@ class GracefulCheckpoint(lightning.Callback):
                 checkpoint["callbacks"][key] = _moved(state, str(state.get("dirpath")), self.checkpoint.parent)
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """From here on signals leave a note; Lightning has set its own handlers by now."""
+        """Set the signal handlers; Lightning has set its own by now."""
         self._handle_signals()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """As before the sanity check, which may be left out."""
+        """Set the signal handlers, in case there is no sanity check, and start the clock."""
         self._handle_signals()
         self._step = trainer.global_step
         self._last_save = time.monotonic()
 
     def _handle_signals(self) -> None:
         if not self._handling and threading.current_thread() is threading.main_thread():
-            self._handling = True  # Lightning puts the former handlers back when the run ends
+            self._handling = True  # Lightning restores the former handlers when the run ends
             for number in SIGNALS:
                 signal.signal(number, self._remember)
 
@@ -115,7 +115,7 @@ class GracefulCheckpoint(lightning.Callback):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
                 f"\n{signal.Signals(number).name}: saving a checkpoint after this step, then stopping. "
-                "Once more stops at once.",
+                "A second signal stops at once.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -123,18 +123,18 @@ class GracefulCheckpoint(lightning.Callback):
     # ------------------------------------------------------------------ steps
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Poll at the first batch: the pace may be another one."""
+        """Ask the other ranks at the first batch: the pace may have changed."""
         self._batches_to_poll = 1
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """As at the start of an epoch."""
+        """Stop if it is time, and ask the other ranks at the first batch."""
         self._raise_if_stopped()
         self._batches_to_poll = 1
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, now that the figures of the last step are logged."""
+        """Stop if it is time; the metrics of the last step are logged by now."""
         self._raise_if_stopped()
 
     def _raise_if_stopped(self) -> None:
@@ -149,11 +149,11 @@ class GracefulCheckpoint(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save or stop, where it is due.
+        """Save or stop if it is time.
 
-        Not after the last batch of an epoch, where Lightning would go on with the next epoch, not between batches whose
-        gradients are accumulated, which would be lost, and not before a validation within an epoch, which Lightning
-        would pass over when going on; then after the next step.
+        Not after the last batch of an epoch, where Lightning would resume with the next epoch; not between batches
+        whose gradients are accumulated, which would be lost; and not before a validation within an epoch, which
+        Lightning would skip when resuming. In these cases it happens after the next step.
         """
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and self.every_steps and trainer.global_step % self.every_steps == 0:
@@ -179,13 +179,13 @@ class GracefulCheckpoint(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop, where that is due: an evaluation may take longer than whoever asks is willing to wait."""
+        """Stop if asked to: an evaluation may take longer than the time that is left before a kill."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         stop, _ = self._poll(trainer)
         if stop:
-            # Lightning would take up the evaluation in its middle and judge the rest of the images alone, or pass over
-            # it. In this state it begins anew: started with its first batch, nothing done.
+            # Lightning would resume in the middle of the evaluation and evaluate only the rest of the images, or skip
+            # it. In this state (first batch started, none done) it starts the evaluation again.
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.increment_ready()
@@ -194,11 +194,11 @@ class GracefulCheckpoint(lightning.Callback):
             raise StoppedOnRequest(trainer.global_step, stop, self.checkpoint)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self.checkpoint)  # on all processes: it ends with a barrier
+        trainer.save_checkpoint(self.checkpoint)  # on all ranks: it ends with a barrier
         self._last_save, self._owed = time.monotonic(), False
 
     def _poll(self, trainer: lightning.Trainer) -> tuple[int, bool]:
-        """(the signal that asks to stop or 0, whether the clock says to save), the same on all processes."""
+        """The signal that asks to stop (or 0), and whether it is time to save; the same on all ranks."""
         stop = int(signal.SIGTERM) if self.flag is not None and self.flag.exists() else self._signal
         now = time.monotonic()
         due = self.every_minutes > 0 and now - self._last_save > 60 * self.every_minutes
@@ -207,7 +207,7 @@ class GracefulCheckpoint(lightning.Callback):
         self._batches_to_poll -= 1
         if self._batches_to_poll > 0:
             return 0, False
-        # One collective for all: what is asked for, and the pace of the slowest, from which all take the next interval.
+        # One collective operation: the requests, and the pace of the slowest rank, which sets the next interval.
         asked = [float(stop), float(due), (now - self._last_poll) / self._interval]
         asked_by_any = trainer.strategy.reduce(
             torch.tensor(asked, device=trainer.strategy.root_device), reduce_op="max"
@@ -229,7 +229,7 @@ def _never() -> bool:
 
 
 def _moved(value: Any, before: str, now: Path) -> Any:
-    """A callback's state with the paths in the folder `before` in the folder `now`."""
+    """A callback's state in which paths within the folder `before` are within the folder `now`."""
     if isinstance(value, dict):
         return {_moved(key, before, now): _moved(content, before, now) for key, content in value.items()}
     if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
@@ -248,14 +248,14 @@ def _validation_follows(trainer: lightning.Trainer, batch_idx: int) -> bool:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints to a temporary name and renames them, keeps the one before `last.ckpt`, and reads them safely.
+    """Writes a checkpoint under a temporary name and renames it, keeps the previous `last.ckpt`, and reads safely.
 
-    Whatever interrupts it, a checkpoint is whole or absent, and of `last.ckpt` there is always one that is whole. No
-    code in a checkpoint is run, whatever Lightning's default.
+    Whatever interrupts it, a checkpoint is complete or absent, and there is always a complete `last.ckpt` or
+    `previous.ckpt`. Code in a checkpoint is never run, whatever Lightning's default.
     """
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint to the host.
+        """Read a checkpoint into host memory.
 
         Raises:
             CheckpointError: see `read_checkpoint`.
@@ -279,18 +279,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if path.name == "last.ckpt" and path.exists():
                     _link(path, previous_checkpoint(path))
         except (OSError, RuntimeError) as error:
-            reason = _what_the_system_says(error)
+            reason = _system_reason(error)
             if reason is None:
                 raise
             kept = "; the last one that was saved is intact" if path.exists() else ""
             raise CheckpointError(
-                f"The checkpoint {path} could not be written ({reason}){kept}. Make room, then go "
-                "on with --ckpt_path last."
+                f"The checkpoint {path} could not be written ({reason}){kept}. Free some space, then resume with "
+                "--ckpt_path last."
             ) from error
 
 
-def _what_the_system_says(error: BaseException | None) -> str | None:
-    """The reason in an error of the system, or in one behind which PyTorch's own complaint hides it."""
+def _system_reason(error: BaseException | None) -> str | None:
+    """The operating system's reason, also where PyTorch raised its own error because of it; None without one."""
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
@@ -299,11 +299,11 @@ def _what_the_system_says(error: BaseException | None) -> str | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Let `target` be the same file as `source`, which then may be replaced."""
+    """Make `target` a hard link to `source`, which may then be replaced."""
     temporary = target.with_name(f"{target.name}.link")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-    except OSError:  # a file system without hard links: one checkpoint has to do
+    except OSError:  # a file system without hard links: there is only one checkpoint
         return
     temporary.replace(target)

@@ -27,6 +27,7 @@ from dino_lightning.cli.arguments import DEFAULT_SEED, FROM_DATA, explain_argume
 from dino_lightning.cli.command import SIGNAL_EXIT_CODE, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.help_pages import asks_for_all
+from dino_lightning.cli.quiet import metrics_table, parameter_line, quiet
 from dino_lightning.cli.run_options import (
     add_own_options,
     as_list,
@@ -96,6 +97,13 @@ class DINOCLI(LightningCLI):
     def _add_instantiators(self) -> None:
         """Keep the stored hyperparameters plain (Lightning would add the names of its own helpers to them)."""
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Without Lightning's own table of results: ours follows it."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.set_defaults(verbose=False)
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Keep the user's values: Lightning would overwrite them with those stored in the checkpoint."""
 
@@ -127,6 +135,8 @@ class DINOCLI(LightningCLI):
             config["logger"] = loggers(self.run_dir)
         config["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
+        if config.get("enable_model_summary") is None:
+            config["enable_model_summary"] = False  # `parameter_line` says it in one line
         own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.get("callbacks")))
         if config.get("enable_progress_bar") is not False and not own_bar:
             callbacks = [*callbacks, Progress()]
@@ -145,8 +155,9 @@ class DINOCLI(LightningCLI):
     def before_fit(self) -> None:
         """Print the dataset and, of a resumed run, the options that changed since its checkpoint."""
         self._introduce()
+        assert isinstance(self.model, DINOModule)
+        say(f"{parameter_line(self.model)}\n")
         if self.config.fit.ckpt_path is not None:
-            assert isinstance(self.model, DINOModule)
             self.model.has_weights = True  # the Trainer tells so only after the module is set up
             before = options_of(Path(self.config.fit.ckpt_path))
             changes = [] if before is None else changed_options(before, self.config.fit.as_dict())
@@ -202,7 +213,8 @@ class DINOCLI(LightningCLI):
         self.before_validate()
 
     def after_validate(self) -> None:
-        """Show the classes one by one, and write the report."""
+        """Show the metrics, the classes one by one, and write the report."""
+        say(f"\n{metrics_table(self.trainer.callback_metrics)}\n")
         self._show_classes()
         self._write_report()
 
@@ -276,6 +288,12 @@ def execute(
         UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
         StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
     """
+    resuming = any(arg.partition("=")[0] == "--ckpt_path" for arg in args)
+    with quiet(subcommand, resuming=resuming):
+        _execute(subcommand, args, callbacks, stop_flag)
+
+
+def _execute(subcommand: str, args: Sequence[str], callbacks: Sequence[Callback], stop_flag: Path | None) -> None:
     prepared, run_dir = prepare(subcommand, ["--help"] if asks_for_all(args) else list(args))
     watch = OutOfMemoryReporter()
     try:

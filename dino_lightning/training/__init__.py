@@ -1,1 +1,1 @@
-"""The LightningModule and what belongs to a training step: optimizer, schedule, memory, resuming."""
+"""The LightningModule and the parts of a training step: optimizer, schedule, memory, resuming."""

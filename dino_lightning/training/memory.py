@@ -1,4 +1,4 @@
-"""What a training step takes in memory, how much there is, and how a user is told that it was too little."""
+"""The memory that a training step takes, measured on a GPU and estimated elsewhere, and the memory available."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 
 ADAM_MOMENTS = 2  # tensors that AdamW keeps for each parameter
 GIGABYTE = 1e9
-SCRATCH = 300_000_000  # bytes that convolutions on a CPU took for themselves at most, in the sizes that were measured
+SCRATCH = 300_000_000  # bytes, the most that convolutions on a CPU allocated internally in the measured sizes
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA and MPS
     "DefaultCPUAllocator: can't allocate memory",
@@ -37,7 +37,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the host."""
+    """Whether the error says that the device or the host ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
@@ -45,12 +45,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What decides on the memory that a batch takes.
+    """The sizes that determine the memory of a batch.
 
     Attributes:
         images: in the batch.
         canvas: (height, width) in pixels.
-        boxes: of the image that has the most.
+        boxes: in the image that has the most.
         denoising_queries: for each image.
     """
 
@@ -76,12 +76,12 @@ class StepSize:
 
 
 def denoising_queries(num_denoising: int, boxes: int) -> int:
-    """Denoising queries for each image of a batch whose fullest image has so many boxes."""
+    """The number of denoising queries for each image of a batch in which the largest number of boxes is `boxes`."""
     return 2 * num_denoising_groups(num_denoising, boxes) * boxes if num_denoising else 0
 
 
 def worst_box_count(most_boxes: int, num_denoising: int) -> int:
-    """Of the counts up to `most_boxes`, the one that makes the most queries: whole groups of boxes are denoised."""
+    """The count up to `most_boxes` with the most queries (not always the largest, as groups are complete)."""
     return max(range(most_boxes + 1), key=lambda count: (denoising_queries(num_denoising, count), count))
 
 
@@ -91,16 +91,16 @@ def worst_box_count(most_boxes: int, num_denoising: int) -> int:
 def peak_of_step(
     model: DINO, criterion: Criterion, batch: Batch, *, precision: Precision = contextlib.nullcontext, spare: int = 0
 ) -> int:
-    """Take optimizer steps, and give the most memory in bytes that the GPU ever had in use.
+    """Take optimizer steps and return the peak memory in bytes in use on the GPU.
 
-    Whatever else is on the device counts as well. Parameters and buffers change; see `preserve_state`.
+    Other processes on the device count as well. Parameters and buffers change; see `preserve_state`.
 
     Args:
         model: on a GPU.
         criterion: the loss.
         batch: on the host.
-        precision: makes the context in which the forward pass is computed.
-        spare: bytes that the run needs beside its steps.
+        precision: makes the context for the forward pass.
+        spare: bytes that the run needs besides its steps.
 
     Raises:
         RuntimeError: out of memory, see `is_out_of_memory`.
@@ -118,8 +118,8 @@ def peak_of_step(
 def take_steps(
     model: DINO, criterion: Criterion, batch: Batch, *, precision: Precision = contextlib.nullcontext
 ) -> None:
-    """Two optimizer steps; the second has the optimizer's state and accumulated gradients, as the steps of a run."""
-    # Of one colour, near the mean of photographs: random weights of a deep backbone would make infinities of contrasts.
+    """Take two optimizer steps; like the steps of a run, the second has optimizer state and accumulated gradients."""
+    # One colour near the mean of photographs: with random weights, a deep backbone would overflow on contrasts.
     batch.images.copy_(model.image_mean.expand_as(batch.images))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=batch.images.device.type in ("cpu", "cuda"))
@@ -132,7 +132,7 @@ def take_steps(
 
 def _loss(model: DINO, criterion: Criterion, batch: Batch) -> Tensor:
     assert batch.targets is not None
-    # Told the boxes, the criterion asks no other process for theirs: one may have no batch left that fits.
+    # Given the number of boxes, the criterion does not communicate: another rank may have no batch that fits.
     alone = torch.ones((), device=batch.images.device)
     losses: dict[str, Tensor] = criterion(model(batch), batch.targets, batch.image_ids, num_boxes=alone)
     return losses["loss"]
@@ -140,7 +140,7 @@ def _loss(model: DINO, criterion: Criterion, batch: Batch) -> Tensor:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the model has its parameters, buffers and gradients again, where they were."""
+    """Restore the model's parameters, buffers and gradients, and their devices, at the end of the block."""
     tensors = [*model.parameters(), *model.buffers()]
     # By name as well: moved to another device, a parameter stays the same object, a buffer does not.
     named = [(part, name, buffer) for part in model.modules() for name, buffer in part.named_buffers(recurse=False)]
@@ -160,50 +160,50 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes that their values take."""
+    """The total size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def release() -> None:
-    """Give memory back that nothing uses."""
+    """Free unused memory, of Python and of CUDA's cache."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # nothing where CUDA has not been used
+        torch.cuda.empty_cache()  # does nothing where CUDA has not been used
 
 
 # ---------------------------------------------------------------------- on the host
 
 
 def estimated_peak(model: DINO, batch: Batch) -> int:
-    """The memory in bytes that steps on a batch need at most, beside the parameters and the batch.
+    """The peak memory in bytes of steps on a batch, without the parameters and the batch itself.
 
-    Forward and backward pass are made with tensors that have shapes and no content: every operation is looked at for
-    what it makes, and for when that is let go of. What operations use within themselves is not seen; an allowance
-    stands for it. Running averages of norms change; see `preserve_state`.
+    Forward and backward pass run on fake tensors, which have shapes and no content; the tensors that operations make
+    are counted as long as they live. Memory within operations is not seen; `SCRATCH` allows for it. Running averages
+    of norms change; see `preserve_state`.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     live = _LiveBytes()
-    judge = Criterion(matcher=_AnyMatch())
+    criterion = Criterion(matcher=_AnyMatch())
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        torch.autograd.grad(_loss(model, judge, batch), trainable, allow_unused=True)
+        torch.autograd.grad(_loss(model, criterion, batch), trainable, allow_unused=True)
     # the optimizer's state, and gradients that are being accumulated
     return live.peak + (ADAM_MOMENTS + 1) * tensor_bytes(trainable) + SCRATCH
 
 
 class _AnyMatch(HungarianMatcher):
-    """Assigns every box to the first query: for an assignment costs need to be known, for memory only their shapes."""
+    """Assigns every box to the first query: fake tensors have no costs to compare, only shapes."""
 
     def forward(
         self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: Sequence[int] | None = None
     ) -> Matches:
-        """Count the costs, and leave them alone."""
+        """Compute the costs for their memory, and return the assignment to query 0."""
         self.cost(logits, boxes_cxcywh, targets)
         queries = torch.zeros((len(logits), *targets.labels.shape), dtype=torch.int64, device=logits.device)
         return Matches(queries=queries, matched=queries >= 0)
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Adds up the sizes of the tensors that operations make, as long as they live."""
+    """Adds up the sizes of the living tensors that operations made, and keeps the peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -233,10 +233,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
 
 
 def available_memory() -> int:
-    """The bytes of memory that this process can still get, with what the system would give up for it.
-
-    Within a container its limit counts.
-    """
+    """The bytes of memory available to this process, file caches included; a container's limit counts."""
     groups = Path("/sys/fs/cgroup")
     found = [
         _left_in_group(groups / "memory.max", groups / "memory.current", groups / "memory.stat"),
@@ -252,7 +249,7 @@ def available_memory() -> int:
 
 
 def _left_in_group(limit: Path, usage: Path, statistics: Path) -> int | None:
-    """What a control group has left; None without one, or without a limit."""
+    """The bytes left in a control group; None without one, or without a limit."""
     try:
         most, used = limit.read_text().strip(), int(usage.read_text())
         lines = dict(line.split() for line in statistics.read_text().splitlines())
@@ -260,7 +257,7 @@ def _left_in_group(limit: Path, usage: Path, statistics: Path) -> int | None:
         return None
     if not most.isdigit():  # "max"
         return None
-    pages = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))  # file contents, given up on demand
+    pages = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))  # file caches, freed on demand
     return max(0, int(most) - used + pages)
 
 

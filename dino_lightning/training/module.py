@@ -45,33 +45,33 @@ from dino_lightning.weights.loading import (
 class DINOModule(lightning.LightningModule):
     """DINO as a LightningModule: the published recipe by default.
 
-    Every constructor argument of `DINO` is one here as well. Class names, category ids and evaluation sizes are taken
-    from the trainer's data module where it has them and they are not given.
+    Every constructor argument of `DINO` is an argument here too. Class names, category ids and image sizes that are
+    not given are taken from the Trainer's data module.
 
     Args:
         num_classes: K, classes with contiguous labels 0..K-1.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
-        weights: what to start from: a file or an address (https:// or s3://, with #sha256=... after it to have it
-            checked) with a DINO checkpoint, published or ours, or with a backbone alone; or a name of torchvision's
-            weights for the backbone. Class heads are matched by name.
-        backbone_weights: as `weights`, for the backbone alone; null for random ones. Not used with `weights` or when
+        weights: initial weights: a file or URL (https:// or s3://, with #sha256=... at the end to verify it) of a
+            DINO checkpoint, published or ours, or of a backbone alone; or the name of torchvision weights for the
+            backbone. Class heads are matched by name.
+        backbone_weights: the same for the backbone alone; null for random ones. Not used with `weights` or when
             resuming.
         lr: learning rate of everything outside the backbone.
         backbone_lr: learning rate of the backbone.
-        backbone_layer_decay: what the rate of each earlier stage of the backbone is multiplied with once more.
+        backbone_layer_decay: layer-wise decay: the factor between the learning rates of a backbone stage and the next.
         weight_decay: AdamW's decoupled weight decay.
         group_rule: how parameters are grouped, see `dino_lightning.training.optim.parameter_groups`.
         clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
-        max_non_finite_steps: how many steps in a row are left out because their predictions or gradients are not
-            finite numbers, before training stops.
-        warmup_steps: the rates rise linearly over so many optimizer steps.
-        lr_schedule: `step` drops the rates at given epochs, `cosine` takes them to 0 along half a cosine.
-        lr_drop_epochs: after how many epochs the learning rate drops; by default once, after 11/12 of the epochs.
-        lr_drop_factor: what the learning rate is multiplied with at each drop.
-        freeze: parts of the detector that do not train, such as `backbone` or `encoder`; they stay in evaluation mode.
-        compile: compile the layers of encoder and decoder, which takes minutes at the start, and again for new shapes
-            of batches until the compiler gives up on fixed ones; best with the data's `fixed_size`. Needs a C compiler.
+        max_non_finite_steps: how many steps in a row may be skipped because their predictions or gradients are not
+            finite, before training stops.
+        warmup_steps: number of optimizer steps of linear learning-rate warm-up.
+        lr_schedule: `step` drops the learning rate at given epochs, `cosine` takes it to 0 along half a cosine.
+        lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs.
+        lr_drop_factor: the factor of each drop.
+        freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
+        compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
+            shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
         max_detections: detections kept for each image.
         image_size: short side in pixels to which `detect` resizes; the data's by default.
         max_size: limit of the long side in `detect`; the data's by default.
@@ -80,7 +80,7 @@ class DINOModule(lightning.LightningModule):
 
     Raises:
         TypeError: an argument that neither this class nor `DINO` has.
-        ValueError: a size that cannot be, or weights that cannot be used.
+        ValueError: an impossible size, or weights that cannot be used.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class DINOModule(lightning.LightningModule):
         self.class_results: list[ClassResult] = []
         self.evaluation: Evaluation | None = None  # of the last validate or test, on the first process
         self.score_threshold = 0.3  # the best-F1 point once a validation has found it
-        self.has_weights = False  # or will have: those of a checkpoint that the run goes on from
+        self.has_weights = False  # or will have, from the checkpoint of a resumed run
         self._noise_seed: int | None = None
-        self.training_figures = StepMetrics()
-        self._shown: dict[str, float] = {}  # figures of this step, where they are logged
+        self.step_metrics = StepMetrics()
+        self._shown: dict[str, float] = {}  # metrics of this step, if they are logged
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
 
@@ -142,12 +142,12 @@ class DINOModule(lightning.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Take what the data module knows; load starting weights once, and not when a checkpoint follows."""
+        """Take class names and sizes from the data module; load initial weights once, unless a checkpoint follows."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self._take_from_data(data)
         if stage == "fit" and not self.has_weights:
-            self._load_starting_weights(num_images=len(getattr(data, "train_set", ())))
+            self._load_initial_weights(num_images=len(getattr(data, "train_set", ())))
             self.has_weights = True
 
     def _take_from_data(self, data: Any) -> None:
@@ -161,7 +161,7 @@ class DINOModule(lightning.LightningModule):
             if self.hparams[name] is None and getattr(data, name, None) is not None:
                 self.hparams[name] = getattr(data, name)
 
-    def _load_starting_weights(self, num_images: int) -> None:
+    def _load_initial_weights(self, num_images: int) -> None:
         whole, backbone = self.hparams["weights"], self.hparams["backbone_weights"]
         if whole is not None:
             rank_zero_info(load_initial_weights(self.model, whole, self.hparams["class_names"]))
@@ -174,19 +174,19 @@ class DINOModule(lightning.LightningModule):
                 rank_zero_warn(advice)
 
     def on_fit_start(self) -> None:
-        """Compile, where that is wanted; the model is on its device by now."""
+        """Compile the layers if asked to; the model is on its device by now."""
         if self.hparams["compile"]:
             self.model.compile_layers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, fused into one kernel for each group, and the schedule of its rates."""
+        """AdamW, fused into one kernel for each group, and its learning-rate schedule."""
         optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self._fused)
         schedule = RateSchedule(
             optimizer,
             warmup_steps=self.hparams["warmup_steps"],
             milestones=self._milestones(),
             gamma=self.hparams["lr_drop_factor"],
-            cosine_steps=1 if self.hparams["lr_schedule"] == "cosine" else None,  # of all, see `on_train_start`
+            cosine_steps=1 if self.hparams["lr_schedule"] == "cosine" else None,  # set in `on_train_start`
         )
         if schedule.cosine_steps and self.trainer.max_steps < 0 and (self.trainer.max_epochs or -1) < 0:
             raise ValueError("lr_schedule=cosine ends with the training: set max_epochs or max_steps.")
@@ -194,22 +194,22 @@ class DINOModule(lightning.LightningModule):
 
     @property
     def _fused(self) -> bool:
-        """Not with a gradient scaler: a fused optimizer unscales only in its step, after the gradients are clipped."""
+        """Whether AdamW is fused; not with a gradient scaler, as it would unscale only after gradient clipping."""
         device = self.trainer.strategy.root_device  # where the module will be, when its checkpoint is read
         return device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:
-        """Settle the seed of the noise, and the rates: in a resumed run those of its options of now, not the stored."""
+        """Set the noise seed and the learning rates; a resumed run has those of its current options."""
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
         schedule = self.lr_schedulers()
         if isinstance(schedule, RateSchedule) and schedule.cosine_steps is not None:
-            # Not earlier: asked for the number, Lightning makes its loaders, which then pass over their stored state.
+            # Not earlier: this makes Lightning create its loaders, which would then ignore their stored state.
             schedule.cosine_steps = int(self.trainer.estimated_stepping_batches)
-        self._set_rates()  # here as well: of an epoch that a run goes on with in its middle, Lightning calls no start
+        self._set_rates()  # a run resumed within an epoch has no `on_train_epoch_start`
 
     def on_train_epoch_start(self) -> None:
-        """Set the rates of this epoch."""
+        """Set the learning rates of this epoch."""
         self._set_rates()
 
     def _set_rates(self) -> None:
@@ -218,7 +218,7 @@ class DINOModule(lightning.LightningModule):
             schedule.at(step=self.global_step, epoch=self.current_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let the noise of a step follow from seed, epoch, batch and process: nothing has to be stored to go on."""
+        """Seed the noise of a step from seed, epoch, batch and rank, so that resuming needs no stored state."""
         assert self._noise_seed is not None
         torch.manual_seed(derive_seed(self._noise_seed, self.current_epoch, batch_idx, self.global_rank))
 
@@ -244,8 +244,8 @@ class DINOModule(lightning.LightningModule):
     ) -> None:
         """Clip to the Trainer's value if it has one, else to the recipe's, and keep the norm before clipping.
 
-        Not by Lightning's own function, which refuses fused optimizers (Lightning 2.6). This is also where accumulated
-        gradients, complete and summed over processes by now, are divided by the boxes that they come from.
+        Not with Lightning's own function, which refuses fused optimizers (Lightning 2.6). Accumulated gradients, which
+        are complete and summed over ranks by now, are normalised by their number of boxes here.
         """
         parameters = list(self.model.parameters())
         if self._accumulated.batches:
@@ -257,7 +257,7 @@ class DINOModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
         elif limit > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        self.training_figures.grad_norm = norm
+        self.step_metrics.grad_norm = norm
         self._non_finite.leave_out(norm, optimizer, scaled=self.trainer.precision == "16-mixed")
 
     # ------------------------------------------------------------------ steps
@@ -269,8 +269,8 @@ class DINOModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss of a batch.
 
-        Where gradients are accumulated, every batch counts by its boxes: the step is that of one large batch. What is
-        logged is the loss of each batch, divided by its own boxes.
+        Where gradients are accumulated, every batch is weighted by its boxes, so that the step is that of one large
+        batch; the logged loss of each batch is divided by its own boxes.
         """
         if batch.targets is None:
             raise ValueError("The batch has no targets; training needs them.")
@@ -283,30 +283,30 @@ class DINOModule(lightning.LightningModule):
             self._non_finite.check(batch, self.global_step, folder)
             return self._non_finite.note(batch, self.global_step, error, output, folder)
         self._non_finite.check(batch, self.global_step, folder)
-        self.training_figures.take(losses, images=len(batch))
+        self.step_metrics.take(losses, images=len(batch))
         if self.trainer.accumulate_grad_batches == 1:
             return losses["loss"]
         return losses["loss"] * self._accumulated.share(num_boxes)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Log every N steps, with one copy from the device for all figures; a copy in each step would be a wait.
+        """Log every N steps, with one copy from the device for all metrics: each copy is a device synchronisation.
 
-        Straight to the loggers: Lightning hands figures on only after the callbacks have saved their checkpoints, and a
-        run killed in between would lack them.
+        Directly to the loggers: Lightning logs only after the callbacks have saved their checkpoints, and a run killed
+        in between would lack the metrics.
         """
         super().optimizer_step(*args, **kwargs)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
         self._shown = {}
         if every and (self.global_step + 1) % every == 0:
-            self._shown = self.training_figures.of_step()
+            self._shown = self.step_metrics.of_step()
             self._send(self._shown, self.global_step)
 
-    def _send(self, figures: dict[str, float], step: int) -> None:
-        for logger in self.loggers if figures else ():
-            logger.log_metrics({**figures, "epoch": self.current_epoch}, step)
+    def _send(self, metrics: dict[str, float], step: int) -> None:
+        for logger in self.loggers if metrics else ():
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Give what was logged to the progress bar and to callbacks."""
+        """Show the logged metrics in the progress bar and to callbacks."""
         for name, value in self._shown.items():
             shown = name == "train/loss_step"
             self.log(name, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
@@ -317,20 +317,20 @@ class DINOModule(lightning.LightningModule):
         loss = self.epoch_loss
         if loss is not None:
             self._send({"train/loss_epoch": loss}, self.global_step - 1)
-            self.log("train/loss_epoch", loss, logger=False, batch_size=1)
-        self.training_figures.start_epoch()
+            self.log("train/loss_epoch", loss, logger=False, batch_size=1, sync_dist=True)
+        self.step_metrics.start_epoch()
 
     @property
     def epoch_loss(self) -> float | None:
-        """The mean training loss of the epoch so far; None before its first step. Waits for the device."""
-        return self.training_figures.epoch_loss
+        """The mean training loss of the epoch so far; None before its first step. Synchronises with the device."""
+        return self.step_metrics.epoch_loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Detect, remember for the metric, and return the batch's `detections` for callbacks."""
+        """Detect objects, update the metric, and return the batch's `detections` for callbacks."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """As `validation_step`."""
+        """The same as `validation_step`, for the test split."""
         return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
@@ -344,7 +344,7 @@ class DINOModule(lightning.LightningModule):
             self.score_threshold = results["F1_threshold"]
 
     def on_test_epoch_end(self) -> None:
-        """As at the end of validation."""
+        """Log the same metrics for the test split."""
         self._log_metric("test")
 
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
@@ -352,7 +352,7 @@ class DINOModule(lightning.LightningModule):
         if batch.targets is not None:
             try:
                 loss = self.criterion(output, batch.targets, batch.image_ids)["loss"]
-            except NonFiniteError:  # a bad score is enough; it is training that may have to stop
+            except NonFiniteError:  # the score will be bad; only training has to stop
                 loss = torch.full((), float("nan"), device=self.device)
             self.log(f"{stage}/loss", loss, batch_size=len(batch), on_epoch=True, sync_dist=True)
         detections = [found.cpu() for found in self._detections(output, batch)]
@@ -364,12 +364,12 @@ class DINOModule(lightning.LightningModule):
     def _log_metric(self, stage: str) -> dict[str, float]:
         results = self.metric.compute()
         self.class_results = self.metric.per_class()
-        # not in training, which has no use for it and would keep it until the next one
+        # not in training, where it would only take memory until the next validation
         self.evaluation = None if self.trainer.state.fn == TrainerFn.FITTING else self.metric.evaluated()
         self.metric.reset()
         shown = {f"{stage}/AP", f"{stage}/F1"}
         for name, value in results.items():
-            # the processes agree already; without sync_dist Lightning would warn about each name
+            # the ranks agree already; without sync_dist Lightning would warn about each name
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" in shown, sync_dist=True)
         return results
 
@@ -385,31 +385,31 @@ class DINOModule(lightning.LightningModule):
     # ------------------------------------------------------------------ checkpoints and use
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score threshold of the best F1, the seed of the noise and the loss of the epoch so far."""
+        """Store the score threshold of the best F1, the noise seed and the loss of the epoch so far."""
         checkpoint["score_threshold"] = float(self.score_threshold)
         checkpoint["noise_seed"] = self._noise_seed
-        checkpoint["epoch_loss"] = self.training_figures.of_epoch
+        checkpoint["epoch_loss"] = self.step_metrics.of_epoch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what `on_save_checkpoint` keeps, and leave the loaded weights alone in `setup`.
+        """Restore what `on_save_checkpoint` stored, and keep `setup` from loading initial weights.
 
         Raises:
-            CheckpointError: a checkpoint of other classes, of another architecture or of other parameter groups.
+            CheckpointError: the checkpoint has other classes, another architecture or other parameter groups.
         """
         check_same_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
         self._noise_seed = checkpoint.get("noise_seed")
-        self.training_figures.resume_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
+        self.step_metrics.resume_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
         self.has_weights = True
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
                 check_same_optimizer(checkpoint, self._parameter_groups())
                 for group in checkpoint["optimizer_states"][0]["param_groups"]:
-                    group["fused"] = self._fused  # of the precision of now
+                    group["fused"] = self._fused  # by the current precision
             resume_from_raw_weights(checkpoint)
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
-        """How images are resized for the detector; without sizes, as in training."""
+        """The transform that resizes images for the detector; without sizes, as in training."""
         stretch_to = self.hparams["stretch_to"] if image_size is None and max_size is None else None
         return eval_transform(
             image_size or self.hparams["image_size"] or 800,

@@ -1,4 +1,4 @@
-"""Steps whose predictions or gradients are not finite: left out, named, and counted, without a wait for the device."""
+"""Skips and reports steps whose predictions or gradients are not finite, without a device synchronisation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MOST_BATCHES_KEPT = 10
 
 
 class NonFiniteSteps:
-    """Keeps weights from being spoilt by a step that is not finite, and stops after too many in a row.
+    """Keeps a step that is not finite from changing the weights, and stops after too many in a row.
 
-    The optimizer's fused kernel is told on the device to leave such a step out (as a gradient scaler tells it). How
-    many there were in a row is copied to the host beside the work, and read in the next step, where the host has waited
-    for the matcher's costs and so for the copy. All processes of a run have the same gradients, so they leave out the
-    same steps and stop together.
+    The optimizer's fused kernel is told on the device to skip such a step (as a gradient scaler does). The number of
+    them in a row is copied to the host asynchronously and read in the next step, where the matcher has synchronised
+    with the device and the copy has arrived. All ranks have the same gradients, so they skip the same steps and stop
+    together.
 
     Args:
-        limit: how many in a row are left out; one more stops.
+        limit: how many in a row are skipped; one more stops the training.
     """
 
     def __init__(self, limit: int) -> None:
@@ -34,24 +34,24 @@ class NonFiniteSteps:
         self.total = 0
         self._in_a_row: Tensor | None = None  # on the device
         self._copy: Tensor | None = None  # on the host
-        self._view: npt.NDArray[np.int32] | None = None  # the same memory, to be read without an operator
-        self._seen = 0  # of those in a row, the ones that were said
-        self._noted = False  # whether this step was
+        self._view: npt.NDArray[np.int32] | None = None  # the same memory, read without a torch operator
+        self._seen = 0  # how many of those in a row were reported
+        self._noted = False  # whether this step was reported
         self._last: tuple[Batch, int] | None = None
 
     def note(self, batch: Batch, step: int, error: NonFiniteError, output: ModelOutput, folder: Path) -> Tensor:
-        """Take down a batch whose predictions are not finite.
+        """Report a batch whose predictions are not finite.
 
         Args:
             batch: the batch.
             step: optimizer steps done.
-            error: what the matcher said of it.
+            error: the matcher's error.
             output: of the model.
-            folder: where the batch is kept.
+            folder: where the batch is saved.
 
         Returns:
-            0-dim, a loss that is not finite and depends on every prediction, so that this process goes through the same
-            backward pass as the others, and all of them leave the step out.
+            0-dim, a loss that is not finite and depends on every prediction, so that this rank does the same backward
+            pass as the others, and all of them skip the step.
 
         Raises:
             NonFiniteError: `limit` is 0.
@@ -67,12 +67,12 @@ class NonFiniteSteps:
         return torch.stack([part.float().sum() for part in parts]).sum() * float("nan")
 
     def check(self, batch: Batch, step: int, folder: Path) -> None:
-        """Look at what became of the step before; to be called where the host has just waited for the device.
+        """Report the previous step if it was skipped; call it right after a device synchronisation.
 
         Args:
             batch: of this step.
             step: optimizer steps done.
-            folder: where the batch of the step before is kept if it was not finite.
+            folder: where the batch of the previous step is saved if it was not finite.
 
         Raises:
             NonFiniteError: there were too many in a row.
@@ -84,20 +84,21 @@ class NonFiniteSteps:
         if in_a_row > self.limit:
             raise NonFiniteError(
                 (self._last or (batch, step))[0].image_ids,
-                f" This was so in {in_a_row} steps in a row, which were left out: the weights are those before, and "
-                f"the last checkpoint is good. The batches are in {folder}.",
+                f" This happened in {in_a_row} steps in a row, which were skipped: the weights are as before them, "
+                f"and the last checkpoint is good. The batches are in {folder}.",
             )
         self._seen = in_a_row
         self._last = batch, step
 
     def leave_out(self, norm: Tensor, optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> None:
-        """Let the optimizer pass over this step if its gradients are not finite, and count.
+        """Make the optimizer skip this step if its gradients are not finite, and count it.
 
         Args:
             norm: 0-dim, total norm of the gradients.
-            optimizer: a fused one does so on the device; for any other the host waits, and drops the gradients.
-            scaled: a gradient scaler looks after that, and tries out scales that are too large; then only predictions
-                that are not finite count.
+            optimizer: a fused one does so on the device; any other needs a synchronisation, and its gradients are
+                cleared.
+            scaled: a gradient scaler skips such steps, and tries scales that are too large; then only predictions that
+                are not finite count.
         """
         if scaled:
             norm = torch.tensor(float("nan") if self._noted else 0.0)
@@ -121,12 +122,12 @@ class NonFiniteSteps:
         kept = ""
         if self.total <= MOST_BATCHES_KEPT:
             path = _keep(batch, step, folder)
-            kept = f" The batch is kept in {path}."
-        warnings.warn(f"Step {step + 1} is left out: {what} are not finite numbers.{kept}", stacklevel=2)
+            kept = f" The batch is saved in {path}."
+        warnings.warn(f"Step {step + 1} is left out: {what} are not finite.{kept}", stacklevel=2)
 
 
 def _keep(batch: Batch, step: int, folder: Path) -> Path:
-    """Write a batch where it can be looked at: tensors and plain values, for `torch.load(..., weights_only=True)`."""
+    """Save a batch for inspection: tensors and plain values, for `torch.load(..., weights_only=True)`."""
     path = folder / f"step{step + 1:07d}-images{'-'.join(map(str, batch.image_ids[:4]))}.pt"
     content = {
         "step": step + 1,

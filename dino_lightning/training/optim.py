@@ -32,12 +32,12 @@ def parameter_groups(
         lr: learning rate of everything outside the backbone.
         backbone_lr: learning rate of the backbone, or of its last stage.
         weight_decay: decoupled weight decay.
-        rule: `default` as published: everything else, then the backbone, biases and norms decayed as well.
+        rule: `default` as published: first everything else, then the backbone; biases and norms are decayed too.
             `offsets` (Deformable DETR): also a tenth of the rate for sampling offsets. `no_norm_decay`: no decay for
             names with "norm" or "bias".
-        backbone_layer_decay: what the rate of each earlier stage of the backbone is multiplied with once more (ELECTRA,
-            arXiv 2003.10555); 1 for one rate. Stages are the stem and four parts: a ResNet's layers, or equal shares
-            of the blocks of other networks. Each stage is a group, from the stem on.
+        backbone_layer_decay: layer-wise decay: the factor between the learning rates of a backbone stage and the next
+            one (ELECTRA, arXiv 2003.10555); 1 for one rate. Stages are the stem and four parts: a ResNet's layers, or
+            equal shares of the blocks of other networks. Each stage is a group, from the stem on.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = max((_block(name) for name, _ in named), default=0)
@@ -101,15 +101,15 @@ def _stage(name: str, last_block: int) -> int:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
-    """Fix parts of a model: no gradients, and evaluation mode, in which they do the same in every step.
+    """Freeze parts of a model: no gradients, and evaluation mode.
 
     Args:
         model: changed in place.
-        parts: names of its parts, such as `backbone`, or of parts of these, such as `decoder.layers`.
+        parts: names of submodules, such as `backbone` or `decoder.layers`.
 
     Returns:
-        The frozen parts. Call their `eval()` after each `train()` of the model: dropout and stochastic depth stay off,
-        batch norms keep their statistics.
+        The frozen parts. Call their `eval()` after each `train()` of the model, so that dropout and stochastic depth
+        stay off and batch norms keep their statistics.
 
     Raises:
         ValueError: no such part, or nothing left to train.
@@ -124,7 +124,7 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
             valid = ", ".join(
                 child for child, module in model.named_children() if any(True for _ in module.parameters())
             )
-            raise ValueError(f"freeze: there is no part {name!r}; the parts are {valid}, and what is in them.")
+            raise ValueError(f"freeze: there is no part {name!r}; the parts are {valid}, and their submodules.")
         frozen.append(part.requires_grad_(False).eval())
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={list(parts)} leaves nothing to train.")
@@ -132,24 +132,24 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
 
 
 def drop_epochs(max_epochs: int | None) -> list[int]:
-    """Where the learning rate drops by default: once, after 11/12 of the epochs, as in the published 12-epoch runs."""
+    """The default epochs of learning-rate drops: one, after 11/12 of the epochs, as in the published 12-epoch runs."""
     if max_epochs is None or max_epochs < 2:
         return []
     return [max(1, round(max_epochs * 11 / 12))]
 
 
 class RateSchedule(LRScheduler):
-    """Learning rates that follow from step and epoch alone: a rise over the first steps, then drops or half a cosine.
+    """Learning rates computed from step and epoch alone: linear warm-up, then drops at milestones or half a cosine.
 
-    Nothing is stored and nothing restored: a resumed run has the rates, decays and drops that its options of now give
-    at the step and the epoch where it is. `step` is called after every optimizer step, `at` when an epoch begins.
+    It has no state: a resumed run has the learning rates and weight decays that its current options give at its step
+    and epoch. `step` is called after every optimizer step, `at` when an epoch begins.
 
     Args:
-        optimizer: its groups' rates and weight decays are those of the schedule.
-        warmup_steps: rise linearly over so many optimizer steps: 1/n of the rate in the first, all of it in step n.
-        milestones: epochs at which the rate is multiplied with `gamma`; not with `cosine_steps`.
+        optimizer: its groups have the base rates and weight decays.
+        warmup_steps: optimizer steps n of linear warm-up: 1/n of the rate in the first step, all of it in step n.
+        milestones: epochs at which the rate is multiplied by `gamma`; not used with `cosine_steps`.
         gamma: the factor of a drop.
-        cosine_steps: the number of steps after which half a cosine has taken the rate to 0; None for drops.
+        cosine_steps: the step at which half a cosine reaches 0; None for drops.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class RateSchedule(LRScheduler):
         super().__init__(optimizer)
 
     def at(self, *, step: int, epoch: int) -> None:
-        """Set the rates and decays of the next step, which is number `step`, from 0, and in `epoch`."""
+        """Set the learning rates and weight decays for step number `step` (from 0) in `epoch`."""
         self.last_epoch, self.epoch = step, epoch
         rates = self.get_lr()
         for group, rate, base, decay in zip(
@@ -178,11 +178,11 @@ class RateSchedule(LRScheduler):
         self._last_lr = rates
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on to the next step, or to step `epoch`, as PyTorch calls it."""
+        """Advance to the next step, or to step `epoch` (PyTorch's name for it)."""
         self.at(step=self.last_epoch + 1 if epoch is None else epoch, epoch=self.epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rate of each group."""
+        """The learning rate of each group."""
         return [self._rate(float(base)) for base in self.base_lrs]
 
     def _rate(self, rate: float) -> float:
@@ -196,18 +196,18 @@ class RateSchedule(LRScheduler):
         return rate * (step + 1) / self.warmup_steps if step + 1 < self.warmup_steps else rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: see above."""
+        """Empty: see above."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing either, whatever an earlier version stored."""
+        """Ignore what an earlier version stored."""
 
 
 class AccumulatedBoxes:
-    """Makes several batches count as one: the sum of all terms divided by the boxes of all, not a mean of quotients.
+    """Makes accumulated batches count as one: the sum of all losses divided by the boxes of all batches.
 
-    Each loss comes divided by the boxes of its own batch. `share` takes it to the boxes of the first batch, so that
-    gradients add up and stay of the usual size; `correction` takes their sum to all boxes.
+    Each loss is already divided by the boxes of its own batch. `share` normalises it by the boxes of the first batch
+    instead, so that gradients add up and keep their usual size; `correction` normalises their sum by all boxes.
     """
 
     def __init__(self) -> None:
@@ -216,10 +216,10 @@ class AccumulatedBoxes:
         self._first: Tensor | None = None
 
     def share(self, num_boxes: Tensor) -> Tensor:
-        """Count a batch; gives what its loss is to be multiplied with.
+        """Count a batch and return the factor for its loss.
 
         Args:
-            num_boxes: 0-dim float32, boxes of the batch averaged over processes, 0 without any.
+            num_boxes: 0-dim float32, boxes of the batch averaged over ranks; 0 if there are none.
         """
         own = num_boxes.clamp(min=1.0)
         self._first = own if self._first is None else self._first
@@ -228,7 +228,7 @@ class AccumulatedBoxes:
         return own / self._first
 
     def correction(self) -> Tensor:
-        """What the sum of the gradients is to be multiplied with, 0-dim float32; then counts afresh."""
+        """The factor for the sum of the gradients, 0-dim float32; resets the counts."""
         assert self._first is not None and self._total is not None
         factor = self._first / self._total.clamp(min=1.0)
         self.__init__()  # type: ignore[misc]

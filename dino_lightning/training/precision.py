@@ -1,4 +1,4 @@
-"""The precision that suits a device."""
+"""The default precision of a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def default_precision(accelerator: Any) -> str:
-    """Mixed precision on a GPU, bfloat16 where the GPU computes in it; float32 elsewhere."""
+    """`bf16-mixed` on a GPU that supports bfloat16, `16-mixed` on any other GPU, `32-true` elsewhere."""
     if accelerator in ("cpu", "mps") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint must have in common with it, and which of its weights it trains on from."""
+"""Resuming from a checkpoint: what must be the same as before, and which of its weights training resumes from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 
-# Arguments of the detector that a run may change when it goes on: they concern training, not what is trained.
+# Arguments of the detector that a resumed run may change: they concern training and not the architecture.
 FREE_TO_CHANGE = (
     "num_denoising",
     "label_noise_ratio",
@@ -24,11 +24,11 @@ RAW_WEIGHTS, AVERAGED_WEIGHTS = "raw_state_dict", "averaged_state_dict"  # in ch
 
 
 def check_same_architecture(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare classes and architecture.
+    """Compare the classes and the architecture of a checkpoint with those of the module.
 
     Args:
         before: the hyperparameters in the checkpoint.
-        now: those of the module.
+        now: the hyperparameters of the module.
 
     Raises:
         CheckpointError: they differ.
@@ -42,7 +42,7 @@ def check_same_architecture(before: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def check_same_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Compare the sizes of parameter groups.
+    """Compare the sizes of the parameter groups in a checkpoint with those of the run.
 
     Raises:
         CheckpointError: they differ.
@@ -53,25 +53,25 @@ def check_same_optimizer(checkpoint: Mapping[str, Any], groups: Sequence[Mapping
     stored = [len(group["params"]) for group in states[0]["param_groups"]]
     if stored != [len(group["params"]) for group in groups]:
         raise CheckpointError(
-            "The checkpoint's optimizer has other groups of parameters than this run. Go on with the same freeze, "
+            "The checkpoint's optimizer has other parameter groups than this run. Resume with the same freeze, "
             "group_rule, backbone_layer_decay and trainable_backbone_layers, or start a new run from its weights with "
             "--model.weights."
         )
 
 
 def resume_from_raw_weights(checkpoint: dict[str, Any]) -> None:
-    """Let `state_dict` be the raw weights, where averaged ones were evaluated and stand there."""
+    """Put the raw weights into `state_dict` where it holds averaged weights, which were evaluated."""
     if RAW_WEIGHTS in checkpoint:
         rank_zero_info(
-            "The checkpoint holds averaged weights, which were evaluated, and raw ones: training goes on from the raw "
-            "ones. Without the EMA callback (--ema_decay) the average ends here."
+            "The checkpoint holds averaged weights, which were evaluated, and raw ones: training resumes from the raw "
+            "ones. Without the EMA callback (--ema_decay) the average is not continued."
         )
         checkpoint[AVERAGED_WEIGHTS] = checkpoint["state_dict"]
         checkpoint["state_dict"] = checkpoint.pop(RAW_WEIGHTS)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of a model's classes and architecture is different, in words."""
+    """The differences in classes and architecture, in words."""
     names = [name for name in inspect.signature(DINO).parameters if name not in FREE_TO_CHANGE]
     defaults = {name: parameter.default for name, parameter in inspect.signature(DINO).parameters.items()}
     found = []
@@ -92,7 +92,7 @@ def _shortened(value: Any) -> str:
 
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the options of two starts of a run, one line each: `name: before -> now`."""
+    """The options that differ between two starts of a run, one line each: `name: before -> now`."""
     before_flat, now_flat = _flat(before), _flat(now)
     return [
         f"{name}: {_short(before_flat.get(name))} -> {_short(value)}"

@@ -1,4 +1,4 @@
-"""What there is to log of the steps of a training, kept on the device until somebody looks."""
+"""The metrics of training steps, kept on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class StepMetrics:
-    """The figures of the last step, and the sum of the losses of an epoch.
+    """The metrics of the last step, and the sum of the losses of an epoch.
 
-    Nothing here waits for the device but `of_step` and `epoch_loss`.
+    Only `of_step` and `epoch_loss` synchronise with the device.
 
     Attributes:
-        grad_norm: () the total gradient norm of the last step before clipping, or None before the first.
-        of_epoch: () the losses of this epoch's images so far, summed, or None before the first; and their number.
+        grad_norm: () the total gradient norm of the last step before clipping; None before the first step.
+        of_epoch: () the sum of the losses of this epoch's images so far (None before the first), and their number.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class StepMetrics:
         self._terms: dict[str, Tensor] = {}
 
     def take(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Take the losses of a batch: the whole, and its terms of the final layer, encoder and denoising queries.
+        """Keep the losses of a batch: the total, and the terms of final layer, encoder and denoising queries.
 
         Args:
-            losses: what the criterion gives, each ().
+            losses: the criterion's result, each ().
             images: in the batch.
         """
         self._terms = {"train/loss_step": losses["loss"].detach()} | {
@@ -40,7 +40,7 @@ class StepMetrics:
         self.of_epoch = (total if before is None else before + total, count + images)
 
     def of_step(self) -> dict[str, float]:
-        """The figures of the last step by name, in one copy from the device; none before the first."""
+        """The metrics of the last step by name, with one copy from the device; empty before the first step."""
         if not self._terms:
             return {}
         terms = self._terms if self.grad_norm is None else {**self._terms, "train/grad_norm": self.grad_norm}
@@ -54,10 +54,10 @@ class StepMetrics:
         return None if total is None else float(total) / images
 
     def start_epoch(self) -> None:
-        """Begin the sum anew."""
+        """Reset the sum."""
         self.of_epoch = (None, 0)
 
     def resume_from(self, stored: tuple[Tensor | None, int], device: torch.device) -> None:
-        """Take back the `of_epoch` of a checkpoint."""
+        """Restore `of_epoch` from a checkpoint."""
         total, images = stored
         self.of_epoch = (None if total is None else total.to(device), images)

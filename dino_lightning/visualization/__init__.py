@@ -1,1 +1,1 @@
-"""Boxes and captions drawn on images: by Pillow in their own pixels, by matplotlib as panels of a sheet."""
+"""Boxes and captions drawn on images: with Pillow on the image itself, with matplotlib as panels of a sheet."""

@@ -1,4 +1,4 @@
-"""Boxes with captions, drawn on an image by Pillow in its own pixels."""
+"""Boxes with captions, drawn with Pillow on the image itself."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 PALETTE = ("#d1495b", "#00798c", "#edae49", "#5f4bb6", "#ef7b45", "#1b998b", "#8d6a9f", "#3a506b")
 GOLDEN_RATIO = 0.618034
-SIDE_PER_LINE = 400  # the long side of a picture has so many times the width of a line,
-SIDE_PER_LETTER = 75  # and so many times the height of a letter
-SMALLEST_LETTER = 11  # pixels; smaller ones cannot be read
-MANY_BOXES = 40  # are drawn with thinner lines and smaller letters
+SIDE_PER_LINE = 400  # long side of the image / width of a line
+SIDE_PER_LETTER = 75  # long side of the image / height of a letter
+SMALLEST_LETTER = 11  # pixels; smaller letters cannot be read
+MANY_BOXES = 40  # more are drawn with thinner lines and smaller letters
 
 Colour = tuple[int, int, int]
 Place = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def to_page(image: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
-    """A Pillow image of its own in RGB.
+    """A copy of an image as a Pillow image in RGB.
 
     Args:
         image: a Pillow image, an (H, W) or (H, W, 3) uint8 array, or a (3, H, W) tensor, uint8 or floating 0-1.
@@ -36,7 +36,7 @@ def to_page(image: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
         image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
-    if image.mode.endswith("A"):  # transparency is white, as for the detector
+    if image.mode.endswith("A"):  # transparent pixels become white, as for the detector
         coloured = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
@@ -45,12 +45,12 @@ def to_page(image: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
 def draw_boxes(
     page: Image.Image, boxes_xyxy: Sequence[Sequence[float]], labels: Sequence[int], captions: Sequence[str]
 ) -> None:
-    """Draw on `page`. Where there is no room for all captions, those of later boxes are left out.
+    """Draw boxes and captions on `page`. Where there is no room for all captions, those of later boxes are left out.
 
     Args:
         page: an RGB image.
         boxes_xyxy: N boxes in its pixels, best first.
-        labels: N labels, which decide on the colours.
+        labels: N labels, which determine the colours.
         captions: N short texts.
     """
     many = len(boxes_xyxy) > MANY_BOXES
@@ -82,14 +82,14 @@ def draw_boxes(
 
 @lru_cache(maxsize=64)
 def caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """Letters of so many pixels; the font that comes with matplotlib knows Latin, Greek, Cyrillic and more."""
-    import matplotlib  # takes a while, and only pictures need it
+    """The font for captions, `size` pixels high; matplotlib's own has Latin, Greek, Cyrillic and more."""
+    import matplotlib  # slow to import, and needed only for drawing
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def colour_of(label: int) -> Colour:
-    """The colour of a class; those of many classes follow the circle of hues in steps that never meet."""
+    """The colour of a class; beyond the palette, hues in steps of the golden ratio, which never repeat."""
     if label < len(PALETTE):
         red, green, blue = bytes.fromhex(PALETTE[label][1:])
         return red, green, blue
@@ -102,18 +102,18 @@ def _area(box: Sequence[float]) -> float:
 
 
 def _within(box: Sequence[float], size: tuple[int, int]) -> Place:
-    """The box cut to a picture of (width, height), with at least one pixel of it."""
+    """The box clipped to an image of (width, height); at least one pixel of it stays inside."""
     x1, x2 = (min(max(0.0, x), float(size[0])) for x in (box[0], box[2]))
     y1, y2 = (min(max(0.0, y), float(size[1])) for y in (box[1], box[3]))
     return min(x1, size[0] - 1.0), min(y1, size[1] - 1.0), max(x1, x2), max(y1, y2)
 
 
 def caption_places(box: Place, size: tuple[float, float], canvas: tuple[int, int]) -> Iterator[Place]:
-    """Where a caption of (width, height) may stand, best first; all within the canvas of (width, height)."""
+    """Possible places for a caption of (width, height), best first, all within the canvas of (width, height)."""
     x1, y1, x2, y2 = box
     width, height = size
     inside, above, below, beside = (x1, y1), (x1, y1 - height), (x1, y2), (x2, y1)
-    # in a small box, it would hide what the box is about
+    # inside a small box it would hide the object
     corners = [inside, above] if x2 - x1 > width and y2 - y1 > 2.5 * height else [above, below, beside, inside]
     for left, top in [*corners, (x1, y2 - height), (x2 - width, y1)]:
         left = max(0.0, min(left, canvas[0] - width))
@@ -122,6 +122,6 @@ def caption_places(box: Place, size: tuple[float, float], canvas: tuple[int, int
 
 
 def overlaps(place: Place, taken: Sequence[Place]) -> bool:
-    """Whether a place has something in common with one that is taken."""
+    """Whether a place overlaps one of those that are taken."""
     left, top, right, bottom = place
     return any(left < x2 and right > x1 and top < y2 and bottom > y1 for x1, y1, x2, y2 in taken)

@@ -125,7 +125,7 @@ def test_with_little_memory_the_batch_is_small_and_accumulated(rooms, monkeypatc
     assert saved["callbacks"]["AutoBatchSize"]["accumulation"] == 2
 
 
-def test_a_run_that_goes_on_keeps_its_batches(rooms, monkeypatch):
+def test_a_resumed_run_keeps_its_batches(rooms, monkeypatch):
     def stopped(trainer, module):
         raise AssertionError("asked again")
 
@@ -241,7 +241,7 @@ MEASURE = textwrap.dedent(
     from pathlib import Path
     from dino_lightning import DINOModule
     from dino_lightning.data.worst_case import blank_batch
-    from dino_lightning.memory import estimated_peak, take_steps
+    from dino_lightning.training.memory import estimated_peak, take_steps
 
     def resident(name):
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -45,7 +45,7 @@ def copied(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def figures(folder):
+def logged_metrics(folder):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {(row["step"], name): float(value) for row in rows for name, value in row.items() if value}
@@ -69,7 +69,7 @@ def wait_for_steps(folder, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(rooms, whole, tmp_path, number, capsys):
+def test_a_signal_saves_and_stops_and_the_run_resumes_as_if_nothing_had_been(rooms, whole, tmp_path, number, capsys):
     folder = tmp_path / "interrupted"
     process = start(options(rooms, folder))
     wait_for_steps(folder, process)
@@ -78,10 +78,10 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(roo
     assert process.returncode == 128 + number
     assert "saving a checkpoint after this step" in output and "fit --ckpt_path" in output
     assert "Traceback" not in output
-    done = len(figures(folder))
-    assert done < len(figures(whole))
+    done = len(logged_metrics(folder))
+    assert done < len(logged_metrics(whole))
     assert run(["fit", "--run_dir", str(folder), "--ckpt_path", "last"]) == 0
-    assert figures(folder) == figures(whole)
+    assert logged_metrics(folder) == logged_metrics(whole)
     assert "Changed since" not in capsys.readouterr().out
 
 
@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_takes_the_other_down_with_the_cause(rooms, tmp
     other.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: Training process 1 was killed by SIGKILL" in output
+    assert "error: Rank 1 was killed by SIGKILL" in output
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(copied, rooms):
@@ -135,10 +135,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, how, capsys, r
         last.write_bytes(content)
     else:
         last.write_bytes(content[: len(content) // 3 if how == "cut short" else 0])
-    expected = figures(copied)
+    expected = logged_metrics(copied)
     assert run(["fit", "--run_dir", str(copied), "--ckpt_path", "last"]) == 0
     assert capsys.readouterr().err.count("Resuming from the one before it") == 1
-    assert figures(copied) == expected
+    assert logged_metrics(copied) == expected
     last.write_bytes(b"")
     (last.parent / "previous.ckpt").write_bytes(b"nothing")
     assert run(["fit", "--run_dir", str(copied), "--ckpt_path", "last"]) == 1
@@ -173,7 +173,7 @@ def test_options_given_anew_win_and_are_listed(copied, capsys):
     printed = capsys.readouterr().out
     assert "Changed since the checkpoint was written:\n" in printed
     assert "trainer.max_epochs: 4 -> 5" in printed and "model.lr: 0.0001 -> 0.003" in printed
-    rates = {value for (_, name), value in figures(copied).items() if name.startswith("lr-")}
+    rates = {value for (_, name), value in logged_metrics(copied).items() if name.startswith("lr-")}
     assert any(rate == pytest.approx(0.003) or rate == pytest.approx(0.0003) for rate in rates)
 
 
@@ -192,10 +192,10 @@ def test_the_record_has_what_the_run_was_made_with(copied, rooms):
 def test_the_configuration_repeats_the_run(whole, tmp_path):
     folder = tmp_path / "again"
     assert run(["fit", "--config", str(whole / "config.yaml"), "--run_dir", str(folder)]) == 0
-    assert figures(folder) == figures(whole)
+    assert logged_metrics(folder) == logged_metrics(whole)
 
 
-def test_going_on_does_not_need_the_starting_weights(whole, rooms, tmp_path):
+def test_resuming_does_not_need_the_initial_weights(whole, rooms, tmp_path):
     weights = shutil.copy(whole / "checkpoints" / "best.ckpt", tmp_path / "start.ckpt")
     folder = tmp_path / "run"
     assert run(["fit", *options(rooms, folder, epochs=1), "--model.weights", str(weights)]) == 0
@@ -204,7 +204,7 @@ def test_going_on_does_not_need_the_starting_weights(whole, rooms, tmp_path):
 
 
 def test_no_process_is_asked_before_each_batch_whether_it_got_a_signal(tmp_path, monkeypatch):
-    """Lightning's own question would be a wait for the device in each step of ddp."""
+    """Lightning's own question would be a device synchronisation in each step of ddp."""
     asked = []
     monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: asked.append(1), raising=False)
     loop = lightning.Trainer(

@@ -40,7 +40,7 @@ class Gradients(lightning.Callback):
         return {name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(pl_module.training_figures.of_step()["train/loss_step"])
+        self.losses.append(pl_module.step_metrics.of_step()["train/loss_step"])
 
 
 def draw(index, count):

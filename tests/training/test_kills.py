@@ -37,7 +37,7 @@ def start(run, arguments, tmp_path):
     return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def figures(run):
+def logged_metrics(run):
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {(row["step"], name): float(value) for row in rows for name, value in row.items() if value}
@@ -101,7 +101,7 @@ def run_with_kills(run, plans, tmp_path, rng, processes, wanted):
 
 
 def check_equal(run, other):
-    expected, got = figures(run), figures(other)
+    expected, got = logged_metrics(run), logged_metrics(other)
     assert got == expected
     states = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (run, other)]
     for name, value in states[0]["state_dict"].items():

@@ -268,7 +268,7 @@ def test_freezing_on_the_command_line(rooms, tmp_path, capsys):
     capsys.readouterr()
     assert run(["fit", "--run_dir=run", "--ckpt_path=last", "--model.freeze=null", "--trainer.max_epochs=2"]) == 1
     error = capsys.readouterr().err
-    assert "Go on with the same freeze" in error and "Traceback" not in error
+    assert "Resume with the same freeze" in error and "Traceback" not in error
     assert run(["fit", "--run_dir=run", "--ckpt_path=last", "--model.freeze=[backbone]", "--trainer.max_epochs=2"]) == 0
 
 

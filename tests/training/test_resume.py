@@ -1,4 +1,4 @@
-"""Runs that were killed go on as if they had not been: the same images, validations and best checkpoint."""
+"""Killed runs resume as if they had not been killed: the same images, validations and best checkpoint."""
 
 import contextlib
 import shutil
@@ -114,7 +114,7 @@ def test_a_new_run_with_the_configuration_of_one_that_went_on_begins_anew(option
     assert new.batches[0][:3] == (0, 0, 0) and new.batches[-1][2] == 15
 
 
-def test_a_checkpoint_of_16_mixed_goes_on_in_another_precision(options, tmp_path):
+def test_a_checkpoint_of_16_mixed_resumes_in_another_precision(options, tmp_path):
     fit([*options, "--trainer.max_epochs=1", "--run_dir", str(tmp_path / "run")])
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""From the batch to the end of the optimizer's step, the host waits for the device once: for the matcher's costs."""
+"""From the batch to the end of the optimizer's step, there is one device synchronisation: for the matcher's costs."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dino_lightning import CocoDataModule, DINOModule
 from tests.conftest import TINY_SIZES
 
-# Operators whose result the host must know before it can go on; on a GPU each of them waits.
+# Operators whose result the host needs; on a GPU each of them is a device synchronisation.
 WAITING_OPERATORS = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -26,7 +26,7 @@ WAITING_METHODS = {"cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__f
 
 
 class WaitingOperators(TorchDispatchMode):
-    """Counts operators that wait."""
+    """Counts operators that synchronise with the device."""
 
     def __init__(self):
         super().__init__()

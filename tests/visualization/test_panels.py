@@ -1,10 +1,10 @@
-"""Sheets of pictures: what stands on them can be read."""
+"""Sheets of images: captions can be read, and panels keep their proportions."""
 
 import numpy as np
 import pytest
 
 from dino_lightning.files import save_figure
-from dino_lightning.visualization.panels import Panel, _colour, draw_panels
+from dino_lightning.visualization.panels import Panel, _colour, draw_panels, scaled_for_sheet
 
 
 def panel(height, width, boxes=20, classes=80, **changes):
@@ -23,7 +23,7 @@ def panel(height, width, boxes=20, classes=80, **changes):
 
 
 @pytest.mark.parametrize("boxes", [3, 40, 300])
-def test_captions_lie_in_the_picture_and_not_on_each_other(boxes):
+def test_captions_lie_in_the_image_and_not_on_each_other(boxes):
     figure = draw_panels([panel(400, 600, boxes), panel(600, 300, boxes)], "heading")
     renderer = figure.canvas.get_renderer()
     for axes in figure.axes:
@@ -70,3 +70,21 @@ def test_neighbouring_classes_have_colours_of_their_own():
     colours = np.array([to_rgb(_colour(label)) for label in range(80)])
     distances = np.abs(colours[:, None] - colours[None]).max(-1) + np.eye(80)
     assert distances.min() > 0.02
+
+
+def test_of_a_long_title_the_end_is_shown():
+    name = "/".join(["a folder with a long name"] * 6) + "/plan.png"
+    figure = draw_panels([panel(400, 600, 2, title=name), panel(400, 600, 2, title="short.png")], "heading")
+    renderer = figure.canvas.get_renderer()
+    long, short = figure.texts[1:]
+    assert long.get_text().startswith("...") and long.get_text().endswith("/plan.png")
+    assert long.get_window_extent(renderer).x1 <= short.get_window_extent(renderer).x0
+    assert short.get_text() == "short.png"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((770, 2310), (770, 2310)), ((1540, 1000), (770, 500)), ((90, 4620), (45, 2310)), ((9000, 1), (770, 1))],
+)
+def test_images_are_scaled_down_only_as_far_as_a_sheet_needs(size, expected):
+    assert scaled_for_sheet(np.zeros((*size, 3), dtype=np.uint8)).shape == (*expected, 3)

@@ -1,10 +1,9 @@
-"""The figures logged before a run was interrupted stay in metrics.csv when it goes on."""
+"""Keeps the metrics that were logged before an interruption in metrics.csv when the run is resumed."""
 
 from __future__ import annotations
 
 import csv
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from dino_lightning.files import atomic_write
 
 
 class MetricsCsvResume(lightning.Callback):
-    """For a run that goes on: logs the rows of its metrics.csv again, since Lightning's logger begins a new file.
+    """Logs the rows of a resumed run's metrics.csv again, since Lightning's logger starts a new file.
 
-    Rows from steps after the checkpoint are left out: these steps are done again. Lightning writes the file anew when a
-    new figure comes up, and removes it when a run goes on; should the run be killed just then, there is a copy.
+    Rows from steps after the checkpoint are left out: these steps are repeated. Lightning rewrites the file whenever a
+    new metric appears, and removes it when a run is resumed; in case the run is killed at that moment, there is a copy.
 
     Args:
         path: the file, read at once if `resuming`.
         copy: where the copy is kept.
-        resuming: whether the run goes on from a checkpoint.
+        resuming: whether the run is resumed from a checkpoint.
     """
 
     def __init__(self, *, path: Path, copy: Path, resuming: bool) -> None:
@@ -36,7 +35,6 @@ class MetricsCsvResume(lightning.Callback):
             self._rows = max(kept, logged, key=_last_step)
             if self._rows and self._rows == logged:
                 self._keep()
-            warnings.filterwarnings("ignore", message="Experiment logs directory")  # it says that they will be lost
         elif getattr(rank_zero_only, "rank", 0) == 0:  # set by Lightning, not declared
             copy.unlink(missing_ok=True)
 
@@ -48,29 +46,29 @@ class MetricsCsvResume(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave out what will be done again."""
+        """Leave out the rows of steps that will be repeated."""
         self._rows = [row for row in self._rows if int(row["step"]) < checkpoint["global_step"]]
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log the rows again; also if the run turns out to be finished already."""
+        """Log the rows again; also if the run turns out to be finished."""
         for logger in trainer.loggers if trainer.is_global_zero and self._rows else []:
             if isinstance(logger, CSVLogger):
                 for row in self._rows:
-                    figures: dict[str, Tensor | float] = {k: float(v) for k, v in row.items() if v and k != "step"}
-                    logger.experiment.log_metrics(figures, int(row["step"]))
+                    metrics: dict[str, Tensor | float] = {k: float(v) for k, v in row.items() if v and k != "step"}
+                    logger.experiment.log_metrics(metrics, int(row["step"]))
                 logger.save()
                 self._keep()
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring the copy up to date."""
+        """Update the copy."""
         if trainer.is_global_zero and self.path.is_file():
             self._keep()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file that are whole."""
+    """The complete rows of a metrics file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:

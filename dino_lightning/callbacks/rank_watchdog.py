@@ -1,0 +1,94 @@
+"""Ends all processes of a run soon after one of them has died, and says which one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+
+SECONDS_TO_FIND_OUT = 10.0  # which rank died, after a connection broke
+SIGNS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "gloo",
+    "nccl",
+    "socket",
+    "timed out",
+)
+
+
+class RankWatchdog(threading.Thread):
+    """Ends this process soon after another rank has died, and says which one.
+
+    Under DDP as Lightning starts it, the first process starts the others. When one of them is killed, the rest would
+    wait for it in a collective operation, for minutes or forever.
+
+    Args:
+        children: the processes that this one has started: (rank, process) pairs.
+        parent: the id of the process that started this one, or None if its end does not matter.
+        end: called with the exit code to end this process.
+    """
+
+    def __init__(
+        self, children: list[tuple[int, Any]], parent: int | None, end: Callable[[int], Any] = os._exit
+    ) -> None:
+        super().__init__(daemon=True, name="rank-watchdog")
+        self.children, self.parent, self.end = children, parent, end
+
+    def run(self) -> None:
+        """Check twice a second until there is nothing left to watch."""
+        while not self.look():
+            time.sleep(0.5)
+
+    def look(self) -> bool:
+        """Check the processes once; returns whether there is nothing left to watch."""
+        if self.parent is not None and os.getppid() != self.parent:
+            self._die("Rank 0 is gone")
+        for rank, process in self.children:
+            code = process.poll()
+            if code:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed (its error is above)"
+                for _, other in self.children:
+                    other.kill()
+                self._die(f"Rank {rank} {how}")
+        return self.parent is None and all(process.poll() == 0 for _, process in self.children)
+
+    def _die(self, cause: str) -> None:
+        print(
+            f"error: {cause}; stopping all ranks. Resume from the last checkpoint with --ckpt_path last.",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.end(1)
+
+
+class WatchProcesses(lightning.Callback):
+    """Starts a `RankWatchdog` where Lightning, and not torchrun, has started the processes."""
+
+    def __init__(self) -> None:
+        self._watchdog: RankWatchdog | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Start the watchdog; Lightning has started the other processes by now."""
+        launcher = trainer.strategy.launcher
+        started = getattr(launcher, "procs", None)
+        if started:
+            self._watchdog = RankWatchdog(list(enumerate(started, start=1)), None)
+        elif trainer.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and trainer.local_rank > 0:
+            self._watchdog = RankWatchdog([], os.getppid())
+        if self._watchdog is not None:
+            self._watchdog.start()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """When a connection broke, give the watchdog time to find the rank that died; it then ends this process."""
+        if self._watchdog is not None and any(sign in str(exception).lower() for sign in SIGNS_OF_A_LOST_PEER):
+            self._watchdog.join(SECONDS_TO_FIND_OUT)
