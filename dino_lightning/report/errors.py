@@ -97,7 +97,7 @@ class ClassifiedImage:
 
     @property
     def f1(self) -> float:
-        """0-1; 1 where there is nothing to find and nothing was found."""
+        """F1 of the image, 0-1; 1 where there is nothing to find and nothing was found."""
         return f1_of(self.count("correct"), self.num_counted - self.count("correct"), len(self.missed))
 
 

@@ -24,7 +24,13 @@ MEANINGS = {
     "classification": "on a ground-truth box of another class",
     "localization": "overlaps a ground-truth box of its class, but too little",
     "both": "overlaps a ground-truth box of another class, and too little",
-    "background": "overlaps no ground-truth box",
+    "background": "overlaps no ground-truth box, or by an IoU below 0.1",
+}
+HEADERS = {  # of narrow columns, with soft hyphens
+    "duplicate": "dupli\xadcate",
+    "classification": "classi\xadfication",
+    "localization": "locali\xadzation",
+    "background": "back\xadground",
 }
 LABELS = {
     "AR": "AR (100 detections)",
@@ -71,6 +77,7 @@ def as_html(
         digest=digest,
         style=_read("report.css"),
         words=WORDS,
+        headers=WORDS | HEADERS,
         labels=LABELS,
         meanings=MEANINGS,
         reasons=REASON_WORDS,
