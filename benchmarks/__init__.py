@@ -1,1 +1,1 @@
-"""Side-by-side speed measurements; never part of the tests."""
+"""Side-by-side speed measurements; no test depends on a time."""

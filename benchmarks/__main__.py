@@ -7,19 +7,19 @@ import sys
 
 NAMES = {
     "data": "images per second and core, from the file to the batch",
-    "op": "deformable attention",
+    "op": "deformable attention alone",
     "match": "matching and losses",
-    "step": "a whole training step, and where its time goes",
-    "sync": "operations and waits for the device in a training step",
+    "step": "a whole training step, and its time by phase",
+    "sync": "operations and device synchronisations in a training step",
     "eval": "COCO's average precision",
-    "ddp": "two processes beside one",
-    "latency": "milliseconds from a batch to its boxes, beside other detectors",
-    "converge": "seconds to an AP50 of 0.85 on drawn plans",
+    "ddp": "two processes compared with one",
+    "latency": "milliseconds from a batch to its boxes, compared with other detectors",
+    "converge": "seconds to an AP50 of 0.85 on drawn floor plans",
 }
 
 
 def main() -> int:
-    """Dispatch; the measurement reads the rest of the command line."""
+    """Run the named measurement, which parses the rest of the command line; returns the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in NAMES:
         width = max(map(len, NAMES))

@@ -1,6 +1,6 @@
-"""Seconds to an AP50 of 0.85 on drawn plans, from random weights: `python -m benchmarks converge`.
+"""Seconds to an AP50 of 0.85 on drawn floor plans, from random weights: `python -m benchmarks converge`.
 
-The demo's model and data; time in training alone, without evaluation. One run for each seed.
+Model and data are the demo's. Only the time in training counts, not that in evaluation. One run for each seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOAL = 0.85
 
 
 class Stopwatch(lightning.Callback):
-    """Adds up the time of training, and stops at the goal."""
+    """Sums the time spent in training batches, and stops training at the goal."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -31,15 +31,15 @@ class Stopwatch(lightning.Callback):
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start."""
+        """Start timing the batch."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop."""
+        """Add the time of the batch."""
         self.seconds += time.perf_counter() - self._start
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the result."""
+        """Record the time and AP50; stop at the goal."""
         if not trainer.sanity_checking:
             self.history.append((self.seconds, float(trainer.callback_metrics["val/AP50"])))
             trainer.should_stop = self.history[-1][1] >= GOAL
@@ -64,10 +64,10 @@ def run(seed: int, root: Path) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks converge", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = write_rooms_dataset(Path(folder) / "rooms", num_train=240, num_val=60, style="clean", seed=0)

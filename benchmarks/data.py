@@ -1,14 +1,14 @@
-"""Images per second and core, from the file to what goes to the device: `python -m benchmarks data`.
+"""Images per second and core, from the file to the tensors that go to the device: `python -m benchmarks data`.
 
-The training pipeline without augmentation beside two others, each reading the same files from disk:
+The training pipeline without augmentation compared with two others; each reads the same files from disk:
 
 - published: our own plain formulation of what the published code does: Pillow decodes, Pillow resizes, then
   float32 and normalisation on the CPU.
-- torchvision: as its reference scripts for detection with tensors: decode, resize, float32, normalisation.
-- ours: `CocoDetection`: uint8 to the end (normalisation is on the device), boxes included.
+- torchvision: like its reference scripts for detection with tensors: decode, resize, float32, normalisation.
+- ours: `CocoDetection`, uint8 throughout (normalisation is on the device), boxes included.
 - cached: the same with `cache_dir`, after the first epoch.
 
-Seconds are CPU seconds of the one thread that works.
+Seconds are CPU seconds of the single worker thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def torchvision_reference(path: Path) -> Tensor:
 
 
 def photo(height: int, width: int, seed: int) -> Image.Image:
-    """Something that compresses as a photograph does: soft areas, edges, texture, a little noise."""
+    """An image that compresses like a photograph: soft areas, edges, texture, a little noise."""
     draws = np.random.default_rng(seed)
     soft = Image.fromarray(draws.integers(0, 256, (height // 60, width // 60, 3), dtype=np.uint8))
     image = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -105,7 +105,7 @@ def write_images(root: Path, case: str, count: int) -> list[Path]:
 
 
 def dataset(root: Path, cache: Path | None = None) -> CocoDetection:
-    """What training reads, without augmentation: all images of the case."""
+    """The training dataset of all images of a case, without augmentation."""
     data = CocoDataModule(
         root=str(root),
         augmentation="none",
@@ -134,11 +134,11 @@ def largest_difference(paths: list[Path], samples: CocoDetection) -> float:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=4, help="images of each kind")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="The image decoding")
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Two processes beside one, on the CPU over gloo or on GPUs over NCCL: `python -m benchmarks ddp`.
+"""Two processes compared with one, on the CPU over gloo or on GPUs over NCCL: `python -m benchmarks ddp`.
 
 Steps of a small detector on the same number of images for each process. On a CPU the processes share cores and memory,
-each with one thread, so the figure shows what the exchange of gradients costs, not how training scales.
+each with one thread, so the ratio shows what the exchange of gradients costs, not how training scales.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def worker(rank: int, processes: int, options: argparse.Namespace, results: Any)
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ddp", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--side", type=int, default=256, help="of the images, in pixels")
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compress_gradients", action="store_true")
     parser.add_argument("--port", type=int, default=29531)
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     seconds: dict[int, list[float]] = {1: [], options.processes: []}
     with mp.Manager() as manager:
@@ -84,8 +84,8 @@ def main() -> None:
         rows.append((str(processes), f"{median:.3f}", f"{images:.2f}", f"{one / median:.0%}"))
     print(table(rows))
     if options.output is not None:
-        figures = {"efficiency": efficiency, "seconds": {str(key): values for key, values in seconds.items()}}
-        save(options.output, {"environment": environment(), "results": figures})
+        numbers = {"efficiency": efficiency, "seconds": {str(key): values for key, values in seconds.items()}}
+        save(options.output, {"environment": environment(), "results": numbers})
 
 
 if __name__ == "__main__":

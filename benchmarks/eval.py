@@ -1,7 +1,7 @@
 """COCO's average precision of many images: `python -m benchmarks eval`.
 
-`CocoMetric` (average precision, per class, and the best F1) beside pycocotools (average precision alone), from the same
-detections in memory to the figures. Both must agree, or there is no result.
+`CocoMetric` (average precision, also per class, and best F1) against pycocotools (average precision alone), from the
+same detections in memory to the metrics. Both must agree, or there is no result.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def example(images: int, found: int, classes: int) -> tuple[list[GroundTruth], l
 
 
 def ours(truths: list[GroundTruth], detections: list[Detections]) -> float:
-    """AP by CocoMetric."""
+    """AP as CocoMetric computes it."""
     metric = CocoMetric()
     for index, (truth, one) in enumerate(zip(truths, detections, strict=True)):
         metric.update([one], [truth], [index])
@@ -62,7 +62,7 @@ def ours(truths: list[GroundTruth], detections: list[Detections]) -> float:
 
 
 def by_pycocotools(truths: list[GroundTruth], detections: list[Detections], classes: int) -> float:
-    """AP by pycocotools."""
+    """AP as pycocotools computes it."""
     annotations: list[dict[str, Any]] = []
     results = []
     for index, (truth, one) in enumerate(zip(truths, detections, strict=True)):
@@ -96,13 +96,13 @@ def by_pycocotools(truths: list[GroundTruth], detections: list[Detections], clas
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks eval", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--detections", type=int, default=300)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     truths, detections = example(options.images, options.detections, options.classes)
     one, other = ours(truths, detections), by_pycocotools(truths, detections, options.classes)
@@ -124,8 +124,8 @@ def main() -> None:
     ]
     print(table(rows))
     if options.output is not None:
-        figures = {"ratio": ratio, "AP": one, "seconds": {name: timing.as_json() for name, timing in timings.items()}}
-        save(options.output, {"environment": environment(), "results": figures})
+        numbers = {"ratio": ratio, "AP": one, "seconds": {name: timing.as_json() for name, timing in timings.items()}}
+        save(options.output, {"environment": environment(), "results": numbers})
 
 
 if __name__ == "__main__":

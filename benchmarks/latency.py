@@ -1,8 +1,8 @@
 """Milliseconds to detect, from the prepared batch to boxes: `python -m benchmarks latency`.
 
 The checkpoint's module, its ONNX file in onnxruntime, torchvision's Faster R-CNN, and rfdetr where it is installed, all
-with random weights (or those of `--ckpt_path`) at the same size, in turns. Beside them stand two figures that a user
-gave for a setting of his own; they were not measured here.
+with random weights (or those of `--ckpt_path`) at the same size, in turns. The table ends with two times that a user
+gave for his own setting; they were not measured here.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Run = Callable[[], object]
 
 
 def contestants(module: DINOModule, images: Tensor, device: str, peers: bool, onnx: Path | None) -> dict[str, Run]:
-    """What to call, by name, for one batch of (B, 3, H, W) uint8 images."""
+    """The functions to time, by name, each for one batch of (B, 3, H, W) uint8 images."""
     size = (int(images.shape[2]), int(images.shape[3]))
     batch = Batch.from_images(list(images)).to(device)
-    runs: dict[str, Run] = {"checkpoint": _waiting(lambda: module(batch), device)}
+    runs: dict[str, Run] = {"checkpoint": _synchronised(lambda: module(batch), device)}
     if onnx is not None:
         detect = run_onnx(onnx)
         sizes = torch.tensor([size] * len(images))
@@ -68,22 +68,22 @@ def _peers(images: Tensor, device: str) -> dict[str, Run]:
     )
     network = network.eval().to(device)
     floats = [image.float().div(255).to(device) for image in images]
-    runs: dict[str, Run] = {"torchvision Faster R-CNN R50": _waiting(lambda: network(floats), device)}
+    runs: dict[str, Run] = {"torchvision Faster R-CNN R50": _synchronised(lambda: network(floats), device)}
     if importlib.util.find_spec("rfdetr") is not None:
         runs |= _rfdetr(images, device)
     return runs
 
 
 def _rfdetr(images: Tensor, device: str) -> dict[str, Run]:
-    """RF-DETR at the resolution it was made for, which it resizes to by itself."""
+    """RF-DETR at its own resolution, to which it resizes by itself."""
     from PIL import Image
 
     network = rfdetr_base(device)
     pages = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    return {"rfdetr base": _waiting(lambda: network.predict(pages, threshold=0.0), device)}
+    return {"rfdetr base": _synchronised(lambda: network.predict(pages, threshold=0.0), device)}
 
 
-def _waiting(run: Run, device: str) -> Run:
+def _synchronised(run: Run, device: str) -> Run:
     def call() -> object:
         with torch.inference_mode():
             result = run()
@@ -95,12 +95,12 @@ def _waiting(run: Run, device: str) -> Run:
 
 
 def percentile(timing: Timing, percent: int) -> float:
-    """Milliseconds that so many percent of the rounds took at the most; between two rounds, the share between them."""
+    """Percentile of the rounds in milliseconds, interpolated linearly between two rounds."""
     return 1000 * statistics.quantiles(timing.seconds, n=100, method="inclusive")[percent - 1]
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks latency", description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt_path", help="a checkpoint (DINO R50 4-scale, 80 classes, random weights)")
     parser.add_argument("--size", default="800x1066", help="height x width")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="export, and time that too")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tiny", action="store_true", help="a tiny detector, to try the measurement")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     height, width = (int(side) for side in options.size.split("x"))
     sizes: dict[str, Any] = TINY if options.tiny else {}

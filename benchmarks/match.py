@@ -1,6 +1,6 @@
 """Matching and losses of a training step, forward and backward: `python -m benchmarks match`.
 
-`Criterion` (all layers at once, one copy to the host) beside the published way, layer by layer (`benchmarks.plain`).
+`Criterion` (all layers at once, one copy to the host) against the published way, layer by layer (`benchmarks.plain`).
 Both must give the same loss and the same gradients, or there is no result.
 """
 
@@ -24,7 +24,7 @@ BOX_COUNTS = (10, 50, 100)
 
 
 def example(count: int, device: str) -> tuple[ModelOutput, Targets]:
-    """Outputs of an untrained R50 4-scale model in shape, for images of about `count` boxes."""
+    """Random outputs with the shapes of an R50 4-scale model, for images of about `count` boxes."""
     generator = torch.Generator().manual_seed(count)
 
     def draw(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def example(count: int, device: str) -> tuple[ModelOutput, Targets]:
 
 
 def inputs(output: ModelOutput) -> list[Tensor]:
-    """What gradients are wanted for."""
+    """The tensors whose gradients are computed."""
     assert output.denoising is not None
     return [
         output.pred_logits,
@@ -68,23 +68,23 @@ def inputs(output: ModelOutput) -> list[Tensor]:
 
 
 def ours(criterion: Criterion, output: ModelOutput, targets: Targets) -> tuple[Tensor, ...]:
-    """The loss and its gradients."""
+    """The loss of `Criterion` and its gradients."""
     loss: Tensor = criterion(output, targets)["loss"]
     return (loss.detach(), *torch.autograd.grad(loss, inputs(output)))
 
 
 def published(output: ModelOutput, targets: Targets) -> tuple[Tensor, ...]:
-    """The same, layer by layer."""
+    """The loss computed layer by layer, and its gradients."""
     loss = plain.total_loss(output, targets)
     return (loss.detach(), *torch.autograd.grad(loss, inputs(output)))
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks match", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cpu"

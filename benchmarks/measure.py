@@ -39,7 +39,7 @@ class Timing:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
     def as_json(self) -> dict[str, Any]:
-        """All that there is to know, in seconds."""
+        """Minimum and median in seconds, spread as a share of the median, and the seconds of all rounds."""
         return {"min": min(self.seconds), "median": self.median, "spread": self.spread, "rounds": self.seconds}
 
 
@@ -50,7 +50,7 @@ def interleaved(
     repeats: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time each contestant once in each round, after one round that does not count.
+    """Time each contestant once in each round, after one warm-up round.
 
     Args:
         contestants: what to call, by name.
@@ -73,7 +73,7 @@ def interleaved(
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit of a measurement."""
+    """Device, package versions and commit that a measurement was made with."""
     packages = ("torch", "torchvision", "lightning", "pillow", "numpy", "transformers", "rfdetr")
     return {
         "processor": _processor(),
@@ -95,7 +95,7 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows as aligned text, the first one being the heading; the first column to the left."""
+    """Rows as aligned text; the first row is the header, the first column is left-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -1,17 +1,17 @@
-"""Deformable attention, alone: `python -m benchmarks op`.
+"""Deformable attention alone: `python -m benchmarks op`.
 
 At 800 x 1066 pixels with 8 heads of 32 channels, 4 levels and 4 points; the encoder asks for every cell (17,821 queries
 with reference points at their centres), the decoder for 900 + 200 queries with boxes. All contestants start from raw
 offsets and logits, and include the softmax:
 
-- stacked: our own plain writing of the published fallback: `grid_sample` level by level, all samples stacked, then
+- stacked: our own plain formulation of the published fallback: `grid_sample` level by level, all samples stacked, then
   weighted and summed.
-- ours: what trains: gathered rows of channels on a CPU; level by level where that is not so.
-- ours, detecting: what detects on a CPU when there are many queries; forward only.
-- kernel: what runs on a GPU, the copy to head-major order included.
+- ours: as used in training: gathered rows of channels on a CPU, level by level elsewhere.
+- ours, detecting: as used for many queries in evaluation on a CPU; forward only.
+- kernel: the Triton kernel on a GPU, including the copy to head-major order.
 
 On a CPU: one thread, seconds of that thread. On a GPU: CUDA events around several calls, float32 and bfloat16; bytes
-are those that must move at least once, additions are the float32 atomics of the backward pass.
+are those that must be moved at least once, additions are the float32 atomics of the backward pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SPREAD = 2.0  # standard deviation of the offsets, in cells or in eighths of a b
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an attention layer hands to the sampling core; see `dispatch.sample`."""
+    """The inputs of the sampling core of an attention layer; see `dispatch.sample`."""
 
     value: Tensor
     reference_points: Tensor
@@ -54,7 +54,7 @@ class Inputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What training wants gradients of."""
+        """The tensors whose gradients training computes."""
         return self.value, self.sampling_offsets, self.attention_logits
 
 
@@ -105,43 +105,43 @@ def stacked(inputs: Inputs) -> Tensor:
 
 
 def trained_as(inputs: Inputs) -> Tensor:
-    """(B, Q, H * D) as on a CPU in training."""
+    """(B, Q, H * D), computed as on a CPU in training."""
     set_implementation("pytorch")
     return dispatched(inputs)
 
 
 def kernel(inputs: Inputs) -> Tensor:
-    """(B, Q, H * D) as on a GPU."""
+    """(B, Q, H * D), computed as on a GPU."""
     set_implementation("triton")
     return dispatched(inputs)
 
 
 def dispatched(inputs: Inputs) -> Tensor:
-    """(B, Q, H * D) by what was chosen."""
+    """(B, Q, H * D), computed by the chosen implementation."""
     return dispatch.sample(
         inputs.value, SHAPES, inputs.reference_points, inputs.sampling_offsets, inputs.attention_logits
     )
 
 
 def gathered(inputs: Inputs) -> Tensor:
-    """(B, Q, H * D) as on a CPU in evaluation, whatever the number of queries."""
+    """(B, Q, H * D), computed as on a CPU in evaluation, for any number of queries."""
     places, weights = places_and_weights(inputs)
     return gathered_deformable_attention(inputs.value, SHAPES, places, weights)
 
 
 def forward(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """Detecting, with gradients switched on so that `trained_as` is what trains; they are not computed."""
+    """Run the forward pass; gradients are enabled, so that the path of training runs, but not computed."""
     detached = Inputs(*(getattr(inputs, name).detach() for name in Inputs.__dataclass_fields__))
     return attend(detached)
 
 
 def both(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    """Training: forward and backward."""
+    """Run the forward and the backward pass."""
     return torch.autograd.grad(attend(inputs), inputs.leaves, inputs.grad)
 
 
 def by_events(contestants: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int) -> dict[str, Timing]:
-    """As `interleaved`, in the device's own time."""
+    """As `interleaved`, timed with CUDA events."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for number in range(rounds + 1):
@@ -157,7 +157,7 @@ def by_events(contestants: Mapping[str, Callable[[], object]], *, rounds: int, r
 
 
 def largest_difference(attend: Mapping[str, Callable[[Inputs], Tensor]], inputs: Inputs) -> dict[str, float]:
-    """Distance of each output from the stacked one's, as a share of its largest entry."""
+    """Largest difference of each output from the stacked one, as a share of its largest entry."""
     expected = forward(stacked, inputs).float()
     return {
         name: float((forward(call, inputs).float() - expected).abs().max() / expected.abs().max())
@@ -166,7 +166,7 @@ def largest_difference(attend: Mapping[str, Callable[[Inputs], Tensor]], inputs:
 
 
 def least_bytes(inputs: Inputs, *, backward: bool) -> int:
-    """What must be read and written at least once: inputs and output; backward, also all gradients, maps in float32."""
+    """Bytes read and written at least once: inputs and output; backward, also all gradients, maps in float32."""
     tensors = (inputs.value, inputs.reference_points, inputs.sampling_offsets, inputs.attention_logits, inputs.grad)
     once = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if not backward:
@@ -176,7 +176,7 @@ def least_bytes(inputs: Inputs, *, backward: bool) -> int:
 
 
 def corners_inside(inputs: Inputs) -> int:
-    """How many corners of samples lie on a map: each costs an addition for every channel in the backward pass."""
+    """Number of sample corners on a map: each costs one addition for every channel in the backward pass."""
     places, _ = places_and_weights(inputs)
     count = 0
     for level, (height, width) in enumerate(SHAPES):
@@ -189,7 +189,7 @@ def corners_inside(inputs: Inputs) -> int:
 
 
 def measure(case: str, options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """All contestants of one case, in both directions."""
+    """The times of all contestants of one case, forward and backward."""
     inputs = draw(case, options.batch, device, dtype)
     trained: dict[str, Callable[[Inputs], Tensor]] = {"stacked": stacked, "ours": trained_as}
     if device == "cuda":
@@ -221,13 +221,13 @@ def measure(case: str, options: argparse.Namespace, device: str, dtype: torch.dt
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks op", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=10, help="calls in each round, on a GPU")
     parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtypes = {"float32": torch.float32}

@@ -1,4 +1,4 @@
-"""Other detectors from PyPI, to measure beside: with random weights, which are of no matter to a timing."""
+"""Other detectors from PyPI to compare with; their weights are random, which does not change the times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES, BOXES = 80, 8
 
 
 def random_batch(height: int, width: int, size: int, device: str) -> Batch:
-    """Noise with boxes."""
+    """A batch of noise images with random boxes."""
     generator = torch.Generator().manual_seed(height * width + size)
     images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator) for _ in range(size)]
     targets = []
@@ -30,7 +30,7 @@ def random_batch(height: int, width: int, size: int, device: str) -> Batch:
 
 
 def transformers_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
-    """A step of transformers' Deformable DETR, made as large as DINO."""
+    """A training step of transformers' Deformable DETR in the size of DINO."""
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def transformers_step(height: int, width: int, size: int, device: str) -> Callab
 
 
 def rfdetr_base(device: str) -> Any:
-    """RF-DETR base, without the download of its weights."""
+    """RF-DETR base with random weights; nothing is downloaded."""
     from rfdetr import RFDETRBase
     from transformers import PreTrainedModel
 
@@ -68,7 +68,7 @@ def rfdetr_base(device: str) -> Any:
 
 
 def rfdetr_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
-    """A step of RF-DETR base."""
+    """A training step of RF-DETR base."""
     from rfdetr.config import TrainConfig
     from rfdetr.models import build_criterion_from_config
 
@@ -90,7 +90,7 @@ def rfdetr_step(height: int, width: int, size: int, device: str) -> Callable[[],
 
 
 def _normalised(height: int, width: int, size: int, device: str, labels: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Pixels about 0 and the targets of a batch, with the peer's name for labels."""
+    """Normalised pixels and targets of a batch, with labels under the peer's name."""
     batch = random_batch(height, width, size, device)
     assert batch.targets is not None
     targets = [
@@ -100,7 +100,7 @@ def _normalised(height: int, width: int, size: int, device: str, labels: str) ->
 
 
 def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Forward, backward, clipping and optimizer."""
+    """Run one step: forward, backward, gradient clipping and optimizer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:

@@ -1,12 +1,12 @@
 """A whole training step: `python -m benchmarks step --size 480x640`.
 
 Detector, losses, backward pass, clipping and optimizer on random images with random boxes: images per second, share of
-the peak, memory, and where the time goes. With `--against transformers` beside the Deformable DETR of that library: two
-stages, box refinement, the same backbone, depth, width and number of queries, but no denoising queries, so its step has
-less to do. With `--against rfdetr` beside RF-DETR base, which is another kind of detector: one level of a DINOv2-S
-backbone, 3 decoder layers, 13 groups of 300 queries; sides must be multiples of 56. With `--baseline module:callable`
-beside anything else: the callable takes height, width, batch size and device, and returns a function of no arguments
-that does one step.
+the peak, memory, and the time by phase. `--against transformers` compares with the Deformable DETR of that library: two
+stages, box refinement, the same backbone, depth, width and number of queries, but no denoising queries, so its step
+does less work. `--against rfdetr` compares with RF-DETR base, another kind of detector: one level of a DINOv2-S
+backbone, 3 decoder layers, 13 groups of 300 queries; sides must be multiples of 56. `--baseline module:callable`
+compares with anything else: the callable takes height, width, batch size and device, and returns a function of no
+arguments that does one step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COCO_MIX = ((640, 852), (800, 1066), (544, 725), (1066, 800), (736, 1100), (480,
 
 
 class OurStep:
-    """DINO R50 4-scale and its recipe."""
+    """A training step of DINO R50 4-scale with its recipe."""
 
     def __init__(
         self, batches: list[Batch], device: str, precision: str, compiled: bool, num_denoising: int = 100
@@ -53,7 +53,7 @@ class OurStep:
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def __call__(self) -> None:
-        """One step."""
+        """Run one whole training step."""
         loss = self.forward()
         loss.backward()
         self.update()
@@ -68,14 +68,14 @@ class OurStep:
         return loss
 
     def update(self) -> None:
-        """Clip and change the weights."""
+        """Clip the gradients and update the weights."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """The call, and the wait for the device to have done it."""
+    """Run the call and synchronise with the device."""
 
     def timed() -> None:
         call()
@@ -87,7 +87,7 @@ def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
 
 @contextmanager
 def phases(step: OurStep) -> Iterator[dict[str, float]]:
-    """Seconds spent in the parts of the forward pass, by hooks that wait for the device."""
+    """Seconds spent in the parts of the forward pass, by hooks that synchronise with the device."""
     seconds: dict[str, float] = defaultdict(float)
     started: dict[str, float] = {}
 
@@ -137,12 +137,12 @@ def phases(step: OurStep) -> Iterator[dict[str, float]]:
 def breakdown(step: OurStep, rounds: int) -> dict[str, float]:
     """Seconds of each phase of a step, on average."""
     totals: dict[str, float] = defaultdict(float)
-    wait = torch.cuda.synchronize if step.device == "cuda" else (lambda: None)
+    synchronise = torch.cuda.synchronize if step.device == "cuda" else (lambda: None)
     for _ in range(rounds):
         with phases(step) as seconds:
             start = time.perf_counter()
             loss = step.forward()
-            wait()
+            synchronise()
             forward = time.perf_counter() - start
         for name, value in seconds.items():
             totals[name] += value
@@ -151,7 +151,7 @@ def breakdown(step: OurStep, rounds: int) -> dict[str, float]:
         for name, call in (("backward", loss.backward), ("optimizer", step.update)):
             start = time.perf_counter()
             call()
-            wait()
+            synchronise()
             totals[name] += time.perf_counter() - start
     totals["loss"] = totals.pop("criterion") - totals["match"]
     return {name: value / rounds for name, value in totals.items()}
@@ -172,7 +172,7 @@ def launches(step: OurStep) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--peak_tflops", type=float, help="of the device in this precision, for the share of the peak")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.threads is not None:

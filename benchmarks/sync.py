@@ -1,6 +1,6 @@
-"""Operations, and waits for the device, in a training step: `python -m benchmarks sync`.
+"""Operations and device synchronisations in a training step: `python -m benchmarks sync`.
 
-A count, not a time: it is the same on every machine, and shows on a CPU what would wait on a GPU.
+A count, not a time: it is the same on every machine, and shows on a CPU what would synchronise on a GPU.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ WAITING_METHODS = {"cpu", "item", "tolist", "__bool__", "__int__", "__float__", 
 
 
 class Operators(TorchDispatchMode):
-    """Counts all operators, and those that wait."""
+    """Counts all operators, and those that synchronise with the device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.all, self.waits = 0, Counter[str]()
+        self.all, self.synchronisations = 0, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.all += 1
         if func._schema.name in WAITING_OPERATORS:
-            self.waits[func._schema.name] += 1
+            self.synchronisations[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
 
 
 class Methods(TorchFunctionMode):
-    """Counts copies to the host; on a CPU they never become an operator."""
+    """Counts calls that copy to the host; on a CPU they do not reach an operator."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits = Counter[str]()
+        self.synchronisations = Counter[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in WAITING_METHODS:
-            self.waits[name] += 1
+            self.synchronisations[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 class PlainCriterion(torch.nn.Module):
-    """The published way of matching and judging."""
+    """Matching and losses the published way, layer by layer."""
 
     def forward(self, output: ModelOutput, targets: Targets) -> dict[str, torch.Tensor]:
         """The weighted loss."""
@@ -61,21 +61,27 @@ class PlainCriterion(torch.nn.Module):
 
 
 def count(step: OurStep) -> dict[str, Any]:
-    """Operators and waits of one step."""
+    """Number of operators and of synchronisations in one step."""
     step()  # the optimizer makes its state in the first
     with Operators() as operators, Methods() as methods:
         step()
-    # `item` and its operator are one wait; what only the operators show are waits inside PyTorch's own code
-    waits = methods.waits["cpu"] + max(operators.waits.total(), methods.waits.total() - methods.waits["cpu"])
-    return {"operators": operators.all, "waits": waits, "seen": dict(operators.waits + methods.waits)}
+    # `item` and its operator are one; those that only the operators show happen inside PyTorch's own code
+    synchronisations = methods.synchronisations["cpu"] + max(
+        operators.synchronisations.total(), methods.synchronisations.total() - methods.synchronisations["cpu"]
+    )
+    return {
+        "operators": operators.all,
+        "synchronisations": synchronisations,
+        "seen": dict(operators.synchronisations + methods.synchronisations),
+    }
 
 
 def main() -> None:
-    """Count and show."""
+    """Count and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks sync", description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="320x320", help="height x width")
     parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     height, width = (int(side) for side in options.size.split("x"))
     batches = [random_batch(height, width, options.batch_size, "cpu")]
@@ -85,8 +91,10 @@ def main() -> None:
         if name != "dino_lightning":
             step.criterion = PlainCriterion()  # type: ignore[assignment]  # a stand-in
         results[name] = count(step)
-    rows = [("", "operators", "waits", "seen as")]
-    rows += [(name, str(one["operators"]), str(one["waits"]), str(one["seen"])) for name, one in results.items()]
+    rows = [("", "operators", "synchronisations", "seen as")]
+    rows += [
+        (name, str(one["operators"]), str(one["synchronisations"]), str(one["seen"])) for name, one in results.items()
+    ]
     print(table(rows))
     if options.output is not None:
         save(options.output, {"environment": environment(), "results": results})

@@ -1,7 +1,7 @@
-"""Synthetic floor plans, drawn from a seed, and a COCO dataset of them: the data of the embedded demo.
+"""Synthetic floor plans drawn from a seed, and a COCO dataset of them: the data of the demo.
 
-A plan is a page as an estate agent prints it; the objects to find are its rooms. `clean` plans are small and
-plain, so that a tiny detector learns them in minutes on a CPU; `realistic` ones are as hard as real ones.
+A plan is a page as an estate agent prints it; the objects to detect are its rooms. `clean` plans are small and
+plain, so that a tiny detector learns them in minutes on a CPU; `realistic` ones are about as hard as real plans.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dino_lightning.floor_plans.walls import draw_walls
 Style = Literal["clean", "realistic"]
 
 GENERATOR = "dino_lightning.data.rooms"
-GENERATOR_VERSION = 1  # raised whenever the same parameters draw other pictures
+GENERATOR_VERSION = 1  # increased whenever the same parameters give other images
 MANIFEST = "rooms.json"
 SPLITS = ("train", "val")
 SEEDS_PER_SPLIT = 1_000_000
@@ -40,15 +40,15 @@ def draw_plan(seed: int, *, style: Style = "clean", size: int | None = None) -> 
     """Draw one floor plan.
 
     Args:
-        seed: 0 or more; the same seed gives the same picture, bit for bit, on the same library versions.
-        style: "clean" (small, plain) or "realistic" (what agents publish, at its worst).
+        seed: 0 or more; the same seed gives the same image, bit for bit, with the same library versions.
+        style: "clean" (small, plain) or "realistic" (like the worst of what agents publish).
         size: long side of the page in pixels; None draws it from the range of the style.
 
     Returns:
         The page and the rooms on it.
 
     Raises:
-        ValueError: if the style is unknown, the seed negative or the size below 96.
+        ValueError: the style is unknown, the seed is negative or the size is below 96.
     """
     if style not in get_args(Style):
         raise ValueError(f"style must be one of {get_args(Style)}, got {style!r}.")
@@ -58,13 +58,13 @@ def draw_plan(seed: int, *, style: Style = "clean", size: int | None = None) -> 
         raise ValueError(f"size must be at least 96 pixels, got {size}.")
     rng = np.random.default_rng((seed, get_args(Style).index(style)))
     low, high = LONG_SIDE[style]
-    drawn = int(rng.integers(low, high + 1))  # drawn in any case: the size leaves the rest of the plan as it is
+    drawn = int(rng.integers(low, high + 1))  # always drawn, so that `size` does not change the rest of the plan
     long_side = size or drawn
     return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng)
 
 
 def _draw_realistic(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
-    """A page from an agent's folder, as it came out of a printer or a scanner."""
+    """A realistic page, as printed or scanned; some pages have no plan on them."""
     rooms: list[Room] = []
     if rng.random() < 0.04:
         picture = page_without_plan(long_side, rng)
@@ -126,13 +126,13 @@ def write_rooms_dataset(
 ) -> Path:
     """Write a COCO dataset of plans: `root/{train,val}/annotations.json` and `root/{train,val}/images/`.
 
-    A dataset that is already there with the same parameters is used as it is; one with other parameters is
-    replaced. It is built beside `root` and moved into place: an interrupted run never leaves half a dataset.
+    An existing dataset with the same parameters is reused; one with other parameters is replaced. A new one is
+    built beside `root` and moved into place, so an interrupted run never leaves half a dataset.
 
     Args:
         root: folder of the dataset.
-        num_train: plans to train on.
-        num_val: held-out plans; no seed is shared with training.
+        num_train: number of training plans.
+        num_val: number of validation plans; no seed is shared with training.
         style: see `draw_plan`.
         seed: 0 or more; another seed gives other plans.
         size: long side of the pages in pixels; None draws each from the range of the style.
@@ -141,7 +141,7 @@ def write_rooms_dataset(
         The folder, as a path.
 
     Raises:
-        ValueError: if `root` holds anything that this function did not write, or a parameter is out of range.
+        ValueError: `root` holds anything that this function did not write, or a parameter is out of range.
     """
     root = Path(root)
     counts = {"train": num_train, "val": num_val}
@@ -180,7 +180,7 @@ def write_rooms_dataset(
             root.rename(workplace / "old")
         try:
             built.rename(root)
-        except OSError:  # another process was faster; what it wrote is the same
+        except OSError:  # another process was faster, and wrote the same dataset
             if not _is_current(root, manifest):
                 raise
     finally:
@@ -189,7 +189,7 @@ def write_rooms_dataset(
 
 
 def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `root` already is the wanted dataset; raises ValueError if it is somebody else's folder."""
+    """Whether `root` already is the wanted dataset; raises ValueError if the folder holds anything else."""
     if not root.exists():
         return False
     if not root.is_dir():
@@ -211,7 +211,7 @@ def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
 
 def _save(picture: Image.Image, folder: Path, stem: str, style: Style, seed: int) -> str:
     """Save a page, half of the realistic ones as JPEG of good to poor quality; returns the file's name."""
-    rng = np.random.default_rng((seed, len(get_args(Style))))  # a stream that no picture is drawn from
+    rng = np.random.default_rng((seed, len(get_args(Style))))  # a stream that no image is drawn from
     if style == "realistic" and rng.random() < 0.5:
         picture.save(folder / f"{stem}.jpg", quality=int(rng.integers(35, 91)))
         return f"{stem}.jpg"

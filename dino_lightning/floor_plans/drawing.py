@@ -1,4 +1,4 @@
-"""The paper and the pen: pages, drawn too large so that thin lines come out smooth, and their rooms."""
+"""Pages, drawn enlarged so that thin lines come out smooth, the pen that draws on them, and their rooms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dino_lightning.floor_plans.geometry import Point, Polygon, bounds, edges, s
 Ink = tuple[int, int, int]
 BLACK: Ink = (0, 0, 0)
 WHITE: Ink = (255, 255, 255)
-LINE_SPACING = 0.25  # between lines of text, as a part of their height
+LINE_SPACING = 0.25  # between lines of text, as a fraction of their height
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Room:
 
     Attributes:
         polygon: its outline along the inner faces of its walls, (x, y) in pixels of the page.
-        name: what the plan calls it, e.g. "BEDROOM 1".
+        name: its name on the plan, e.g. "BEDROOM 1".
     """
 
     polygon: Polygon
@@ -42,18 +42,18 @@ class Room:
 
 @lru_cache(maxsize=64)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own scalable font; no font file is needed on the machine."""
+    """Pillow's built-in scalable font of a size; no font file is needed."""
     return ImageFont.load_default(size=size)
 
 
 class Page:
-    """A page drawn `supersampling` times too large, so that thin lines come out anti-aliased.
+    """A page drawn `supersampling` times larger than its final size, so that thin lines come out anti-aliased.
 
     Attributes:
-        image: the enlarged picture, RGB.
-        draw: Pillow's pen on it.
+        image: the enlarged image, RGB.
+        draw: Pillow's drawing context of it.
         size: (width, height) of the finished page in pixels.
-        supersampling: how much larger the picture is drawn.
+        supersampling: the factor of the enlargement.
     """
 
     def __init__(self, size: tuple[int, int], supersampling: int, paper: Ink = WHITE) -> None:
@@ -76,8 +76,8 @@ class Page:
         """Write lines of text around a point.
 
         Args:
-            centre: where, in pixels of the finished page.
-            lines: one string a line.
+            centre: position in pixels of the finished page.
+            lines: one string for each line.
             size: height of the writing in pixels of the finished page.
             ink: colour.
             anchor: Pillow's text anchor; upright text is always centred.

@@ -1,4 +1,4 @@
-"""What stands where: the furniture of each kind of room, placed along the walls and clear of the doors."""
+"""The furniture of each kind of room, placed along the walls and clear of the doors."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from dino_lightning.floor_plans.walls import gap_outline
 
 Box = tuple[float, float, float, float]
 
-# For each kind of room, the typical things first: item, width range, depth, free-standing, probability.
-Wish = tuple[Item, tuple[float, float], float, bool, float]
-WISHES: dict[str, tuple[Wish, ...]] = {
+# For each kind of room, the most typical items first: item, width range, depth, free-standing, probability.
+Candidate = tuple[Item, tuple[float, float], float, bool, float]
+CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "bedroom": (
         (bed_with_tables, (2.3, 2.5), 2.05, False, 0.6),
         (double_bed, (1.4, 1.7), 2.0, False, 0.75),
@@ -116,14 +116,14 @@ def furnish(pen: Pen, layout: Layout, cell: Cell, rng: np.random.Generator, full
     """Draw the furniture of a room where it fits, clear of the doors.
 
     Args:
-        pen: draws in the metres of the layout.
+        pen: draws in the layout's metres.
         layout: the floor, for its doors and walls.
         cell: the room.
-        rng: source of what stands where.
-        fullness: 0 leaves rooms empty, 1 places all that is usual.
+        rng: generator of the choice and placement of items.
+        fullness: 0 leaves rooms empty, 1 places the usual number of items.
 
     Returns:
-        The boxes taken by doors and furniture, in metres, for the writing to avoid.
+        The boxes occupied by doors and furniture, in metres, which text should avoid.
     """
     room = offset(cell.outline, layout.inner_wall / 2 + 0.02)
     taken: list[Box] = []
@@ -139,7 +139,7 @@ def furnish(pen: Pen, layout: Layout, cell: Cell, rng: np.random.Generator, full
         zone_walls = part if len(cell.parts) > 1 else cell.outline
         walls = edges(offset(zone_walls, layout.inner_wall / 2 + 0.02))
         has_bed = False
-        for item, (low, high), depth, free, probability in WISHES.get(kind, ()):
+        for item, (low, high), depth, free, probability in CANDIDATES.get(kind, ()):
             if rng.random() > probability * fullness or (has_bed and item in BEDS):
                 continue
             width = float(rng.uniform(low, high))
@@ -159,7 +159,7 @@ def _place(
     free: bool,
     rng: np.random.Generator,
 ) -> Frame | None:
-    """Find a place for an item of this width and depth, and mark it as taken."""
+    """Find a place for an item of this width and depth, and mark it as occupied; None if there is none."""
     width, depth = size
     for _ in range(10):
         a, b = walls[int(rng.integers(len(walls)))]

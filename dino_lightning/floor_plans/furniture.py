@@ -1,6 +1,6 @@
-"""The drawings of furniture, kitchen and bathroom signs, and stairs, for `realistic` plans.
+"""Drawings of furniture, kitchen and bathroom symbols, and stairs for `realistic` plans.
 
-Each item is drawn in a frame of its own, in metres: x along the wall it stands against, y into the room.
+Each item is drawn in its own frame, in metres: x along the wall behind it, y into the room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dino_lightning.floor_plans.geometry import Point, along, rectangle
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an item stands: its own origin and axes, in the metres of the layout."""
+    """The position of an item: its origin and axes in the layout's metres."""
 
     pen: Pen
     origin: Point
@@ -23,11 +23,11 @@ class Frame:
     y_axis: Point
 
     def at(self, x: float, y: float) -> Point:
-        """A point of the item in the layout."""
+        """A point of the item in the layout's metres."""
         return along(along(self.origin, self.x_axis, x), self.y_axis, y)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, radius: float = 0.0, width: float = 1.0) -> None:
-        """A rectangle, its corners rounded where `radius` is given."""
+        """Draw a rectangle, with rounded corners if `radius` is given."""
         if radius <= 0:
             self.pen.polygon([self.at(x, y) for x, y in rectangle(x0, y0, x1, y1)], width=width)
             return
@@ -46,12 +46,12 @@ class Frame:
         self.pen.polygon(points, width=width)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, width: float = 1.0) -> None:
-        """An ellipse around (x, y)."""
+        """Draw an ellipse around (x, y)."""
         angles = (i * math.pi / 10 for i in range(20))
         self.pen.polygon([self.at(x + rx * math.cos(t), y + ry * math.sin(t)) for t in angles], width=width)
 
     def line(self, *points: Point, width: float = 1.0) -> None:
-        """A line through the points."""
+        """Draw a line through the points."""
         self.pen.line([self.at(*point) for point in points], width)
 
 
@@ -59,7 +59,7 @@ Item = Callable[[Frame, float, float], None]
 
 
 def double_bed(frame: Frame, w: float, d: float) -> None:
-    """Mattress, two pillows, the blanket turned down."""
+    """A mattress with two pillows and a turned-down blanket."""
     frame.box(0, 0, w, d, 0.05)
     for x in (0.08, w / 2 + 0.04):
         frame.box(x, 0.1, x + w / 2 - 0.12, 0.48, 0.08)
@@ -68,7 +68,7 @@ def double_bed(frame: Frame, w: float, d: float) -> None:
 
 
 def single_bed(frame: Frame, w: float, d: float) -> None:
-    """Mattress, one pillow, a blanket."""
+    """A mattress with one pillow and a blanket."""
     frame.box(0, 0, w, d, 0.05)
     frame.box(0.12, 0.08, w - 0.12, 0.42, 0.08)
     frame.line((0, 0.58), (w, 0.58))
@@ -92,14 +92,14 @@ def wardrobe(frame: Frame, w: float, d: float) -> None:
 
 
 def cupboard(frame: Frame, w: float, d: float) -> None:
-    """A cupboard from above: a crossed box."""
+    """A cupboard from above: a box with a cross."""
     frame.box(0, 0, w, d)
     frame.line((0, 0), (w, d))
     frame.line((w, 0), (0, d))
 
 
 def sofa(frame: Frame, w: float, d: float) -> None:
-    """Back, arms and cushions."""
+    """A sofa with back, arms and cushions."""
     frame.box(0, 0, w, d, 0.1)
     seats = 3 if w > 1.7 else 2 if w > 1.2 else 1
     for i in range(seats):
@@ -123,7 +123,7 @@ def corner_sofa(frame: Frame, w: float, d: float) -> None:
 
 
 def television(frame: Frame, w: float, d: float) -> None:
-    """A low board and the screen on it."""
+    """A low board with a screen on it."""
     frame.box(0, 0, w, d)
     frame.box(w * 0.15, d * 0.35, w * 0.85, d * 0.55)
 
@@ -163,14 +163,14 @@ def desk(frame: Frame, w: float, d: float) -> None:
 
 
 def hob(frame: Frame, w: float, d: float) -> None:
-    """Four burners."""
+    """A hob with four burners."""
     frame.box(0.04, 0.05, w - 0.04, d - 0.05)
     for x, y, r in ((0.27, 0.3, 0.1), (0.73, 0.3, 0.08), (0.27, 0.7, 0.08), (0.73, 0.7, 0.1)):
         frame.ellipse(w * x, d * y, r, r)
 
 
 def sink(frame: Frame, w: float, d: float) -> None:
-    """A basin and its draining board."""
+    """A sink with its draining board."""
     frame.box(0.05, 0.07, w - 0.05, d - 0.07, 0.04)
     frame.box(0.1, 0.14, w * 0.48, d - 0.14, 0.06)
     for i in range(4):
@@ -180,7 +180,7 @@ def sink(frame: Frame, w: float, d: float) -> None:
 
 
 def counter(frame: Frame, w: float, d: float) -> None:
-    """A kitchen worktop with hob and sink, as far as they fit."""
+    """A kitchen worktop with a hob and a sink, if they fit."""
     frame.box(0, 0, w, d)
     if w >= 0.7:
         hob(Frame(frame.pen, frame.at(w * 0.12, 0), frame.x_axis, frame.y_axis), 0.6, d)
@@ -195,20 +195,20 @@ def sink_counter(frame: Frame, w: float, d: float) -> None:
 
 
 def fridge(frame: Frame, w: float, d: float) -> None:
-    """A square with its door line and a cross."""
+    """A fridge: a square with a door line and a cross."""
     frame.box(0, 0, w, d)
     frame.line((0, d - 0.06), (w, d - 0.06))
     frame.line((0, 0), (w, d - 0.06))
 
 
 def washing_machine(frame: Frame, w: float, d: float) -> None:
-    """A square with its drum."""
+    """A washing machine: a square with its drum."""
     frame.box(0, 0, w, d)
     frame.ellipse(w / 2, d / 2, w * 0.32, d * 0.32)
 
 
 def toilet(frame: Frame, w: float, d: float) -> None:
-    """Cistern and bowl."""
+    """A toilet: cistern and bowl."""
     frame.box(0, 0, w, 0.2, 0.03)
     frame.ellipse(w / 2, 0.22 + (d - 0.22) / 2, w * 0.4, (d - 0.2) / 2)
     frame.ellipse(w / 2, 0.24 + (d - 0.22) / 2, w * 0.26, (d - 0.2) * 0.32)
@@ -229,7 +229,7 @@ def bath(frame: Frame, w: float, d: float) -> None:
 
 
 def shower(frame: Frame, w: float, d: float) -> None:
-    """A tray with its falls and the drain."""
+    """A shower tray with its slopes and the drain."""
     frame.box(0, 0, w, d)
     frame.line((0, 0), (w, d))
     frame.line((w, 0), (0, d))
@@ -237,7 +237,7 @@ def shower(frame: Frame, w: float, d: float) -> None:
 
 
 def stairs(frame: Frame, w: float, d: float) -> None:
-    """A flight of stairs with the arrow that points up."""
+    """A flight of stairs with an arrow that points up."""
     frame.box(0, 0, w, d)
     for i in range(1, int(w / 0.24)):
         frame.line((0.24 * i, 0), (0.24 * i, d))

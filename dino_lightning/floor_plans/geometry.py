@@ -1,7 +1,7 @@
 """Plane geometry for the synthetic floor plans: simple polygons as tuples of points, y pointing down.
 
-Every polygon here runs with its interior on the side of the normal `(-dy, dx)` of each edge: a positive
-area in the shoelace formula. Units are the caller's: metres in the layout, pixels on the page.
+The interior of every polygon lies on the side of the normal `(-dy, dx)` of each edge: its area by the shoelace
+formula is positive. Units are the caller's: metres in the layout, pixels on the page.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def clip(polygon: Polygon, anchor: Point, normal: Point) -> Polygon:
 def offset(polygon: Polygon, inset: float) -> Polygon:
     """The polygon with every edge moved inwards by `inset` (outwards when negative), corners mitred.
 
-    Moved outwards, a sharp corner is cut square, as a wall is: its mitre would stick out as a spike.
+    Moved outwards, a sharp corner is cut square, like that of a wall; its mitre would be a spike.
     """
     result: list[Point] = []
     corners = edges(polygon)

@@ -1,6 +1,6 @@
-"""Layouts with the shapes of real homes, for the `realistic` style: L, slanted and round rooms among them.
+"""Layouts with the shapes of real homes for the `realistic` style, among them L-shaped, slanted and round rooms.
 
-Lengths are metres, as in `rooms_layout`.
+Lengths are metres, as in `layout`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dino_lightning.floor_plans.geometry import Polygon, bounds, clip, signed_ar
 from dino_lightning.floor_plans.layout import Cell, Layout, cut, divide, place_openings
 from dino_lightning.floor_plans.shapes import bulge, carve, footprint, join
 
-# What a home has, most needed first: kind and square metres. Rooms of one group stay neighbours.
+# The rooms of a home, most needed first: kind and square metres. Rooms of one group stay neighbours.
 GROUND_FLOOR = (
     (("living", 21.0), ("kitchen", 10.0)),
     (("bedroom", 13.0), ("ensuite", 4.6)),
@@ -55,12 +55,12 @@ def house_layout(num_rooms: int, rng: np.random.Generator, *, upper: bool = Fals
     """One floor of a home.
 
     Args:
-        num_rooms: rooms wanted, 2 or more.
-        rng: source of everything random.
+        num_rooms: number of rooms wanted, 2 or more.
+        rng: random generator.
         upper: whether this is an upper floor: bedrooms around a landing.
 
     Returns:
-        The floor, and the terrace in a corner that was left open, if there is one.
+        The floor, and the cell of a terrace in an open corner, or None.
     """
     carved = int(num_rooms >= 5 and rng.random() < 0.35)
     open_plan = not upper and num_rooms >= 3 and rng.random() < 0.45
@@ -147,7 +147,7 @@ def _programme(
 
 
 def _cells(outline: Polygon, programme: list[tuple[str, float]], rng: np.random.Generator, slant: float) -> list[Cell]:
-    """Cut a footprint up, at times with a corridor through the middle and rooms on both sides."""
+    """Divide a footprint into cells, sometimes with a corridor through the middle and rooms on both sides."""
     corridor = next((kind for kind, _ in programme if kind in CORRIDORS), None)
     if corridor is None or len(programme) < 6 or rng.random() < 0.35:
         return divide(outline, programme, rng, slant)
@@ -179,7 +179,7 @@ def _split(outline: Polygon, share: float, vertical: bool) -> tuple[Polygon, Pol
 
 
 def _flaw(cells: list[Cell], size: tuple[float, float]) -> float:
-    """How far the worst room is from a usable one; 0 is faultless."""
+    """How far the worst room is from a usable one; 0 is a layout without a fault."""
     worst = 0.0
     for cell in cells:
         x0, y0, x1, y1 = bounds(cell.outline)

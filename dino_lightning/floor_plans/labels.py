@@ -1,4 +1,4 @@
-"""Writing that belongs to the geometry of a plan: names in the rooms, measurements around the plan."""
+"""Text that belongs to the geometry of a plan: names in the rooms, measurements around the plan."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def write_name(
     size: float,
     halo: Ink | None = WHITE,
 ) -> None:
-    """Write a room's name where it covers least; smaller, shorter or upright where the room is tight.
+    """Write a room's name where it covers least; smaller, shorter or upright where space is short.
 
     Args:
         pen: draws in the metres of the layout.
         outline: the room.
         name: its name.
-        sizes: the lines under the name that state how large it is.
-        taken: boxes to keep clear of, in metres.
-        size: height of the writing in pixels of the finished page.
-        halo: colour of the border that keeps the writing legible.
+        sizes: the lines under the name that state its size.
+        taken: boxes to avoid, in metres.
+        size: height of the text in pixels of the finished page.
+        halo: colour of the border that keeps the text legible.
     """
     full = [name, *sizes]
     x0, y0, x1, y1 = bounds(offset(outline, 0.1))
@@ -77,7 +77,7 @@ def write_name(
 
 
 def draw_measures(pen: Pen, layout: Layout, extent: Box, size: float, rng: np.random.Generator) -> None:
-    """Dimension lines along two sides, with ticks or arrows, outside of everything else."""
+    """Draw dimension lines along two sides, with ticks or arrows, outside everything else."""
     x0, y0, x1, y1 = bounds([point for cell in layout.cells for point in cell.outline])
     left, top, _, _ = extent
     arrows = bool(rng.random() < 0.4)
@@ -96,7 +96,7 @@ def draw_measures(pen: Pen, layout: Layout, extent: Box, size: float, rng: np.ra
 
 
 def _measure(pen: Pen, start: float, end: float, level: float, axis: int, arrows: bool, size: float) -> None:
-    """One dimension line between two positions on an axis, at a level on the other."""
+    """Draw one dimension line between two positions on an axis, at a position on the other axis."""
 
     def at(position: float, across: float) -> Point:
         return (position, level + across) if axis == 0 else (level + across, position)

@@ -1,7 +1,7 @@
-"""Where the rooms of a synthetic plan lie: a footprint cut into cells, with doors and windows between them.
+"""The rooms of a synthetic plan: a footprint divided into cells, with doors and windows between them.
 
-All lengths are metres, y pointing down. A cell's outline runs along the centre lines of its inner walls; the
-room proper is that outline moved inwards by half an inner wall.
+All lengths are metres, y points down. A cell's outline runs along the centre lines of its inner walls; the
+room itself is that outline moved inwards by half an inner wall.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Cell:
     """One room of the layout.
 
     Attributes:
-        kind: what the room is for ("bedroom", "bath", ...); decides its name and its furniture.
+        kind: the use of the room ("bedroom", "bath", ...), which decides its name and furniture.
         outline: the centre lines of its walls.
-        parts: the zones of an open-plan room, each with its own kind; one zone, the whole, otherwise.
+        parts: the zones of an open-plan room, each with its own kind; otherwise one zone, the whole room.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole floor.
+    """One floor.
 
     Attributes:
         cells: the rooms.
@@ -88,7 +88,7 @@ def cut(outline: Polygon, share: float, angle: float) -> tuple[Polygon, Polygon]
 
     Args:
         outline: the polygon.
-        share: the part of the area that the first piece gets, 0-1.
+        share: the fraction of the area in the first piece, 0-1.
         angle: slant of the cutting line in radians; 0 is parallel to the axes.
     """
     x0, y0, x1, y1 = bounds(outline)
@@ -97,7 +97,7 @@ def cut(outline: Polygon, share: float, angle: float) -> tuple[Polygon, Polygon]
     depths = [x * normal[0] + y * normal[1] for x, y in outline]
     low, high, total = min(depths), max(depths), signed_area(outline)
     position, missing = low, share * total
-    for _ in range(6):  # exact at once in rectangles, near enough soon in other shapes
+    for _ in range(6):  # exact after one step in rectangles, close enough after six in other shapes
         position += missing / total * (high - low)
         anchor = (normal[0] * position, normal[1] * position)
         first = clip(outline, anchor, (-normal[0], -normal[1]))
@@ -115,7 +115,7 @@ def divide(
     Args:
         outline: the footprint.
         programme: the rooms wanted; neighbours in the list become neighbours in the plan.
-        rng: source of the cuts.
+        rng: random generator of the cuts.
         slant: probability that a cut through a large piece is not parallel to the axes.
     """
     if len(programme) == 1:
@@ -137,7 +137,7 @@ def narrowest(cells: Sequence[Cell]) -> float:
 
 
 def shared_walls(cells: Sequence[Cell]) -> tuple[dict[tuple[int, int], list[Segment]], list[list[Segment]]]:
-    """Which walls stand between rooms, and which face the outside.
+    """The walls between rooms, and those that face the outside.
 
     Returns:
         The segments between each pair of cells `(i, j)` with i < j, running along cell i; and for each cell
@@ -194,9 +194,9 @@ def place_openings(
     Args:
         cells: the rooms.
         inner_wall: thickness of the walls between rooms.
-        rng: source of the positions.
+        rng: random generator of the positions.
         window_share: probability that a long enough outer wall has a window.
-        varied: whether there are double doors and archways too.
+        varied: whether there are double doors and archways as well.
         front_door: whether a door leads outside.
     """
     inner, outer = shared_walls(cells)
@@ -232,7 +232,7 @@ def place_openings(
         None,
     )
 
-    # Breadth first from the entrance; private rooms lead nowhere as long as another way exists.
+    # Breadth first from the entrance; no room is reached through a private one if there is another way.
     reached, queue = {entrance}, [entrance]
     while queue:
         queue.sort(key=lambda i: cells[i].kind not in ("hall", "landing", "living"))
@@ -273,13 +273,13 @@ def simple_layout(
     """A rectangular floor of plain rectangular rooms, for the `clean` style.
 
     Args:
-        width: of the plan, outer walls included.
-        height: of the plan, outer walls included.
-        num_rooms: rooms wanted; fewer come out where they would be narrower than `min_side`.
-        min_side: the least width and height of a room between its walls.
+        width: width of the plan, including outer walls.
+        height: height of the plan, including outer walls.
+        num_rooms: number of rooms wanted; there are fewer if they would be narrower than `min_side`.
+        min_side: smallest width and height of a room between its walls.
         inner_wall: thickness of the walls between rooms.
         outer_wall: thickness of the walls around the plan.
-        rng: source of everything random.
+        rng: random generator.
     """
     margin = outer_wall - inner_wall / 2
     footprint = (

@@ -44,12 +44,12 @@ TINTS: dict[str, Ink] = {
 
 @dataclass(frozen=True)
 class Lettering:
-    """How one plan writes its names.
+    """How the names on a plan are written.
 
     Attributes:
         language: key of the vocabulary.
         upper: whether names are in capitals.
-        size: height of the writing in pixels of the finished page.
+        size: height of the text in pixels of the finished page.
         units: how room sizes are written; "" leaves them out.
     """
 
@@ -61,13 +61,13 @@ class Lettering:
 
 @dataclass(frozen=True)
 class Floor:
-    """One floor and what lies around it, in metres.
+    """One floor and its surroundings, in metres.
 
     Attributes:
         layout: its rooms.
-        terraces: outlines of terraces and balconies, which are no rooms.
-        extent: box around everything that is drawn of it.
-        upright: whether its walls run along the page.
+        terraces: outlines of terraces and balconies, which are not rooms.
+        extent: box around everything drawn of it.
+        upright: whether its walls are parallel to the page's edges.
     """
 
     layout: Layout
@@ -80,8 +80,8 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
     """Draw a page with a plan.
 
     Args:
-        long_side: of the page in pixels.
-        rng: source of everything random.
+        long_side: long side of the page in pixels.
+        rng: random generator.
 
     Returns:
         The page, RGB, and its rooms.
@@ -170,7 +170,7 @@ def _floors(num_rooms: int, rng: np.random.Generator) -> list[Floor]:
 
 
 def _terrace(layout: Layout, rng: np.random.Generator) -> list[Polygon]:
-    """A terrace or balcony in front of an outer wall with nothing else before it, or none."""
+    """The outlines of at most one terrace or balcony, in front of a free outer wall."""
     points = [point for cell in layout.cells for point in cell.outline]
     walls = []
     for i, free in enumerate(shared_walls(layout.cells)[1]):
@@ -200,7 +200,7 @@ def _lettering(scale: float, long_side: int, rng: np.random.Generator) -> Letter
 
 
 def _draw_ground(pen: Pen, floor: Floor, tinted: bool, lettering: Lettering, rng: np.random.Generator) -> None:
-    """Floor colours, and the terraces: hatched, paved or only dashed, and never a room."""
+    """Draw floor colours and terraces, which are hatched, paved or only dashed, and never rooms."""
     if tinted:
         for cell in floor.layout.cells:
             for kind, part in cell.parts:
@@ -241,7 +241,7 @@ def _draw_rooms(
     counts: dict[str, int],
     rng: np.random.Generator,
 ) -> list[Room]:
-    """Furnish and name every room; `counts` numbers the bedrooms through all floors."""
+    """Furnish and name every room; `counts` numbers the bedrooms across floors."""
     rooms = []
     for cell in layout.cells:
         taken = furnish(pen, layout, cell, rng, fullness)
@@ -267,7 +267,7 @@ def _draw_margins(
     footer: bool,
     rng: np.random.Generator,
 ) -> None:
-    """Agent, area note, small print and north arrow: everything that is no plan."""
+    """Draw what is not part of the plan: agent, area note, small print and north arrow."""
     width, height = page.size
     small = max(min(space * 0.32, lettering.size), 3.5)
     if title:
@@ -289,7 +289,7 @@ def _draw_margins(
 
 
 def _draw_north(page: Page, centre: Point, radius: float, rng: np.random.Generator) -> None:
-    """A north arrow in a circle."""
+    """Draw a north arrow in a circle."""
     pen = Pen(page, 1.0, centre, hairline=max(radius / 15, 0.6))
     turn = float(rng.uniform(0, 2 * math.pi))
 

@@ -1,4 +1,4 @@
-"""What happens to a page after it was drawn: slight rotation and scanning; and pages that hold no plan."""
+"""Slight rotation and scanning of a drawn page; and pages without a plan."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dino_lightning.floor_plans.words import AGENTS, DISCLAIMER
 
 
 def rotate(picture: Image.Image, rooms: list[Room], angle: float) -> tuple[Image.Image, list[Room]]:
-    """Turn a page and the outlines on it around its centre.
+    """Rotate a page and the outlines on it around its centre.
 
     Args:
-        picture: the page, RGB; corners that come into view are white.
+        picture: the page, RGB; uncovered corners become white.
         rooms: its rooms.
-        angle: radians.
+        angle: angle in radians.
     """
     c, s = math.cos(angle), math.sin(angle)
     x, y = picture.width / 2, picture.height / 2
-    # Pillow asks for the way back, from the turned page to the original one.
+    # Pillow takes the inverse, from the rotated page to the original one.
     back = (c, s, x - c * x - s * y, -s, c, y + s * x - c * y)
     turned = picture.transform(
         picture.size, Image.Transform.AFFINE, back, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255)
@@ -44,7 +44,7 @@ def scan(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The page after an office scanner: grey or yellowed paper, uneven light, speckle, noise, soft edges.
 
     Returns:
-        RGB, or L where the scanner only knew grey.
+        The page in mode RGB, or L from a grey scanner.
     """
     if rng.random() < 0.6:
         picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.5 + picture.width / 2000))))
@@ -74,7 +74,7 @@ def _uneven_light(size: tuple[int, int], rng: np.random.Generator) -> npt.NDArra
 
 
 def page_without_plan(long_side: int, rng: np.random.Generator) -> Image.Image:
-    """A title page, a page of text or a site map: what a folder of plans also holds."""
+    """A title page, a page of text or a site map, as found among real plans."""
     short_side = round(long_side * float(rng.uniform(0.65, 0.8)))
     size = (short_side, long_side) if rng.random() < 0.6 else (long_side, short_side)
     page = Page(size, 2)
@@ -89,7 +89,7 @@ def page_without_plan(long_side: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _title_page(page: Page, rng: np.random.Generator) -> None:
-    """The agent's name, a grey photograph of a house, an address."""
+    """A page with the agent's name, a grey photograph of a house and an address."""
     width, height = page.size
     unit = min(width, height) / 20
     page.text((width / 2, height * 0.14), [AGENTS[int(rng.integers(len(AGENTS)))]], unit * 1.4)
@@ -111,7 +111,7 @@ def _title_page(page: Page, rng: np.random.Generator) -> None:
 
 
 def _text_page(page: Page, rng: np.random.Generator) -> None:
-    """Headings and paragraphs."""
+    """A page of headings and paragraphs."""
     width, height = page.size
     size = max(min(width, height) / 45, 4.0)
     words = DISCLAIMER.lower().replace(",", "").replace(".", "").split()
@@ -130,7 +130,7 @@ def _text_page(page: Page, rng: np.random.Generator) -> None:
 
 
 def _site_map(page: Page, rng: np.random.Generator) -> None:
-    """Streets, plots and houses, seen from far above; one house is the one for sale."""
+    """A site map: streets, plots and houses from above, one of them marked as for sale."""
     width, height = page.size
     pen = Pen(page, 1.0, (0.0, 0.0), hairline=max(page.size) / 900)
     plot = max(width, height) / float(rng.uniform(9, 14))

@@ -1,4 +1,4 @@
-"""The rooms that are not plain boxes: slanted and rounded footprints, L-shapes, open plans, bays."""
+"""Shapes other than plain boxes: slanted and rounded footprints, L-shapes, open plans, bays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dino_lightning.floor_plans.layout import Cell, shared_walls
 
 
 def footprint(width: float, height: float, rng: np.random.Generator) -> Polygon:
-    """A rectangle, at times with a corner cut off or rounded."""
+    """A rectangular footprint, sometimes with a corner cut off or rounded."""
     outline = rectangle(0.0, 0.0, width, height)
     shape = rng.random()
     if shape > 0.34:
@@ -53,7 +53,7 @@ def footprint(width: float, height: float, rng: np.random.Generator) -> Polygon:
 
 
 def join(cells: list[Cell], kinds: tuple[str, str]) -> list[Cell]:
-    """Take out the wall between the first two neighbours of these kinds: one room of two zones."""
+    """Remove the wall between the first two neighbours of these kinds, which become one room of two zones."""
     for first in cells:
         for second in cells:
             if first is second or (first.kind, second.kind) != kinds:
@@ -100,7 +100,7 @@ def carve(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
 
 
 def _mirrored(polygon: Polygon, double_centre: float, axis: int) -> Polygon:
-    """The mirror image, run through in the other direction so that its interior stays on the same side."""
+    """The mirror image, in reverse order so that the interior stays on the same side of the edges."""
     points = [(double_centre - x, y) if axis == 0 else (x, double_centre - y) for x, y in polygon]
     return tuple(points[::-1])
 

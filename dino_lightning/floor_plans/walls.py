@@ -1,4 +1,4 @@
-"""Walls, doors and windows of a floor, drawn."""
+"""Draw the walls, doors and windows of a floor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WallStyle:
 
 
 def wall_mask(pen: Pen, layout: Layout) -> Image.Image:
-    """Where there is wall: an "L" picture of the enlarged page, 255 in walls.
+    """The mask of the walls: an "L" image of the enlarged page, 255 in walls.
 
     Each room's outline is first filled out to the outer face of its walls, then all rooms are emptied: a wall
     between two rooms ends up with the inner thickness, any other with the outer one, whatever their shapes.
@@ -46,7 +46,7 @@ def wall_mask(pen: Pen, layout: Layout) -> Image.Image:
 
 
 def gap_outline(opening: Opening, layout: Layout, extra: float = 0.0) -> Polygon:
-    """The rectangle of wall that an opening takes out, `extra` metres beyond both faces."""
+    """The rectangle that an opening cuts out of a wall, `extra` metres beyond both faces."""
     normal = opening.inward
     if opening.outer:
         front, back = layout.inner_wall / 2, layout.outer_wall - layout.inner_wall / 2
@@ -62,7 +62,7 @@ def gap_outline(opening: Opening, layout: Layout, extra: float = 0.0) -> Polygon
 
 
 def draw_door(pen: Pen, door: Opening, layout: Layout) -> None:
-    """The leaf, wide open, and the quarter circle it swings through."""
+    """Draw the open leaf and the quarter circle it swings through."""
     face = gap_outline(door, layout)
     hinge, strike = face[0], face[1]
     width = distance(hinge, strike)
@@ -77,7 +77,7 @@ def draw_door(pen: Pen, door: Opening, layout: Layout) -> None:
 
 
 def draw_window(pen: Pen, window: Opening, layout: Layout) -> None:
-    """Thin lines along the wall: both faces and the panes between them."""
+    """Draw thin lines along the wall: both faces and the panes between them."""
     a, b, c, d = gap_outline(window, layout)
     pen.polygon((a, b, c, d))
     for t in (0.36, 0.64):
@@ -90,7 +90,7 @@ def draw_window(pen: Pen, window: Opening, layout: Layout) -> None:
 
 
 def draw_walls(pen: Pen, layout: Layout, style: WallStyle | None = None) -> None:
-    """Walls, solid black unless said otherwise, with the doors and windows in them."""
+    """Draw the walls, solid black by default, with their doors and windows."""
     style = style or WallStyle()
     mask = wall_mask(pen, layout)
     line = max(round(pen.hairline * pen.page.supersampling), 1)

@@ -1,6 +1,6 @@
 """The words on a `realistic` page: room names in four languages, room sizes, agents and small print.
 
-They keep to ASCII: the font that comes with Pillow has no accents.
+They are ASCII: Pillow's built-in font has no accents.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ DISCLAIMER = (
 
 
 def feet(metres: float) -> str:
-    """Feet and inches as agents write them: 13'0"."""
+    """Feet and inches as agents write them, e.g. 13'0"."""
     inches = round(metres / 0.0254)
     return f"{inches // 12}'{inches % 12}\""
 

@@ -1,4 +1,4 @@
-"""What is looked for in a dataset beyond what the parser of the annotations says."""
+"""Checks of a dataset beyond those of the annotation parser; each adds its cases to `Found`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dino_lightning.data.findings import Case
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.inspection.image_facts import ImageFacts
 from dino_lightning.inspection.near_duplicates import same_images, similar_images
-from dino_lightning.inspection.report import SplitHealth, clipped_boxes
+from dino_lightning.inspection.report import SplitHealth, clipped_boxes, learnable_boxes, learnable_boxes_per_image
 
 TINY = 4.0  # pixels at the training size
 COVERING = 0.99  # of the image's width and height
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
-Found = dict[tuple[str, str], list[Case]]
+Found = dict[tuple[str, str], list[Case]]  # by (kind, split)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What training and evaluation can do with a dataset.
+    """The limits of training and evaluation.
 
     Attributes:
         num_queries: boxes that the model can find in an image.
         max_detections: detections that evaluation keeps of an image.
-        max_detections_of_class: detections of one class in an image that COCO's figures count.
+        max_detections_of_class: detections of one class in an image that COCO's metrics count.
         image_size: short side of the images in training, in pixels.
         max_size: limit of their long side.
     """
@@ -46,8 +46,8 @@ class Limits:
 
 
 def check_images(found: Found, split: str, source: CocoAnnotations, facts: Sequence[ImageFacts]) -> None:
-    """Whether each listed file is there, can be decoded, and has the size that the annotations say."""
-    per_image = np.diff(np.concatenate(([0], np.cumsum(source.usable & ~source.iscrowd)))[source.offsets])
+    """Check that each listed file exists, can be decoded, and has the size given in the annotations."""
+    per_image = learnable_boxes_per_image(source)
     listed: dict[str, int] = {}
     for index, (entry, fact) in enumerate(zip(source.images, facts, strict=True)):
 
@@ -73,7 +73,7 @@ def check_images(found: Found, split: str, source: CocoAnnotations, facts: Seque
 
 
 def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limits) -> None:
-    """Size, place and number of the boxes."""
+    """Check size, position and number of the boxes, and that none is there twice."""
     owners = np.repeat(np.arange(len(source.images)), np.diff(source.offsets))
     sizes = np.array([image.size for image in source.images], dtype=np.float64)
     inside = clipped_boxes(source)
@@ -81,7 +81,7 @@ def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limit
     scales = np.array(
         [min(resized_size(image.size, limits.image_size, limits.max_size)) / min(image.size) for image in source.images]
     )
-    learnable = source.usable & ~source.iscrowd
+    learnable = learnable_boxes(source)
 
     def add(kind: str, rows: npt.NDArray[np.bool_]) -> None:
         for row in np.flatnonzero(rows).tolist():
@@ -131,7 +131,7 @@ def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limit
 def check_categories(
     found: Found, split: str, source: CocoAnnotations, classes: Classes | None, counts: Sequence[int]
 ) -> None:
-    """Whether every class has a name of its own and boxes, and means the same as in training."""
+    """Check that every class has a name of its own and boxes, and is the same class as in training."""
     names = Counter(category.name for category in source.categories)
     for category in source.categories:
         if names[category.name] > 1:
@@ -150,7 +150,7 @@ def check_categories(
 
 
 def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
-    """Image files in the splits' folders that no annotation file lists."""
+    """Find image files in the splits' folders that no annotation file lists."""
     roots = {name: Path(os.path.realpath(split.files.images)) for name, split in splits.items()}
     listed = {
         roots[name] / image.file_name
@@ -159,7 +159,7 @@ def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
         for image in split.annotations.images
     }
     for name in splits:
-        for folder, _, files in os.walk(roots[name]):  # passes over folders that cannot be read
+        for folder, _, files in os.walk(roots[name]):  # skips folders that cannot be read
             for path in sorted(Path(folder) / file for file in files):
                 if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed:
                     listed.add(path)  # once, where splits share a folder
@@ -167,13 +167,13 @@ def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
 
 
 def check_copies(found: Found, splits: Mapping[str, SplitHealth]) -> None:
-    """The same image twice, in one split or in two."""
+    """Find images that are there twice, within a split or across splits."""
     places = [(name, index) for name, split in splits.items() for index in range(len(split.facts))]
     facts = [splits[name].facts[index] for name, index in places]
 
     def add(first: int, second: int, within: str, across: str) -> None:
         (name, index), (other_name, other_index) = places[first], places[second]
-        if other_name == "train" != name:  # the case is told of the other split: the training image may stay
+        if other_name == "train" != name:  # reported for the other split: the training image may stay
             (name, index), (other_name, other_index) = (other_name, other_index), (name, index)
         source, other_source = splits[name].annotations, splits[other_name].annotations
         assert source is not None and other_source is not None

@@ -1,4 +1,4 @@
-"""What can be said of an image file by opening and decoding it, for many files at once."""
+"""Facts about image files, found by opening and decoding them, many at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dino_lightning.data.dataset import available_cores
 from dino_lightning.data.images import EXIF_ORIENTATION, decode_bytes, open_image, read_bytes
 from dino_lightning.errors import DataError
 
-THUMBNAIL = 32  # pixels; enough to tell whether two images show the same
+THUMBNAIL = 32  # pixels; enough to compare two images
 SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
     "MPO": {".jpg", ".jpeg", ".mpo"},
@@ -32,14 +32,14 @@ SUFFIXES = {
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One image file.
+    """Facts about one image file.
 
     Attributes:
-        missing: there is no such file.
+        missing: the file does not exist.
         error: why it cannot be decoded, or "".
         size: (height, width) in pixels as displayed; (0, 0) if it cannot be decoded.
-        notes: kinds of findings (see `KINDS`) that say how the file is stored.
-        turned: EXIF turns it by 90 degrees, so height and width change places.
+        notes: kinds of findings (see `KINDS`) about how the file is stored.
+        turned: EXIF rotates it by 90 degrees, which swaps height and width.
         digest: hash of the file's content; b"" if it cannot be read.
         thumbnail: (32, 32) uint8, grey; zeros if it cannot be decoded.
     """
@@ -54,7 +54,7 @@ class ImageFacts:
 
 
 def image_facts(path: Path) -> ImageFacts:
-    """Open and decode one file; whatever goes wrong is a fact about it."""
+    """Open and decode one file; an error is one of the facts, nothing is raised."""
     nothing = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8)
     try:
         content = read_bytes(path)
@@ -75,18 +75,18 @@ def image_facts(path: Path) -> ImageFacts:
 
 
 def facts_of_all(paths: Sequence[Path], name: str, *, progress: bool = True) -> list[ImageFacts]:
-    """The facts of many files, read by as many threads as there are cores, in the order given."""
-    with ThreadPoolExecutor(available_cores()) as pool:  # decoders work outside Python's global lock
+    """Facts about many files in the given order, read with one thread for each core."""
+    with ThreadPoolExecutor(available_cores()) as pool:  # decoders release Python's global lock
         results = pool.map(image_facts, paths)
         try:
             return list(tqdm(results, f"Reading {name}", len(paths), unit="image", disable=not progress))
-        except BaseException:  # Ctrl-C would otherwise wait for all the rest
+        except BaseException:  # or Ctrl-C would wait for all remaining files
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _how_it_is_stored(content: bytes, suffix: str) -> tuple[list[str], bool]:
-    """Kinds of notes, and whether EXIF turns the image by 90 degrees."""
+    """Kinds of notes, and whether EXIF rotates the image by 90 degrees."""
     notes: list[str] = []
     turned = False
     try:
@@ -110,6 +110,6 @@ def _how_it_is_stored(content: bytes, suffix: str) -> tuple[list[str], bool]:
                 turned = orientation >= 5
             if image.format in SUFFIXES and suffix not in SUFFIXES[image.format]:
                 notes.append("name-unlike-format")
-    except Exception:  # decoders raise whatever they like on damaged files; decoding will say what is wrong
+    except Exception:  # decoders raise anything on damaged files; decoding reports the error
         return notes, turned
     return notes, turned

@@ -1,4 +1,4 @@
-"""The health of a dataset: everything counted, every image decoded, all that is wrong by kind."""
+"""The health of a dataset: everything counted, every image decoded, all problems by kind."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from dino_lightning.inspection.report import HealthReport, SplitHealth
 def inspect_dataset(
     files: Mapping[str, SplitFiles], *, limits: Limits | None = None, progress: bool = True
 ) -> HealthReport:
-    """Read all annotations, decode all images, and say what is wrong.
+    """Read all annotations, decode all images, and collect the problems.
 
     Args:
-        files: the splits by name, with "train" among them.
-        limits: what training and evaluation will do with it; the defaults of `fit` when None.
-        progress: show a progress bar.
+        files: the splits by name, including "train".
+        limits: the limits of training and evaluation; the defaults of `fit` when None.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The numbers of each split, and the findings, most severe first.
     """
     found: dict[tuple[str, str], list[Case]] = defaultdict(list)
     loaded: dict[str, CocoAnnotations | None] = {}

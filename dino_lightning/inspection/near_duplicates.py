@@ -1,4 +1,4 @@
-"""Images that are the same, or nearly, within a dataset and across its splits."""
+"""Duplicate and near-duplicate images within a dataset and across its splits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from scipy.spatial import cKDTree
 
 from dino_lightning.inspection.image_facts import ImageFacts
 
-BLOCKS = 8  # a thumbnail's 8 x 8 block means find candidates, its pixels decide
+BLOCKS = 8  # the means of 8 x 8 blocks of a thumbnail find candidates, its pixels decide
 BLOCK_DISTANCE = 1.5  # grey levels, in every block
 PIXEL_DISTANCE = 2.0  # grey levels, on average over the thumbnail
 ASPECT_DISTANCE = 0.02
-LEAST_CONTRAST = 3.0  # grey levels; blank pages resemble each other without being copies
-MOST_COMPARED = 2_000_000  # pairs; half a minute
+LEAST_CONTRAST = 3.0  # grey levels; blank pages look alike without being duplicates
+MOST_COMPARED = 2_000_000  # pairs, about half a minute
 
 
 def same_images(facts: Sequence[ImageFacts]) -> list[list[int]]:
-    """Groups of indices of files with the same content, each of two or more."""
+    """Groups of two or more indices of files with the same content."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, fact in enumerate(facts):
         if fact.digest:
@@ -29,12 +29,12 @@ def same_images(facts: Sequence[ImageFacts]) -> list[list[int]]:
 
 
 def similar_images(facts: Sequence[ImageFacts]) -> tuple[list[tuple[int, int]], bool]:
-    """Pairs of indices of files that differ in content but hardly in what they show, at whatever size.
+    """Pairs of indices of files that differ in content but show nearly the same, at any size.
 
-    Strict on purpose: drawings on white paper are alike everywhere but in their lines.
+    The limits are strict on purpose: drawings on white paper differ in their lines only.
 
     Returns:
-        Pairs of an image and a later one like it, each later one once; and whether all were compared.
+        Pairs of an image and a later near-duplicate, each later image once; and whether all images were compared.
     """
     seen: set[bytes] = set()
     indices = []
@@ -49,7 +49,7 @@ def similar_images(facts: Sequence[ImageFacts]) -> tuple[list[tuple[int, int]], 
     pairs: list[tuple[int, int]] = []
     matched: set[int] = set()
     compared = 0
-    for first in range(len(indices)):  # one by one: the lists of all at once may be as long as their square
+    for first in range(len(indices)):  # one by one: all lists at once may need quadratic memory
         if first in matched:
             continue
         near = tree.query_ball_point(blocks[first], BLOCK_DISTANCE, p=np.inf)
@@ -65,7 +65,7 @@ def similar_images(facts: Sequence[ImageFacts]) -> tuple[list[tuple[int, int]], 
 
 
 def _alike(one: ImageFacts, other: ImageFacts) -> bool:
-    """Whether two images show the same, by their proportions and thumbnails."""
+    """Whether the aspect ratios and the thumbnails of two images agree."""
     aspects = one.size[1] / one.size[0], other.size[1] / other.size[0]
     if abs(aspects[0] / aspects[1] - 1) > ASPECT_DISTANCE:
         return False

@@ -1,4 +1,4 @@
-"""A health report as one HTML page that needs nothing but itself."""
+"""A health report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from dino_lightning.inspection.text import CLASSES_SHOWN, SPREAD, class_rows, de
 CASES_SHOWN = 200  # of each finding
 CASE_LENGTH = 400  # characters
 CLASSES_LISTED = 1000
-PICTURE_BYTES = 5_000_000  # of all pictures together, as base64; beyond it there are none
+PICTURE_BYTES = 5_000_000  # of the images of all findings as base64; later findings have none
 PICTURES_SHOWN = 6  # of each finding
 SAMPLES_SHOWN = 12  # of each split
 PICTURE_SIDE = 300  # pixels
 LARGEST_SCALE = 4.0
 SURROUNDINGS = 10  # times the longer side of a box
 NAME_LENGTH = 24  # characters of a class name in a plot
-MOST_BOXES = 300  # drawn on one picture
+MOST_BOXES = 300  # drawn on one image
 BOX_COLOUR, CASE_COLOUR = "#00798c", "#d1495b"
 WITHOUT_PICTURES = {"image-missing", "image-undecodable", "not-listed", "no-boxes"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the page.
+    """An image with boxes drawn on it.
 
     Attributes:
         source: a data URI.
-        caption: what it shows.
+        caption: its file, size and case.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Picture:
 
 
 def as_html(report: HealthReport, root: str) -> str:
-    """The page: findings with pictures, tables, plots and samples; nothing is loaded from elsewhere."""
+    """The page as HTML text: findings with images, tables, plots and samples; it loads nothing."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(
         resources.files("dino_lightning.inspection").joinpath("health.html.jinja").read_text(encoding="utf-8")
@@ -73,11 +73,11 @@ def as_html(report: HealthReport, root: str) -> str:
         plots=_plots(report),
         samples={name: _samples(split) for name, split in report.splits.items() if split.annotations is not None},
     )
-    return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no UTF-8
+    return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are not UTF-8
 
 
 def _within_budget(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The findings, the last of them without pictures once there are too many bytes of these."""
+    """The findings, without their images from the one on that exceeds `PICTURE_BYTES`."""
     left = PICTURE_BYTES
     for finding in findings:
         left -= sum(len(picture.source) for picture in finding["pictures"])
@@ -118,7 +118,7 @@ def _one_for_each_image(cases: Sequence[Case]) -> list[Case]:
 
 
 def _samples(split: SplitHealth) -> list[Picture]:
-    """Images at random, the same ones each time."""
+    """Some images drawn at random, the same ones each time."""
     assert split.annotations is not None
     readable = [index for index, fact in enumerate(split.facts) if not fact.error]
     chosen = np.random.default_rng(0).permutation(len(readable))[:SAMPLES_SHOWN]
@@ -136,13 +136,13 @@ def _picture_of(split: SplitHealth, case: Case) -> Picture | None:
 
 
 def _draw(split: SplitHealth, index: int, case: Case | None) -> Picture | None:
-    """The image with its boxes; that of the case stands out, and is seen from near if it is small."""
+    """The image with its boxes, that of the case highlighted, and enlarged if it is small."""
     source = split.annotations
     assert source is not None
     entry = source.images[index]
     try:
         pixels = read_image(source.image_path(index)).permute(1, 2, 0).numpy()
-    except (DataError, MemoryError):  # it could be read a moment ago
+    except (DataError, MemoryError):  # readable a moment ago
         return None
     image = Image.fromarray(pixels)
     rows = range(int(source.offsets[index]), int(source.offsets[index + 1]))
@@ -167,7 +167,7 @@ def _draw(split: SplitHealth, index: int, case: Case | None) -> Picture | None:
 
 
 def _view(size: tuple[int, int], boxes_xyxy: npt.NDArray[np.float64]) -> tuple[int, int, int, int]:
-    """What to show of an image of (width, height): a window round the first box if that is small, else all of it."""
+    """The part of a (width, height) image to show: around the first box if that is small, else all of it."""
     width, height = size
     if len(boxes_xyxy) == 0:
         return 0, 0, width, height
@@ -191,7 +191,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
     def add(figure: Figure, title: str) -> None:
         buffer = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a script that the font does not have; it is in the table
+            warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks; the name is in the table
             figure.savefig(buffer, format="png", dpi=100)
         plots.append({"source": _data_uri("png", buffer.getvalue()), "title": title})
 
@@ -234,7 +234,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
     rows = sorted(class_rows(report), key=lambda row: -sum(row["boxes"].values()))[:CLASSES_SHOWN]
     if rows:
         figure, axes = _figure(
-            "Boxes of each class" if len(rows) < CLASSES_SHOWN else "Boxes of the commonest classes", rows=len(rows)
+            "Boxes of each class" if len(rows) < CLASSES_SHOWN else "Boxes of the most frequent classes", rows=len(rows)
         )
         left = np.zeros(len(rows))
         for name in [split.name for split in splits if split.counts]:
@@ -253,7 +253,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
 def _figure(title: str, rows: int = 0) -> tuple[Figure, Any]:
     height = max(3.6, 0.22 * rows + 1)
     figure = Figure(figsize=(5.4, height))
-    # by hand: matplotlib's own layout draws everything twice
+    # margins by hand: matplotlib's own layout draws everything twice
     figure.subplots_adjust(left=0.34 if rows else 0.13, right=0.97, bottom=0.55 / height, top=1 - 0.35 / height)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)

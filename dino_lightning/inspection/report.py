@@ -1,4 +1,4 @@
-"""What the inspection of a dataset gives: the figures of each split, and what was found."""
+"""The result of an inspection: the numbers of each split, and the findings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SplitHealth:
     Attributes:
         name: "train", "val" or "test".
         files: the annotation file and the image folder.
-        annotations: what could be read of the annotations, or None.
+        annotations: the part of the annotations that could be read, or None.
         facts: one for each image in `annotations`.
         counts: boxes to learn from, by label of the training classes.
     """
@@ -37,16 +37,14 @@ class SplitHealth:
         """(images,) boxes to learn from in each image."""
         if self.annotations is None:
             return np.zeros(0, np.int64)
-        learnable = self.annotations.usable & ~self.annotations.iscrowd
-        return np.diff(np.concatenate(([0], np.cumsum(learnable)))[self.annotations.offsets])
+        return learnable_boxes_per_image(self.annotations)
 
     def box_sizes(self) -> npt.NDArray[np.float64]:
         """(boxes, 2) width and height in pixels of the boxes to learn from, as clipped to their images."""
         if self.annotations is None:
             return np.zeros((0, 2))
         source = self.annotations
-        rows = source.usable & ~source.iscrowd
-        boxes = clipped_boxes(source)[rows]
+        boxes = clipped_boxes(source)[learnable_boxes(source)]
         return boxes[:, 2:] - boxes[:, :2]
 
     def relative_box_sizes(self) -> npt.NDArray[np.float64]:
@@ -71,7 +69,7 @@ class HealthReport:
     Attributes:
         splits: by name.
         classes: the training classes, or None if the training file cannot be used.
-        findings: the worst first.
+        findings: most severe first.
     """
 
     splits: dict[str, SplitHealth]
@@ -79,12 +77,23 @@ class HealthReport:
     findings: list[Finding] = field(default_factory=list)
 
     def count(self, severity: Severity) -> int:
-        """How many cases there are of a severity."""
+        """Number of cases of a severity, over all findings."""
         return sum(len(finding.cases) for finding in self.findings if finding.severity == severity)
 
 
+def learnable_boxes(source: CocoAnnotations) -> npt.NDArray[np.bool_]:
+    """(A,) the boxes to learn from: with an area, and no crowd regions."""
+    learnable: npt.NDArray[np.bool_] = source.usable & ~source.iscrowd
+    return learnable
+
+
+def learnable_boxes_per_image(source: CocoAnnotations) -> npt.NDArray[np.int64]:
+    """(images,) number of boxes to learn from in each image."""
+    return np.diff(np.concatenate(([0], np.cumsum(learnable_boxes(source))))[source.offsets])
+
+
 def clipped_boxes(source: CocoAnnotations) -> npt.NDArray[np.float64]:
-    """(A, 4) the boxes within their images, corners in pixels."""
+    """(A, 4) boxes clipped to their images, corners in pixels."""
     owners = np.repeat(np.arange(len(source.images)), np.diff(source.offsets))
     sizes = np.array([image.size for image in source.images], dtype=np.float64)[owners]
     return np.clip(source.boxes_xyxy, 0, sizes[:, [1, 0, 1, 0]])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dino_lightning.console import aligned, columns, columns_of, shown
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case
@@ -19,20 +20,20 @@ CLASSES_SHOWN = 30
 SMALL, LARGE = 32.0**2, 96.0**2  # square pixels, COCO's limits
 RELATIVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the square root of the image's area
 WIDTH = 100
-SPREAD = "sizes in pixels; three numbers are least / median / most"
+SPREAD = "sizes in pixels; three numbers are minimum / median / maximum"
 
 
 def as_text(report: HealthReport) -> str:
-    """Tables of at most 100 columns: the splits, the classes, the findings."""
+    """Splits, classes and findings as tables of at most 100 columns."""
     rows = splits_rows(report)
     return "\n\n".join([aligned(rows) + f"\n({SPREAD})", _class_table(report), _findings_text(report)])
 
 
 def as_json(report: HealthReport) -> dict[str, Any]:
-    """Everything, with all cases."""
+    """The whole report, with all cases of all findings."""
     return {
         "counts": {severity: report.count(severity) for severity in SEVERITIES},
-        "splits": {name: split_figures(split) for name, split in report.splits.items()},
+        "splits": {name: split_numbers(split) for name, split in report.splits.items()},
         "classes": class_rows(report),
         "findings": [
             {
@@ -57,15 +58,15 @@ def as_json(report: HealthReport) -> dict[str, Any]:
     }
 
 
-def split_figures(split: SplitHealth) -> dict[str, Any]:
+def split_numbers(split: SplitHealth) -> dict[str, Any]:
     """The counts and sizes of a split; sizes in pixels."""
     per_image, boxes, sizes = split.boxes_per_image(), split.box_sizes(), split.image_sizes()
-    figures: dict[str, Any] = {"annotations": str(split.files.annotations), "image_folder": str(split.files.images)}
+    numbers: dict[str, Any] = {"annotations": str(split.files.annotations), "image_folder": str(split.files.images)}
     if split.annotations is None:
-        return figures
+        return numbers
     summary = split.annotations.summary
     areas = boxes.prod(axis=1)
-    figures |= {
+    numbers |= {
         "images": summary.images,
         "images_decoded": len(sizes),
         "images_without_boxes": summary.images_without_boxes,
@@ -88,42 +89,40 @@ def split_figures(split: SplitHealth) -> dict[str, Any]:
         "box_size_histogram": box_size_histogram(split),
         "box_relative_size_histogram": box_relative_size_histogram(split),
     }
-    return figures
+    return numbers
 
 
 def boxes_per_image_histogram(split: SplitHealth) -> dict[str, int]:
-    """How many images there are with each number of boxes."""
+    """Number of images by number of boxes in an image."""
     numbers, counts = np.unique(split.boxes_per_image(), return_counts=True)
     return {str(number): count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
 
 
 def box_relative_size_histogram(split: SplitHealth) -> list[dict[str, float]]:
-    """How many boxes take which share of their image, as the ratio of the square roots of the areas."""
-    counts = np.histogram(split.relative_box_sizes(), RELATIVE)[0]
-    return [
-        {"from": low, "to": high, "boxes": int(count)}
-        for low, high, count in zip(RELATIVE[:-1], RELATIVE[1:], counts, strict=True)
-    ]
+    """Number of boxes by size relative to their image: the ratio of the square roots of the areas."""
+    return _histogram(split.relative_box_sizes(), RELATIVE)
 
 
 def box_size_histogram(split: SplitHealth) -> list[dict[str, float]]:
-    """How many boxes have a square root of their area between powers of two pixels."""
+    """Number of boxes by size, the square root of the area, between powers of two pixels."""
     sides = np.sqrt(split.box_sizes().prod(axis=1))
     if len(sides) == 0:
         return []
     first, last = int(np.floor(np.log2(max(sides.min(), 1)))), int(np.floor(np.log2(max(sides.max(), 1)))) + 1
-    edges = 2.0 ** np.arange(first, last + 1)
-    if sides.min() < 1:
-        edges = np.concatenate(([0.0], edges))
-    counts = np.histogram(sides, edges)[0]
+    edges = (2.0 ** np.arange(first, last + 1)).tolist()
+    return _histogram(sides, [0.0, *edges] if sides.min() < 1 else edges)
+
+
+def _histogram(values: npt.NDArray[np.float64], edges: Sequence[float]) -> list[dict[str, float]]:
+    counts = np.histogram(values, edges)[0].tolist()
     return [
-        {"from": float(low), "to": float(high), "boxes": int(count)}
+        {"from": low, "to": high, "boxes": count}
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
 
 
 def class_rows(report: HealthReport) -> list[dict[str, Any]]:
-    """Category id, label, name and boxes in each split of every class."""
+    """Category id, label, name and number of boxes in each split, for every class."""
     if report.classes is None:
         return []
     return [
@@ -138,8 +137,8 @@ def class_rows(report: HealthReport) -> list[dict[str, Any]]:
 
 
 def describe(case: Case) -> str:
-    """Where a case is, and what is particular about it."""
-    where = []  # as far as the detail does not begin with it
+    """A case as text: its annotation, image and file, then its detail."""
+    where = []  # without what the detail begins with
     if case.annotation_id is not None and not case.detail.startswith(f"annotation {case.annotation_id} "):
         where.append(f"annotation {case.annotation_id}")
     if case.image_id is not None and not case.detail.startswith(f"image {case.image_id} "):
@@ -150,7 +149,7 @@ def describe(case: Case) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most so many columns, broken at spaces where there are any."""
+    """The text as lines of at most `width` columns, broken at spaces where possible."""
     lines = []
     while columns(text) > width:
         end, used = 0, 0
@@ -170,11 +169,21 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def splits_rows(report: HealthReport) -> list[list[str]]:
-    """The figures of all splits, with a heading."""
-    names = list(report.splits)
-    figures = {name: split_figures(split) for name, split in report.splits.items()}
-    rows = [["", *names]]
-    plain = {
+    """The numbers of all splits as table rows, header first."""
+    numbers = {name: split_numbers(split) for name, split in report.splits.items()}
+
+    def count(of_split: dict[str, Any], key: str) -> str:
+        value = of_split.get("images", 0) - of_split.get("images_decoded", 0) if key == "" else of_split.get(key)
+        return "-" if value is None or "images" not in of_split else str(value)
+
+    def spread(of_split: dict[str, Any], key: str) -> str:
+        values = of_split.get(key)
+        if values is None:
+            return "-"
+        parts = [values[part] for part in ("min", "median", "max")]
+        return " / ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in parts)
+
+    counts = {
         "images": "images",
         "without boxes": "images_without_boxes",
         "cannot be read": "",
@@ -186,13 +195,6 @@ def splits_rows(report: HealthReport) -> list[list[str]]:
         "medium": "boxes_medium",
         "large, > 96 px": "boxes_large",
     }
-    for title, key in plain.items():
-        cells = []
-        for name in names:
-            of_split = figures[name]
-            value = of_split.get("images", 0) - of_split.get("images_decoded", 0) if key == "" else of_split.get(key)
-            cells.append("-" if value is None or "images" not in of_split else str(value))
-        rows.append([title, *cells])
     spreads = {
         "boxes per image": "boxes_per_image",
         "box width": "box_width",
@@ -203,20 +205,11 @@ def splits_rows(report: HealthReport) -> list[list[str]]:
         "image height": "image_height",
         "image width / height": "image_aspect_ratio",
     }
-    for title, key in spreads.items():
-        cells = []
-        for name in names:
-            spread = figures[name].get(key)
-            cells.append(
-                "-"
-                if spread is None
-                else " / ".join(
-                    f"{spread[part]:.3g}" if spread[part] < 100 else f"{spread[part]:.0f}"
-                    for part in ("min", "median", "max")
-                )
-            )
-        rows.append([title, *cells])
-    return rows
+    return [
+        ["", *numbers],
+        *([title, *(count(of_split, key) for of_split in numbers.values())] for title, key in counts.items()),
+        *([title, *(spread(of_split, key) for of_split in numbers.values())] for title, key in spreads.items()),
+    ]
 
 
 def _class_table(report: HealthReport) -> str:

@@ -27,11 +27,11 @@ def write_report(
     """Write index.html, report.json, per_class.csv and per_image.csv.
 
     Args:
-        evaluation: the images and how they were judged.
-        source: where they are from.
-        folder: where the files go; those of an earlier report are replaced.
-        threshold: the score from which a detection is kept, where errors, counts and images are concerned.
-        against: the name and the numbers of another run to compare with, see `load_report`.
+        evaluation: images, detections and metrics.
+        source: what was evaluated.
+        folder: where the files are written; those of an earlier report are replaced.
+        threshold: lowest score of the detections that errors, counts and images are about.
+        against: name and numbers of another run to compare with, see `load_report`.
 
     Returns:
         The numbers, as in report.json.

@@ -1,23 +1,26 @@
-"""What kind of mistake each detection is, and why a true box was missed.
+"""The kind of error of each detection, and why a ground-truth box was missed.
 
-After the idea of TIDE (arXiv 2008.08115), at one score threshold and in plain words. A detection is *kept* if its score
-reaches the threshold. The kept detections are matched to the true boxes as for F1 (`dino_lightning.metrics.curves`);
-each is of the first kind that fits:
+The kinds are those of TIDE (arXiv 2008.08115, section 2.2), counted at one score threshold. A detection is *kept* if
+its score reaches the threshold. The kept detections are matched to the ground-truth boxes as for F1
+(`dino_lightning.metrics.curves`). With IoUs to ground-truth boxes that are no crowd regions, a detection is of the
+first kind that fits:
 
-- `right`: it took a true box of its class, which it overlaps by at least `iou_threshold` (0.5).
-- `ignored`: it fits only a crowd region of its class, and counts neither way.
-- `duplicate`: it overlaps a true box of its class that much, but a better detection took it.
-- `wrong_class`: it overlaps a true box of another class that much.
-- `wrong_place`: it overlaps a true box of its class by at least `NEARBY` (0.1).
-- `background`: it is on none of these.
+- `correct`: a true positive, matched to a ground-truth box of its class with IoU >= `iou_threshold` (0.5).
+- `ignored`: it matches only a crowd region of its class, and counts neither way.
+- `duplicate`: IoU >= `iou_threshold` with a box of its class that another detection is matched to.
+- `classification`: IoU >= `iou_threshold` with a box of another class.
+- `localization`: `NEARBY` (0.1) <= IoU < `iou_threshold` with a box of its class.
+- `both`: `NEARBY` <= IoU < `iou_threshold` with a box of another class: class and location are wrong.
+- `background`: IoU < `NEARBY` with every box.
 
-A true box that no kept detection took is `missed`. So right + missed are all true boxes, and right + the four other
-kinds are all detections that count. Why a box was missed is the first of these that fits:
+A ground-truth box that no kept detection is matched to is `missed`. So correct + missed are all ground-truth boxes, and
+correct + the five kinds of false positives are all detections that count. The reason for a missed box is the first of
+these that fits:
 
-- `wrong_class`: a detection of that kind is in its place.
-- `wrong_place`: a detection of that kind is near it.
-- `low_score`: a detection below the threshold would have found it.
-- `unseen`: nothing points to it.
+- `classification`: a detection with a classification error covers it.
+- `localization`: a detection with a localization error is near it.
+- `low_score`: a detection below the threshold matches it.
+- `unseen`: none of these. As in TIDE a `both` detection explains no missed box: which box it was meant for is unknown.
 """
 
 from __future__ import annotations
@@ -31,9 +34,11 @@ import numpy.typing as npt
 from dino_lightning.metrics import EvaluatedImage, assign_detections, coco_overlaps
 
 NEARBY = 0.1  # IoU
-FALSE_KINDS = ("duplicate", "wrong_class", "wrong_place", "background")
+FALSE_KINDS = ("duplicate", "classification", "localization", "both", "background")  # of detections: false positives
 ERROR_KINDS = ("missed", *FALSE_KINDS)
-REASONS = ("wrong_class", "wrong_place", "low_score", "unseen")
+SEVERAL_CLASSES_KINDS = ("classification", "both")  # impossible where there is one class
+CORRECTABLE_KINDS = ("classification", "localization")  # a detection becomes correct once the error is corrected
+REASONS = (*CORRECTABLE_KINDS, "low_score", "unseen")
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,13 @@ class ClassifiedDetection:
     """A kept detection.
 
     Attributes:
-        index: its place in `EvaluatedImage`.
+        index: its index in `EvaluatedImage`.
         label: its class.
-        kind: "right", "ignored" or one of `FALSE_KINDS`.
-        about: the place of the true box it took, repeats, mistakes or is near; -1 for none.
+        kind: "correct", "ignored" or one of `FALSE_KINDS`.
+        about: index of the ground-truth box that it is matched to, repeats, confuses or is near; -1 for none.
         overlap: IoU with that box, 0 for none.
-        instead_of: for `wrong_class` and `wrong_place`, the missed true box that it would take if it were put right
-            (each box once, the best score first); -1 if there is none left.
+        instead_of: for `CORRECTABLE_KINDS`, index of the missed ground-truth box that it would be matched to if its
+            error were corrected (each box once, the best score first); -1 if there is none left.
     """
 
     index: int
@@ -60,7 +65,7 @@ class ClassifiedDetection:
 
 @dataclass(frozen=True)
 class Missed:
-    """A true box that was not found: its place in the truth, its class and one of `REASONS`."""
+    """A ground-truth box that was not found: its index, its class and one of `REASONS`."""
 
     index: int
     label: int
@@ -69,12 +74,12 @@ class Missed:
 
 @dataclass(frozen=True)
 class ClassifiedImage:
-    """The detections and the true boxes of one image.
+    """The detections and the ground-truth boxes of one image.
 
     Attributes:
         detections: those kept, best first.
-        missed: the true boxes not found.
-        num_boxes: true boxes, crowd regions left out.
+        missed: the ground-truth boxes not found.
+        num_boxes: ground-truth boxes without crowd regions.
     """
 
     detections: tuple[ClassifiedDetection, ...]
@@ -82,27 +87,22 @@ class ClassifiedImage:
     num_boxes: int
 
     def count(self, kind: str) -> int:
-        """How many there are of a kind."""
+        """Number of detections, or of missed boxes, of a kind."""
         return len(self.missed) if kind == "missed" else sum(one.kind == kind for one in self.detections)
 
     @property
     def num_counted(self) -> int:
-        """Detections that count."""
+        """Number of detections outside crowd regions."""
         return len(self.detections) - self.count("ignored")
 
     @property
-    def num_errors(self) -> int:
-        """Missed boxes and detections that are not right."""
-        return sum(map(self.count, ERROR_KINDS))
-
-    @property
     def f1(self) -> float:
-        """0-1; 1 where there is nothing to find and nothing was found."""
-        return f1_of(self.count("right"), self.num_counted - self.count("right"), len(self.missed))
+        """F1 of the image, 0-1; 1 where there is nothing to find and nothing was found."""
+        return f1_of(self.count("correct"), self.num_counted - self.count("correct"), len(self.missed))
 
 
 def classify_image(image: EvaluatedImage, *, threshold: float, iou_threshold: float = 0.5) -> ClassifiedImage:
-    """Judge the detections of one image with a score of at least `threshold`."""
+    """Classify the detections of one image with a score of at least `threshold`, and the boxes they miss."""
     truth = image.truth
     taken, is_ignored = assign_detections(
         image.boxes_xyxy, image.scores, image.labels, truth, iou_threshold=iou_threshold
@@ -110,7 +110,7 @@ def classify_image(image: EvaluatedImage, *, threshold: float, iou_threshold: fl
     kept = image.scores.astype(np.float64) >= threshold
     order = np.argsort(-image.scores, kind="stable")
     order = order[kept[order]]
-    # (kept, N), a crowd region has nothing to do with mistakes
+    # (kept, N); crowd regions overlap nothing here, so that no error refers to one
     overlaps = np.where(
         truth.iscrowd, 0.0, coco_overlaps(image.boxes_xyxy[order], truth.boxes_xyxy, np.zeros_like(truth.iscrowd))
     )
@@ -121,7 +121,7 @@ def classify_image(image: EvaluatedImage, *, threshold: float, iou_threshold: fl
     found_below = np.zeros(len(truth.labels), np.bool_)
     found_below[taken[~kept][taken[~kept] >= 0]] = True
 
-    free = {"wrong_class": is_missed.copy(), "wrong_place": is_missed.copy()}
+    free = {kind: is_missed.copy() for kind in CORRECTABLE_KINDS}
     detections = []
     for row, index in enumerate(order.tolist()):
         kind, candidates = _kind(int(taken[index]), bool(is_ignored[index]), own[row], fits[row], near[row])
@@ -143,8 +143,8 @@ def classify_image(image: EvaluatedImage, *, threshold: float, iou_threshold: fl
         )
     kinds = np.array([one.kind for one in detections], dtype=object)
     reasons = {
-        "wrong_class": (fits & ~own)[kinds == "wrong_class"].any(axis=0),
-        "wrong_place": (near & own)[kinds == "wrong_place"].any(axis=0),
+        "classification": (fits & ~own)[kinds == "classification"].any(axis=0),
+        "localization": (near & own)[kinds == "localization"].any(axis=0),
         "low_score": found_below,
     }
     missed = [
@@ -161,39 +161,44 @@ def _kind(
     fits: npt.NDArray[np.bool_],
     near: npt.NDArray[np.bool_],
 ) -> tuple[str, npt.NDArray[np.bool_]]:
-    """The kind of a detection and (N,) the true boxes it may be about."""
+    """The kind of a detection, and (N,) which ground-truth boxes it may be about."""
     if taken >= 0:
-        return "right", np.arange(len(own)) == taken
+        return "correct", np.arange(len(own)) == taken
     if is_ignored:
         return "ignored", np.zeros_like(own)
-    for kind, candidates in (("duplicate", fits & own), ("wrong_class", fits & ~own), ("wrong_place", near & own)):
+    for kind, candidates in (
+        ("duplicate", fits & own),
+        ("classification", fits & ~own),
+        ("localization", near & own),
+        ("both", near & ~own),
+    ):
         if candidates.any():
             return kind, candidates
     return "background", np.zeros_like(own)
 
 
-def f1_of(right: int, wrong: int, missed: int) -> float:
-    """F1, 0-1; 1 where there is nothing to find and nothing was found."""
-    everything = 2 * right + wrong + missed
-    return 2 * right / everything if everything else 1.0
+def f1_of(correct: int, wrong: int, missed: int) -> float:
+    """F1, 0-1, of true positives, false positives and missed boxes; 1 where all three are 0."""
+    everything = 2 * correct + wrong + missed
+    return 2 * correct / everything if everything else 1.0
 
 
-def f1_without(kind: str, counts: Mapping[str, int], put_right: Mapping[str, int], explained: int) -> float:
+def f1_without(kind: str, counts: Mapping[str, int], correctable: Mapping[str, int], explained: int) -> float:
     """The F1 that there would be without the errors of one kind.
 
-    Duplicates and background detections go. Detections of the wrong class or in the wrong place become right where a
-    missed box is left for them, and else go. Of the missed boxes those are found that no detection of the wrong class
-    or in the wrong place explains.
+    As TIDE's oracles do: `duplicate`, `both` and `background` detections are removed; `classification` and
+    `localization` detections become correct where a missed box is left for them, and are removed otherwise; missed
+    boxes are found, except for those that a `classification` or `localization` detection explains.
 
     Args:
         kind: one of `ERROR_KINDS`.
-        counts: of "right" and of each error kind.
-        put_right: of `wrong_class` and `wrong_place`, the detections with a missed box left for them.
-        explained: missed boxes that a `wrong_class` or `wrong_place` detection explains.
+        counts: number of "correct" detections and of each error kind.
+        correctable: number of detections of each of `CORRECTABLE_KINDS` with a missed box left for them.
+        explained: number of missed boxes that such a detection explains.
     """
-    right, wrong, missed = counts["right"], sum(counts[name] for name in FALSE_KINDS), counts["missed"]
+    correct, wrong, missed = counts["correct"], sum(counts[name] for name in FALSE_KINDS), counts["missed"]
     if kind == "missed":
         gained = missed - explained
-        return f1_of(right + gained, wrong, missed - gained)
-    gained = put_right.get(kind, 0)
-    return f1_of(right + gained, wrong - counts[kind], missed - gained)
+        return f1_of(correct + gained, wrong, missed - gained)
+    gained = correctable.get(kind, 0)
+    return f1_of(correct + gained, wrong - counts[kind], missed - gained)

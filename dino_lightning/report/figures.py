@@ -18,16 +18,17 @@ from matplotlib.figure import Figure
 from dino_lightning.console import shown
 from dino_lightning.report.tables import WORDS
 
-FEW_CLASSES = 10  # have a curve each
-EXTREMES = 5  # best and worst classes with a curve where there are more
-MATRIX_CLASSES = 12  # of a confusion matrix with numbers; larger ones are a picture
+FEW_CLASSES = 10  # so many have a curve each
+EXTREMES = 5  # where there are more, so many of the best and of the worst have one
+MATRIX_CLASSES = 12  # at most, for a confusion matrix in numbers; larger ones are drawn
 NAME_LENGTH = 24
 COLOURS = {
-    "right": "#0b62c4",
+    "correct": "#0b62c4",
     "missed": "#d1001f",
     "duplicate": "#7b3fc4",
-    "wrong_class": "#c2187a",
-    "wrong_place": "#d96a00",
+    "classification": "#c2187a",
+    "localization": "#d96a00",
+    "both": "#00838f",
     "background": "#7a4b1a",
 }
 LINES = ("#0b62c4", "#d96a00", "#2a9d4a", "#c2187a", "#7b3fc4", "#7a4b1a", "#1b998b", "#8a8a00", "#d1001f", "#555555")
@@ -40,8 +41,8 @@ class Plot:
 
     Attributes:
         source: a data URI.
-        title: what stands above it.
-        text: what it shows, for those who cannot see it.
+        title: its heading.
+        text: its content in words, for readers who cannot see it.
     """
 
     source: str
@@ -64,7 +65,7 @@ def precision_recall(summary: dict[str, Any], other: dict[str, Any] | None = Non
     for number, row in enumerate(chosen):
         values = curves["classes"][row["label"]]["precision_at_recall"]
         axes.plot(curves["recalls"], values, color=_line(number), linewidth=1, label=_name(row["name"]))
-    _unit_square(axes, "recall: share of the true boxes found", "precision: share of detections right")
+    _unit_square(axes, "recall: share of ground-truth boxes found", "precision: share of correct detections")
     _legend(axes)
     names = f" Classes, at IoU 0.5: {', '.join(_name(row['name']) for row in chosen)}." if chosen else ""
     return _plot(
@@ -117,7 +118,7 @@ def class_f1(summary: dict[str, Any]) -> Plot | None:
 
 
 def errors(summary: dict[str, Any], other: dict[str, Any] | None = None) -> Plot:
-    """How many errors there are of each kind."""
+    """Bars with the number of errors of each kind."""
     figure, axes = _axes(height=2.9)
     counts = [row["count"] for row in summary["errors"]]
     places = np.arange(len(counts))
@@ -130,7 +131,7 @@ def errors(summary: dict[str, Any], other: dict[str, Any] | None = None) -> Plot
     axes.set_yticks(places, [WORDS[row["kind"]] for row in summary["errors"]])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel(f"true boxes or detections, at a score of {summary['threshold']:.2f}")
+    axes.set_xlabel(f"ground-truth boxes or detections, at a score of {summary['threshold']:.2f}")
     figure.subplots_adjust(left=0.2)
     if other is not None:
         _legend(axes)
@@ -139,7 +140,7 @@ def errors(summary: dict[str, Any], other: dict[str, Any] | None = None) -> Plot
 
 
 def confusion(summary: dict[str, Any]) -> Plot | None:
-    """The confusion matrix of many classes: a shade for each share of the true boxes of a class."""
+    """The confusion matrix of many classes: a shade for each share of the ground-truth boxes of a class."""
     rows = summary["classes"]
     if len(rows) <= MATRIX_CLASSES:
         return None
@@ -150,23 +151,23 @@ def confusion(summary: dict[str, Any]) -> Plot | None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     step = max(1, -(-side // 45))
     labels = [_name(row["name"], 14) for row in rows]
-    for axis, extra in ((axes.set_xticks, "not found"), (axes.set_yticks, "no true box")):
+    for axis, extra in ((axes.set_xticks, "not found"), (axes.set_yticks, "no ground truth")):
         ticks = [*range(0, side - 1, step), side - 1]
         axis(ticks, [[*labels, extra][tick] for tick in ticks], fontsize=6, parse_math=False)
     axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("detected as")
-    axes.set_ylabel("true class")
+    axes.set_ylabel("ground-truth class")
     axes.grid(False)
     figure.subplots_adjust(left=0.17, bottom=0.17)
     return _plot(
         figure,
         "Confusion of the classes",
-        "Confusion matrix, a row for each true class; its largest entries are in the table.",
+        "Confusion matrix, a row for each ground-truth class; its largest entries are in the table.",
     )
 
 
 def confusion_matrix(summary: dict[str, Any]) -> Any:
-    """(K + 1, K + 1) int64: true class by detected class; last row "no true box", last column "not found"."""
+    """(K + 1, K + 1) int64, ground truth by detection; last row "no ground truth", last column "not found"."""
     size = len(summary["classes"]) + 1
     matrix = np.zeros((size, size), np.int64)
     for entry in summary["confusion"]:
@@ -175,7 +176,7 @@ def confusion_matrix(summary: dict[str, Any]) -> Any:
 
 
 def calibration(summary: dict[str, Any]) -> Plot | None:
-    """How often detections of a score are right."""
+    """The share of correct detections by score."""
     bins = [row for row in summary["calibration"]["bins"] if row["count"]]
     if not bins:
         return None
@@ -183,15 +184,15 @@ def calibration(summary: dict[str, Any]) -> Plot | None:
     axes.plot([0, 1], [0, 1], color="#777777", linestyle=":", linewidth=1.2, label="calibrated")
     axes.bar(
         [(row["from"] + row["to"]) / 2 for row in bins],
-        [row["right"] for row in bins],
+        [row["correct"] for row in bins],
         width=0.09,
         color="#9cc3ee",
         edgecolor=LINES[0],
-        label="share right",
+        label="share correct",
     )
     axes.plot(
         [row["mean_score"] for row in bins],
-        [row["right"] for row in bins],
+        [row["correct"] for row in bins],
         "o",
         color=LINES[1],
         markersize=4,
@@ -199,14 +200,14 @@ def calibration(summary: dict[str, Any]) -> Plot | None:
     )
     for row in bins:
         axes.text((row["from"] + row["to"]) / 2, 0.01, f"{row['count']}", ha="center", va="bottom", fontsize=6)
-    _unit_square(axes, "score (small numbers: detections)", "share of the detections right")
+    _unit_square(axes, "score (small numbers: detections)", "share of correct detections")
     _legend(axes)
-    described = ", ".join(f"{row['from']:.1f} to {row['to']:.1f}: {row['right']:.2f}" for row in bins)
-    return _plot(figure, "Are scores what they say?", f"Share of right detections by score: {described}.")
+    described = ", ".join(f"{row['from']:.1f} to {row['to']:.1f}: {row['correct']:.2f}" for row in bins)
+    return _plot(figure, "Calibration of the scores", f"Share of correct detections by score: {described}.")
 
 
 def counted(summary: dict[str, Any]) -> Plot | None:
-    """Boxes counted against true boxes, a dot for the images with these numbers."""
+    """Kept detections against ground-truth boxes, a dot for each pair of numbers."""
     pairs = Counter((row["true"], row["counted"]) for row in summary["images"])
     if not pairs:
         return None
@@ -218,18 +219,18 @@ def counted(summary: dict[str, Any]) -> Plot | None:
     sizes = 12 + 160 * np.sqrt(images / images.max()) * (images.max() > 1)
     dots = axes.scatter(true, found, s=sizes, color=LINES[0], alpha=0.5, linewidths=0.5, edgecolors="black")
     dots.set_rasterized(len(pairs) > 1500)
-    axes.set_xlabel("true boxes")
+    axes.set_xlabel("ground-truth boxes")
     axes.set_ylabel(f"detections with a score of at least {summary['threshold']:.2f}")
     _legend(axes)
     return _plot(
         figure,
         "Boxes counted in an image",
-        "Detections against true boxes, a dot for each pair of numbers, larger for more images.",
+        "Detections against ground-truth boxes, a dot for each pair of numbers, larger for more images.",
     )
 
 
 def count_errors(summary: dict[str, Any]) -> Plot | None:
-    """How many images have how many boxes too many or too few."""
+    """Histogram of the boxes that are too many or too few in an image."""
     off = np.array([row["counted"] - row["true"] for row in summary["images"]])
     if not len(off):
         return None
@@ -239,12 +240,12 @@ def count_errors(summary: dict[str, Any]) -> Plot | None:
     edges = np.arange(-(reach // step) - 1, reach // step + 2) * step + (0.5 if step == 1 else step / 2)
     axes.hist(off, bins=edges.tolist(), color=LINES[0], edgecolor="white", linewidth=0.5)
     axes.axvline(0, color="#777777", linestyle=":", linewidth=1.2)
-    axes.set_xlabel("boxes counted minus true boxes")
+    axes.set_xlabel("boxes counted minus ground-truth boxes")
     axes.set_ylabel("images")
     return _plot(
         figure,
         "Boxes too many or too few",
-        "Histogram of boxes counted minus true boxes in an image; the figures are above.",
+        "Histogram of boxes counted minus ground-truth boxes in an image; the numbers are above.",
     )
 
 
@@ -279,7 +280,7 @@ def _unit_square(axes: Axes, x: str, y: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    # outside, since curves go everywhere
+    # outside the axes, which curves may fill
     legend = axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -288,7 +289,7 @@ def _legend(axes: Axes) -> None:
 def _axes(*, width: float = 5.9, height: float = 3.6) -> tuple[Figure, Axes]:
     """Axes with room for a legend on their right; sizes in inches."""
     figure = Figure(figsize=(width, height))
-    # by hand: matplotlib's own layout draws everything twice
+    # margins by hand: matplotlib's own layout draws everything twice
     figure.subplots_adjust(left=0.6 / width, right=1 - 1.45 / width, bottom=0.55 / height, top=1 - 0.15 / height)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
@@ -300,6 +301,6 @@ def _plot(figure: Figure, title: str, text: str) -> Plot:
     buffer = io.BytesIO()
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "report"}
     with warnings.catch_warnings(), matplotlib.rc_context(settings):
-        warnings.filterwarnings("ignore", "Glyph")  # a script that matplotlib's font does not have
+        warnings.filterwarnings("ignore", "Glyph")  # a script that matplotlib's font lacks
         figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     return Plot(f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}", title, text)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import jinja2
 from dino_lightning.console import shown
 from dino_lightning.report import figures
 from dino_lightning.report.pictures import Picture
-from dino_lightning.report.tables import WORDS
+from dino_lightning.report.tables import REASON_WORDS, WORDS
 
 CLASSES_LISTED = 1500
 CONFUSIONS_SHOWN = 20
 NAME_LENGTH = 60  # characters
 MEANINGS = {
-    "missed": "a true box that no detection took",
-    "duplicate": "a second detection of a true box that is already found",
-    "wrong_class": "in the place of a true box of another class",
-    "wrong_place": "its class is there, but the boxes overlap too little",
-    "background": "on nothing of any class",
+    "missed": "a ground-truth box that no detection matches",
+    "duplicate": "a further detection of a ground-truth box that is found already",
+    "classification": "on a ground-truth box of another class",
+    "localization": "overlaps a ground-truth box of its class, but too little",
+    "both": "overlaps a ground-truth box of another class, and too little",
+    "background": "overlaps no ground-truth box, or by an IoU below 0.1",
 }
-BECAUSE = {
-    "wrong_class": "detected as another class",
-    "wrong_place": "with a detection beside it",
-    "low_score": "with a detection below the threshold",
-    "unseen": "not seen at all",
+HEADERS = {  # of narrow columns, with soft hyphens
+    "duplicate": "dupli\xadcate",
+    "classification": "classi\xadfication",
+    "localization": "locali\xadzation",
+    "background": "back\xadground",
 }
 LABELS = {
     "AR": "AR (100 detections)",
@@ -43,7 +44,7 @@ GROUPS = {
     "worst": "Worst images",
     "median": "Images in the middle",
     "best": "Best images",
-    "more": "More images with errors that those above do not show",
+    "more": "More images, with errors of kinds and classes not shown above",
 }
 
 
@@ -53,12 +54,12 @@ def as_html(
     comparison: dict[str, Any] | None = None,
     other: dict[str, Any] | None = None,
 ) -> str:
-    """The page.
+    """The page as HTML text.
 
     Args:
-        summary: the numbers.
-        pictures: the images.
-        comparison: with another run, or None.
+        summary: the numbers of this run.
+        pictures: the images to show, in order.
+        comparison: with another run, as `compare` returns it, or None.
         other: the numbers of that run.
     """
     environment = jinja2.Environment(
@@ -76,9 +77,10 @@ def as_html(
         digest=digest,
         style=_read("report.css"),
         words=WORDS,
+        headers=WORDS | HEADERS,
         labels=LABELS,
         meanings=MEANINGS,
-        because=BECAUSE,
+        reasons=REASON_WORDS,
         kinds=[row["kind"] for row in summary["errors"]],
         classes=classes[:CLASSES_LISTED],
         classes_hidden=max(0, len(classes) - CLASSES_LISTED),
@@ -91,21 +93,21 @@ def as_html(
         num_pictures=len(pictures),
         comparison=comparison,
     )
-    return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no UTF-8
+    return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are not UTF-8
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is nothing to measure."""
+    """The number as text, or a dash where there is nothing to measure."""
     return "\N{EN DASH}" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A change, with its sign."""
+    """The change as text with its sign, or a dash where there is none."""
     return "\N{EN DASH}" if value is None else f"{value:+.{digits}f}"
 
 
 def _plots(summary: dict[str, Any], other: dict[str, Any] | None) -> dict[str, list[figures.Plot]]:
-    """The plots of each section."""
+    """The plots of each section of the page, without those that have nothing to show."""
     sections: dict[str, list[figures.Plot | None]] = {
         "curves": [
             figures.precision_recall(summary, other),
@@ -121,7 +123,7 @@ def _plots(summary: dict[str, Any], other: dict[str, Any] | None) -> dict[str, l
 
 
 def _confusions(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The commonest true classes detected as another one."""
+    """The most frequent confusions of one class with another."""
     classes = summary["classes"]
     mistaken = [
         entry

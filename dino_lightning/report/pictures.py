@@ -1,4 +1,4 @@
-"""The images that a report shows: which ones, and what is drawn on them."""
+"""The images of a report: which ones are shown, and the boxes drawn on them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from dino_lightning.data.images import read_image
 from dino_lightning.errors import DataError
 from dino_lightning.metrics import EvaluatedImage, Evaluation
 from dino_lightning.report.errors import ERROR_KINDS, ClassifiedImage, classify_image
-from dino_lightning.report.tables import WORDS
+from dino_lightning.report.tables import REASON_WORDS, WORDS
 
 WORST = BEST = 12
 MEDIAN = 6
-MORE = 24  # images with errors of a kind and class that the others do not show
-SIDES = (1280, 960, 640)  # pixels of the long side; the largest that stays within the next number
+MORE = 24  # images, with errors of a kind and class that the others do not show
+SIDES = (1280, 960, 640)  # pixels of the long side; the first that fits into LARGEST_PICTURE, or the last
 LARGEST_PICTURE = 120_000  # bytes
-BUDGET = 6_500_000  # characters of all pictures, boxes and captions together; images beyond it are left out
+BUDGET = 6_500_000  # characters of all images, boxes and captions together; images beyond it are left out
 MOST_BOXES = 300  # drawn of each kind on one image
 MOST_LINES = 40  # of errors listed below an image
 NAME_LENGTH = 40  # characters
-DRAWN_FIRST = ("found", "ignored", "right", "missed")  # errors lie above them
-SHARE = 0.4  # of few images that are among the worst, and among the best
+DRAWN_FIRST = ("found", "ignored", "correct", "missed")  # errors are drawn over them
+SHARE = 0.4  # where there are few images: the share among the worst, and among the best
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Box:
     """A rectangle on an image.
 
     Attributes:
-        kind: "found" for a true box, "missed" or the kind of a detection.
-        labels: the classes it is about.
+        kind: "found" or "missed" for a ground-truth box, else the kind of the detection.
+        labels: of the box, and of the ground-truth box that it is about if that differs.
         corner: x, y in pixels of the image.
         size: width, height.
-        caption: class and score; what stands beside it in the large view.
-        title: what it is, in words.
+        caption: class and score, as written beside it in the large view.
+        title: its kind in words.
     """
 
     kind: str
@@ -55,15 +55,15 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the page.
+    """An image with boxes drawn on it.
 
     Attributes:
         group: "worst", "median", "best" or "more".
-        row: its figures, as in the JSON report.
+        row: its numbers, as in the JSON report.
         source: a data URI, or empty if the file cannot be read.
-        width: of the image file, in pixels.
-        height: of the image file.
-        boxes: what is drawn on it, errors last.
+        width: width of the image file in pixels.
+        height: height of the image file in pixels.
+        boxes: the boxes drawn on it, errors last.
     """
 
     group: str
@@ -75,12 +75,12 @@ class Picture:
 
     @property
     def errors(self) -> list[str]:
-        """What is wrong, a line for each error."""
+        """One line for each error, at most `MOST_LINES`."""
         return [box.title for box in self.boxes if box.kind in ERROR_KINDS][:MOST_LINES]
 
     @property
     def weight(self) -> int:
-        """Roughly the characters it takes on the page."""
+        """Roughly the number of characters it takes on the page."""
         return len(self.source) + sum(220 + len(box.caption) + 2 * len(box.title) for box in self.boxes)
 
 
@@ -99,11 +99,11 @@ def pictures(
         if left < 0 or more == MORE:
             break
         image = evaluation.images[place[row["image_id"]]]
-        judged = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
-        tokens = error_tokens(judged)
+        classified = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        tokens = error_tokens(classified)
         if group == "more" and tokens <= seen:
             continue
-        picture = _picture(group, row, image, judged, evaluation.class_names, annotations, entries[row["image_id"]])
+        picture = _picture(group, row, image, classified, evaluation.class_names, annotations, entries[row["image_id"]])
         left -= picture.weight
         if left >= 0:
             seen |= tokens
@@ -113,9 +113,9 @@ def pictures(
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
-    """The worst, the median and the best images by F1, then by errors, then by true boxes; and the others, worst first.
+    """The worst, the median and the best images, in this order, and the others, worst first.
 
-    The best come last, the very best of them first.
+    Images are ranked by F1, then by errors, then by ground-truth boxes; the best group begins with the very best.
     """
     order = sorted(
         rows, key=lambda row: (row["f1"], -sum(row[kind] for kind in ERROR_KINDS), row["true"], row["image_id"])
@@ -130,17 +130,17 @@ def choose(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, dict[str, An
     return chosen, order[worst:first] + order[last : len(order) - best]
 
 
-def error_tokens(judged: ClassifiedImage) -> set[str]:
-    """The errors of an image by kind and class."""
-    found = {f"{one.kind}:{one.label}" for one in judged.detections if one.kind in ERROR_KINDS}
-    return found | {f"missed:{one.label}" for one in judged.missed}
+def error_tokens(classified: ClassifiedImage) -> set[str]:
+    """The errors of an image as `kind:label`."""
+    found = {f"{one.kind}:{one.label}" for one in classified.detections if one.kind in ERROR_KINDS}
+    return found | {f"missed:{one.label}" for one in classified.missed}
 
 
 def _picture(
     group: str,
     row: dict[str, Any],
     image: EvaluatedImage,
-    judged: ClassifiedImage,
+    classified: ClassifiedImage,
     class_names: Sequence[str],
     annotations: CocoAnnotations,
     index: int,
@@ -148,10 +148,10 @@ def _picture(
     height, width = annotations.images[index].size
     try:
         source = encode(read_image(annotations.image_path(index)).permute(1, 2, 0).numpy())
-    except (DataError, MemoryError):  # it could be read a moment ago, or was left out as unreadable
+    except (DataError, MemoryError):  # readable a moment ago, or left out of the evaluation as unreadable
         source = ""
     names = [shown(name, NAME_LENGTH) for name in class_names]
-    return Picture(group, row, source, width, height, tuple(_boxes(image, judged, names)))
+    return Picture(group, row, source, width, height, tuple(_boxes(image, classified, names)))
 
 
 def encode(pixels: Any) -> str:
@@ -171,26 +171,26 @@ def encode(pixels: Any) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
 
-def _boxes(image: EvaluatedImage, judged: ClassifiedImage, names: Sequence[str]) -> list[Box]:
+def _boxes(image: EvaluatedImage, classified: ClassifiedImage, names: Sequence[str]) -> list[Box]:
     truth = image.truth
-    missed = {one.index: one for one in judged.missed}
+    missed = {one.index: one for one in classified.missed}
     drawn: list[Box] = []
     for index in np.flatnonzero(~truth.iscrowd).tolist():
         label = int(truth.labels[index])
         if index in missed:
             kind, caption = "missed", names[label]
-            title = f"missed: {names[label]} ({_because(missed[index].reason)})"
+            title = f"missed: {names[label]} ({REASON_WORDS[missed[index].reason]})"
         else:
-            kind, caption, title = "found", "", f"true {names[label]}, found"
+            kind, caption, title = "found", "", f"ground truth {names[label]}, found"
         drawn.append(_box(kind, (label,), truth.boxes_xyxy[index], caption, title))
-    for one in judged.detections:
+    for one in classified.detections:
         caption = f"{names[one.label]} {image.scores[one.index]:.2f}"
         labels: tuple[int, ...] = (one.label,)
         title = f"{WORDS.get(one.kind, 'in a crowd region, not counted')}: {caption}"
         if one.about >= 0:
             of = int(truth.labels[one.about])
             labels = (one.label,) if of == one.label else (one.label, of)
-            title += f", on a true {names[of]} with IoU {one.overlap:.2f}"
+            title += f", IoU {one.overlap:.2f} with ground truth {names[of]}"
         drawn.append(_box(one.kind, labels, image.boxes_xyxy[one.index], caption, title))
     drawn.sort(key=lambda box: DRAWN_FIRST.index(box.kind) if box.kind in DRAWN_FIRST else len(DRAWN_FIRST))
     count: dict[str, int] = {}
@@ -200,15 +200,6 @@ def _boxes(image: EvaluatedImage, judged: ClassifiedImage, names: Sequence[str])
         if count[box.kind] <= MOST_BOXES:
             kept.append(box)
     return kept
-
-
-def _because(reason: str) -> str:
-    return {
-        "wrong_class": "detected as another class",
-        "wrong_place": "a detection lies beside it",
-        "low_score": "detected with a score below the threshold",
-        "unseen": "not seen at all",
-    }[reason]
 
 
 def _box(kind: str, labels: tuple[int, ...], corners: Any, caption: str, title: str) -> Box:

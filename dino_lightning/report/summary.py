@@ -1,4 +1,4 @@
-"""All numbers of a report as one JSON object: what the page shows, and what another run is compared with."""
+"""All numbers of a report as one JSON object: the content of the page, and what another run is compared with."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.metrics import Evaluation, PrecisionRecallCurve
 from dino_lightning.metrics.backends import MAX_DETECTIONS
 from dino_lightning.report.errors import (
+    CORRECTABLE_KINDS,
     ERROR_KINDS,
     FALSE_KINDS,
     REASONS,
+    SEVERAL_CLASSES_KINDS,
     ClassifiedImage,
     classify_image,
     f1_of,
@@ -25,7 +27,7 @@ from dino_lightning.report.errors import (
 )
 from dino_lightning.structures import GroundTruth
 
-SCHEMA = 1
+SCHEMA = 2  # 1: other names of the error kinds, see `compare.load_report`
 KIND = "dino_lightning evaluation"
 RECALLS = np.linspace(0, 1, 101)
 THRESHOLDS = np.linspace(0, 1, 101)
@@ -33,7 +35,6 @@ IOUS = {"0.50": 0, "0.75": 5, "0.90": 8}  # of the precision-recall curves, and 
 AREAS = {"small": 1, "medium": 2, "large": 3}  # and their place in COCO's array
 LIMITS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # square pixels, COCO's own
 BINS = 10  # of scores
-EXPLAINED = ("wrong_class", "wrong_place")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Source:
 
     Attributes:
         stage: "validate" or "test".
-        annotations: the file that the images are from.
+        annotations: the annotations of the evaluated images.
         category_ids: the `category_id` of each label.
-        checkpoint: the weights that were used, as text; empty if there were none.
+        checkpoint: path of the evaluated weights; empty if there were none.
     """
 
     stage: str
@@ -54,20 +55,20 @@ class Source:
 
 
 def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> dict[str, Any]:
-    """All numbers, with None where there is nothing to measure.
+    """All numbers of a report, with None where there is nothing to measure.
 
     Args:
-        evaluation: the images and how they were judged.
-        source: where they are from.
-        threshold: the score from which a detection is kept, where errors, counts and images are concerned.
+        evaluation: images, detections and metrics.
+        source: what was evaluated.
+        threshold: lowest score of the detections that errors, counts and images are about.
     """
     tally = _Tally(len(evaluation.class_names))
     names = {entry.id: entry.file_name for entry in source.annotations.images}
     rows = []
     for image_id, image in zip(evaluation.image_ids, evaluation.images, strict=True):
-        judged = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
-        tally.add(judged, np.bincount(image.truth.labels[~image.truth.iscrowd], minlength=len(tally.counted_off)))
-        rows.append(image_row(image_id, names.get(image_id, ""), judged))
+        classified = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        tally.add(classified, np.bincount(image.truth.labels[~image.truth.iscrowd], minlength=len(tally.counted_off)))
+        rows.append(image_row(image_id, names.get(image_id, ""), classified))
     return {
         "kind": KIND,
         "schema": SCHEMA,
@@ -92,38 +93,38 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
             for (true, predicted), count in sorted(tally.confusion.items())
         ],
         "calibration": _calibration(evaluation, threshold),
-        "counts": count_figures(rows),
+        "counts": counting_errors(rows),
         "crowded_images": sum(_most_of_a_class(image.truth) > MAX_DETECTIONS for image in evaluation.images),
         "images": rows,
     }
 
 
 class _Tally:
-    """What is summed up over the images; -1 in `confusion` stands for "no true box" and for "not found"."""
+    """Sums over the images; -1 in `confusion` stands for "no ground truth" and for "not found"."""
 
     def __init__(self, num_classes: int) -> None:
-        self.by_class = {kind: np.zeros(num_classes, np.int64) for kind in ("right", *ERROR_KINDS)}
+        self.by_class = {kind: np.zeros(num_classes, np.int64) for kind in ("correct", *ERROR_KINDS)}
         self.counted_off = np.zeros(num_classes, np.int64)  # sum over images of |counted - true|
-        self.put_right: Counter[str] = Counter()
+        self.correctable: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.confusion: Counter[tuple[int, int]] = Counter()
 
-    def add(self, judged: ClassifiedImage, true_by_class: npt.NDArray[np.int64]) -> None:
+    def add(self, classified: ClassifiedImage, true_by_class: npt.NDArray[np.int64]) -> None:
         counted = np.zeros_like(true_by_class)
         mistaken = set()
-        label_of_missed = {one.index: one.label for one in judged.missed}
-        for one in judged.detections:
+        label_of_missed = {one.index: one.label for one in classified.missed}
+        for one in classified.detections:
             if one.kind == "ignored":
                 continue
             counted[one.label] += 1
             self.by_class[one.kind][one.label] += 1
-            self.put_right[one.kind] += one.instead_of >= 0
-            true = one.label if one.kind == "right" else -1
-            if one.kind == "wrong_class" and one.instead_of >= 0:
+            self.correctable[one.kind] += one.instead_of >= 0
+            true = one.label if one.kind == "correct" else -1
+            if one.kind == "classification" and one.instead_of >= 0:
                 true = label_of_missed[one.instead_of]
                 mistaken.add(one.instead_of)
             self.confusion[true, one.label] += 1
-        for missed in judged.missed:
+        for missed in classified.missed:
             self.by_class["missed"][missed.label] += 1
             self.reasons[missed.reason] += 1
             if missed.index not in mistaken:
@@ -134,41 +135,41 @@ class _Tally:
         return {kind: int(values.sum()) for kind, values in self.by_class.items()}
 
     def errors(self) -> list[dict[str, Any]]:
-        """How many there are of each kind, and the F1 there would be without them."""
+        """The number of errors of each kind, and what F1 would gain without them."""
         counts = self.counts()
-        explained = sum(self.reasons[reason] for reason in EXPLAINED)
-        f1 = f1_of(counts["right"], sum(counts[kind] for kind in FALSE_KINDS), counts["missed"])
+        explained = sum(self.reasons[reason] for reason in CORRECTABLE_KINDS)
+        f1 = f1_of(counts["correct"], sum(counts[kind] for kind in FALSE_KINDS), counts["missed"])
         return [
             {
                 "kind": kind,
                 "count": counts[kind],
-                "f1_gained": _number(f1_without(kind, counts, self.put_right, explained) - f1, lowest=-2),
+                "f1_gained": _number(f1_without(kind, counts, self.correctable, explained) - f1, lowest=-2),
             }
             for kind in ERROR_KINDS
-            if kind != "wrong_class" or len(self.counted_off) > 1
+            if kind not in SEVERAL_CLASSES_KINDS or len(self.counted_off) > 1
         ]
 
 
 def _most_of_a_class(truth: GroundTruth) -> int:
-    """True boxes of the class that has most in an image."""
+    """Number of ground-truth boxes of the most frequent class of an image."""
     return int(np.bincount(truth.labels[~truth.iscrowd]).max(initial=0))
 
 
-def image_row(image_id: int, file_name: str, judged: ClassifiedImage) -> dict[str, Any]:
-    """One image in numbers."""
+def image_row(image_id: int, file_name: str, classified: ClassifiedImage) -> dict[str, Any]:
+    """The row of one image: its F1 and how many boxes of each kind there are."""
     return {
         "image_id": image_id,
         "file_name": file_name,
-        "true": judged.num_boxes,
-        "counted": judged.num_counted,
-        "f1": round(judged.f1, 6),
-        "right": judged.count("right"),
-        **{kind: judged.count(kind) for kind in ERROR_KINDS},
+        "true": classified.num_boxes,
+        "counted": classified.num_counted,
+        "f1": round(classified.f1, 6),
+        "correct": classified.count("correct"),
+        **{kind: classified.count(kind) for kind in ERROR_KINDS},
     }
 
 
-def count_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How well boxes are counted: the mean error has a sign, +1 is one too many in each image."""
+def counting_errors(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How well boxes are counted. The mean error is signed: +1 is one box too many in each image."""
     off = np.array([row["counted"] - row["true"] for row in rows], dtype=np.int64)
     if not len(off):
         return dict.fromkeys(("true", "counted"), 0) | dict.fromkeys(
@@ -187,17 +188,17 @@ def count_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _at_threshold(tally: _Tally) -> dict[str, Any]:
     counts = tally.counts()
-    right, missed, wrong = counts["right"], counts["missed"], sum(counts[kind] for kind in FALSE_KINDS)
+    correct, missed, wrong = counts["correct"], counts["missed"], sum(counts[kind] for kind in FALSE_KINDS)
     return {
-        "right": right,
-        "precision": _number(right / (right + wrong)) if right + wrong else None,
-        "recall": _number(right / (right + missed)) if right + missed else None,
-        "f1": _number(f1_of(right, wrong, missed)) if right + missed else None,
+        "correct": correct,
+        "precision": _number(correct / (correct + wrong)) if correct + wrong else None,
+        "recall": _number(correct / (correct + missed)) if correct + missed else None,
+        "f1": _number(f1_of(correct, wrong, missed)) if correct + missed else None,
     }
 
 
 def _sizes(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Average precision of all boxes and of those of a size."""
+    """Average precision of all boxes, and of small, medium and large ones."""
     areas = [image.truth.area[~image.truth.iscrowd] for image in evaluation.images]
     area = np.concatenate([np.zeros(0), *areas])
     rows = []
@@ -268,7 +269,7 @@ def _curves(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _over_thresholds(curve: PrecisionRecallCurve) -> dict[str, list[float | None]]:
-    """What is left at each of `THRESHOLDS`; no precision where no detection is left."""
+    """Precision, recall and F1 at each of `THRESHOLDS`; the precision is None where no detection is left."""
     last = np.searchsorted(-curve.scores, -THRESHOLDS, side="right") - 1  # the lowest score that is kept
     at: dict[str, list[float | None]] = {}
     for name, values, without in (
@@ -281,26 +282,26 @@ def _over_thresholds(curve: PrecisionRecallCurve) -> dict[str, list[float | None
 
 
 def _calibration(evaluation: Evaluation, threshold: float) -> dict[str, Any]:
-    """How often detections of a score are right: a calibrated score of 0.7 is right seven times in ten.
+    """How often detections of a score are correct: of those with a calibrated score of 0.7, seven in ten are.
 
-    `error` is the expected calibration error: the difference of the two, averaged over all detections; `error_kept`
-    the same for those of at least the threshold, since there are many low scores that nobody looks at.
+    `error` is the expected calibration error: the difference of score and share, averaged over all detections.
+    `error_kept` is the same for the detections that reach the threshold, since most scores lie far below it.
     """
     counted = ~evaluation.matches.is_ignored
     scores = evaluation.matches.scores[counted].astype(np.float64)
-    right = evaluation.matches.is_true_positive[counted]
+    correct = evaluation.matches.is_true_positive[counted]
     bins = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     kept = scores >= threshold
     return {
-        "error": _calibration_error(scores, right, bins),
-        "error_kept": _calibration_error(scores[kept], right[kept], bins[kept]),
+        "error": _calibration_error(scores, correct, bins),
+        "error_kept": _calibration_error(scores[kept], correct[kept], bins[kept]),
         "bins": [
             {
                 "from": index / BINS,
                 "to": (index + 1) / BINS,
                 "count": int((bins == index).sum()),
                 "mean_score": _number(scores[bins == index].mean()) if (bins == index).any() else None,
-                "right": _number(right[bins == index].mean()) if (bins == index).any() else None,
+                "correct": _number(correct[bins == index].mean()) if (bins == index).any() else None,
             }
             for index in range(BINS)
         ],
@@ -308,11 +309,11 @@ def _calibration(evaluation: Evaluation, threshold: float) -> dict[str, Any]:
 
 
 def _calibration_error(
-    scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], bins: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], bins: npt.NDArray[np.int64]
 ) -> float | None:
     if not len(scores):
         return None
-    off = np.bincount(bins, weights=scores - right, minlength=BINS)
+    off = np.bincount(bins, weights=scores - correct, minlength=BINS)
     return _number(np.abs(off).sum() / len(scores))
 
 
@@ -322,5 +323,5 @@ def _mean(values: npt.NDArray[np.float64]) -> float | None:
 
 
 def _number(value: Any, lowest: float = 0.0) -> float | None:
-    """Rounded to what means something; None for COCO's -1, "nothing to measure"."""
+    """Rounded to six decimals; None below `lowest`, as for COCO's -1, "nothing to measure"."""
     return round(float(value), 6) if value >= lowest else None

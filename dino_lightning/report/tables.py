@@ -9,22 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 WORDS = {
-    "right": "right",
+    "correct": "true positive",
     "missed": "missed",
     "duplicate": "duplicate",
-    "wrong_class": "wrong class",
-    "wrong_place": "wrong place",
+    "classification": "classification",
+    "localization": "localization",
+    "both": "both",
     "background": "background",
+}
+REASON_WORDS = {
+    "classification": "detected as another class",
+    "localization": "with a detection that overlaps too little",
+    "low_score": "detected with a score below the threshold",
+    "unseen": "not detected",
 }
 
 
 def as_json(summary: dict[str, Any]) -> str:
-    """Strict JSON: there is no NaN in it."""
+    """Strict JSON, without NaN."""
     return json.dumps(summary, allow_nan=False)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A heading and one line for each row, with nothing in it where there is nothing to measure."""
+    """A header and one line for each row; cells are empty where there is nothing to measure."""
     if not rows:
         return ""
     text = io.StringIO()
@@ -35,13 +42,13 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """What the detections come to at the threshold, in two lines."""
+    """True positives, errors and counted boxes at the threshold, in two lines."""
     at, counts = summary["at_threshold"], summary["counts"]
     shown = ", ".join(f"{row['count']} {WORDS[row['kind']]}" for row in summary["errors"])
-    lines = [f"at a score of {summary['threshold']:.2f}: {at['right']} right, {shown}"]
+    lines = [f"at a score of {summary['threshold']:.2f}: {at['correct']} true positives, {shown}"]
     if counts["exact"] is not None:
         lines.append(
-            f"boxes counted: {counts['counted']} of {counts['true']} true ones; the number is exact in "
+            f"boxes counted: {counts['counted']}, ground truth {counts['true']}; the number is exact in "
             f"{counts['exact']:.0%} of the images and off by {counts['mean_absolute_error']:.2f} on average"
         )
     return "\n".join(lines)

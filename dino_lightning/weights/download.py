@@ -1,4 +1,4 @@
-"""Where weights are: a local file, or an address from which they are downloaded once, into a cache."""
+"""Local files for weights: a path as it is, an address downloaded once into a cache."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _SECONDS_WITHOUT_DATA = 60.0
 
 
 class _Interrupted(Exception):
-    """A transfer that broke off and may go on where it was."""
+    """A transfer that broke off and can be resumed."""
 
 
 class _Part(NamedTuple):
-    """A stream that begins at `start`, of a file of `size` bytes (None where nobody says) in some `version`."""
+    """A stream from byte `start` on, of a file of `size` bytes (None if unknown); `version` identifies its content."""
 
     stream: BinaryIO
     start: int
@@ -43,41 +43,41 @@ class _Part(NamedTuple):
 
 
 def is_address(place: str) -> bool:
-    """Whether weights are named by an address rather than by a path."""
+    """Whether `place` is an address rather than a path."""
     return place.startswith(_SCHEMES)
 
 
 def cache_folder() -> Path:
-    """Where downloaded weights are kept."""
+    """The folder of downloaded weights."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_lightning" / "weights"
 
 
 def local_file(place: str) -> Path:
-    """The file with weights, downloaded first where `place` is an address and the cache does not have it.
+    """The local file of weights; an address is downloaded unless the cache has it.
 
-    A download that breaks off goes on from where it was, in this run or the next.
+    A download that breaks off is resumed, in this run or the next.
 
     Args:
-        place: a path, or an address beginning with https:// or s3://, with `#sha256=...` at its end to have the
-            content checked.
+        place: a path, or an address beginning with https:// or s3://, optionally with `#sha256=...` at its end:
+            the checksum of the content.
 
     Raises:
-        CheckpointError: no such file, an address that cannot be read, or another checksum.
+        CheckpointError: the file does not exist, the address cannot be read, or the checksum differs.
     """
     if is_address(place):
         return _downloaded(place)
     path = Path(place)
     if not path.is_file():
         raise CheckpointError(
-            f"{place} does not exist: it is no file, no address (https:// or s3://) and no name of weights that "
-            "torchvision has (such as IMAGENET1K_V2)."
+            f"{place} does not exist: it is neither a file nor an address (https:// or s3://) nor the name of "
+            "torchvision weights (such as IMAGENET1K_V2)."
         )
     return path
 
 
 @contextmanager
 def interprocess_lock(name: str) -> Iterator[None]:
-    """Let the processes of this machine through one at a time: the first downloads, the others find it done."""
+    """Hold a lock among the processes of this machine: the first one downloads, the others find the file."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _downloaded(place: str) -> Path:
     path = cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
     with interprocess_lock(path.name):
         if path.is_file() and checksum is not None and sha256_of(path) != checksum:
-            path.unlink()  # of an earlier time, or damaged
+            path.unlink()  # outdated or damaged
         if not path.is_file():
             part = path.with_name(f"{path.name}.part")
             try:
@@ -113,7 +113,7 @@ def _downloaded(place: str) -> Path:
             if checksum is not None and (found := sha256_of(part)) != checksum:
                 part.unlink()
                 raise CheckpointError(
-                    f"{_shown(address)} is another file than expected, and was removed: its sha256 is {found}, not "
+                    f"{_shown(address)} is not the expected file, and was removed: its sha256 is {found}, not "
                     f"{checksum}."
                 )
             part.replace(path)
@@ -121,26 +121,26 @@ def _downloaded(place: str) -> Path:
 
 
 def _split(place: str) -> tuple[str, str | None]:
-    """The address and the checksum in its fragment."""
+    """The address without its fragment, and the checksum in the fragment."""
     address, _, fragment = place.partition("#")
     if not fragment:
         return address, None
     found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if found is None:
         raise CheckpointError(
-            f"{_shown(address)}: a checksum is given as #sha256= and 64 hexadecimal digits after the address."
+            f"{_shown(address)}: give a checksum as #sha256= and 64 hexadecimal digits after the address."
         )
     return address, found[1].lower()
 
 
 def _shown(address: str) -> str:
-    """The address without what may be secret in it: a password, or the signature in its query."""
+    """The address without its secrets: a password, or a signature in the query."""
     parts = urllib.parse.urlsplit(address)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _download(address: str, part: Path) -> None:
-    """Bring `part` to the whole of what is at the address, with a progress bar; starts from what is there."""
+    """Download the address to `part` with a progress bar, resuming from the bytes in `part`."""
     reason = ""
     for attempt in range(_TRIES):
         if attempt:
@@ -152,12 +152,12 @@ def _download(address: str, part: Path) -> None:
         else:
             return
     have = part.stat().st_size if part.exists() else 0
-    kept = f"{have:,} bytes are kept, and the next start goes on from there" if have else "nothing came"
+    kept = f"{have:,} bytes are kept, and the next run resumes from there" if have else "nothing was received"
     raise CheckpointError(f"Downloading {_shown(address)} failed {_TRIES} times (last: {reason}); {kept}.")
 
 
 def _transfer(address: str, part: Path) -> None:
-    """Append to `part` what it lacks; beside it stands which version of the file its bytes are of."""
+    """Append the missing bytes to `part`; a file beside it holds the version that its bytes are of."""
     version = part.with_name(f"{part.name}.version")
     known = version.read_text() if version.is_file() else ""
     have = part.stat().st_size if part.is_file() and known else 0
@@ -175,25 +175,25 @@ def _transfer(address: str, part: Path) -> None:
             bar.update(len(chunk))
         have = file.tell()
     if opened.size is not None and have != opened.size:
-        raise _Interrupted(f"{have:,} of {opened.size:,} bytes came")
+        raise _Interrupted(f"{have:,} of {opened.size:,} bytes received")
     version.unlink()
 
 
 def _read(stream: BinaryIO) -> bytes:
     try:
         return stream.read(_CHUNK)
-    except Exception as error:  # of whichever package reads the stream
+    except Exception as error:  # of any package that reads the stream
         raise _Interrupted(str(error) or type(error).__name__) from error
 
 
 def _open_http(address: str, have: int, known: str) -> _Part:
-    """The bytes after the first `have`, or all of them if the server cannot skip or has another version by now."""
-    # The server sends everything when the version is another one.
+    """The bytes after the first `have`, or all if the server cannot skip or has another version than `known`."""
+    # If-Range: the server sends everything if its version is another one.
     headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
     try:
         answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_SECONDS_WITHOUT_DATA)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing lies past what we have; rare enough to begin anew
+        if error.code == 416 and have:  # there are no bytes after ours; rare, so start again
             return _open_http(address, 0, "")
         if error.code >= 500 or error.code == 429:
             raise _Interrupted(f"the server says {error.code} {error.reason}") from error
@@ -218,9 +218,9 @@ def _open_s3(address: str, have: int, known: str) -> _Part:
         start = have if version == known and have <= size else 0
         stream.seek(start)
     except ImportError as error:
-        raise CheckpointError(f"Reading {_shown(address)} takes the package s3fs: pip install s3fs.") from error
+        raise CheckpointError(f"Reading {_shown(address)} needs the package s3fs: pip install s3fs.") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{_shown(address)} does not exist.") from error
-    except Exception as error:  # credentials, permissions, network: errors of packages that are not imported here
+    except Exception as error:  # credentials, permissions, network: of packages not imported here
         raise CheckpointError(f"{_shown(address)} cannot be read ({' '.join(str(error).split())}).") from error
     return _Part(stream, start, size, version)

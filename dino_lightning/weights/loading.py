@@ -1,4 +1,4 @@
-"""Starting a detector from weights of any origin, and the table of what became of each of them."""
+"""Load weights of any origin into a detector, and report what was loaded, re-mapped, new and ignored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dino_lightning.weights.download import interprocess_lock, is_address, local
 from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
 from dino_lightning.weights.sizes import differences
 
-FEW_IMAGES = 5000  # below, training from scratch leads nowhere soon
+FEW_IMAGES = 5000  # below this, training from scratch is not worth it
 OUTCOMES = ("loaded", "re-mapped", "new", "ignored")
 _PARTS = {
     "backbone": "backbone",
@@ -34,13 +34,13 @@ _TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the weights in a file and of the weights in the model.
+    """What was loaded from a file into a model.
 
     Attributes:
-        source: the file or name, and what kind of weights they were.
-        counts: tensors by (part of the model, outcome), an outcome being one of `OUTCOMES`.
-        classes: what became of the classes, in a sentence; empty for a backbone alone.
-        notes: further sentences.
+        source: the file or name, and the kind of weights.
+        counts: number of tensors by (part of the model, outcome); outcomes are `OUTCOMES`.
+        classes: a sentence on how the classes were matched; empty for a backbone alone.
+        notes: further sentences for the user.
     """
 
     source: str
@@ -49,11 +49,11 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def total(self, outcome: str) -> int:
-        """Tensors with that outcome in all parts."""
+        """Number of tensors with that outcome, over all parts."""
         return sum(count for (_, found), count in self.counts.items() if found == outcome)
 
     def line(self) -> str:
-        """The source and the sums alone."""
+        """The source and the totals in one line."""
         sums = ", ".join(f"{self.total(outcome)} {outcome}" for outcome in OUTCOMES if self.total(outcome))
         return f"{self.source}: {sums} tensors."
 
@@ -69,16 +69,16 @@ class LoadReport:
 
 
 def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | None = None) -> LoadReport:
-    """Start a detector from weights wherever they are.
+    """Load the initial weights of a detector from a file, an address or torchvision.
 
     Args:
         model: changed in place.
-        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, or a name of
-            torchvision's weights for the model's backbone, such as `IMAGENET1K_V2`.
-        class_names: the names of the model's labels, where known.
+        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, or the name of
+            torchvision weights of the model's backbone, such as `IMAGENET1K_V2`.
+        class_names: names of the model's labels, if known.
 
     Raises:
-        CheckpointError: no such place, or weights that do not fit.
+        CheckpointError: the weights cannot be found or read, or do not fit the model.
     """
     if _is_torchvision_name(place):
         return start_backbone_from(model, place)
@@ -86,10 +86,10 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:
-    """Start a detector's backbone from weights wherever they are; as `load_initial_weights`, but for backbones alone.
+    """Load the initial weights of a detector's backbone; as `load_initial_weights`, for a backbone alone.
 
     Raises:
-        CheckpointError: no such place, or weights that do not fit.
+        CheckpointError: the weights cannot be found or read, do not fit, or are of a whole detector.
     """
     if not _is_torchvision_name(place):
         file = local_file(place)
@@ -101,7 +101,7 @@ def start_backbone_from(model: DINO, place: str) -> LoadReport:
         return _load_backbone(model, found, file)
     name = model.backbone.name
     try:
-        with interprocess_lock("torchvision"):  # the first process downloads, the others find it in torchvision's cache
+        with interprocess_lock("torchvision"):  # one process downloads, the others use torchvision's cache
             state = pretrained_state(name, _weights_of(name, place))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
@@ -110,34 +110,34 @@ def start_backbone_from(model: DINO, place: str) -> LoadReport:
 
 
 def advice_on_a_pretrained_backbone(num_images: int) -> list[str]:
-    """What to know when only the backbone is pretrained; nothing where there is no number of images."""
+    """Advice when only the backbone is pretrained; empty if `num_images` is 0 (unknown) or large."""
     if not 0 < num_images < FEW_IMAGES:
         return []
     return [
         f"Only the backbone is pretrained, and {num_images} images are few: with weights of a whole detector "
-        "(--model.weights, a published checkpoint for instance) far fewer epochs do, and AP is higher."
+        "(--model.weights, e.g. a published checkpoint) training needs far fewer epochs, and AP is higher."
     ]
 
 
 def advice_on_random_weights(model: DINO, num_images: int) -> list[str]:
-    """What to know when nothing is pretrained."""
+    """Advice when nothing is pretrained; `num_images` is 0 if unknown."""
     advice = []
     if 0 < num_images < FEW_IMAGES:
         advice.append(
-            f"Training from scratch on {num_images} images: of real ones, a detector of this kind takes "
-            f"{FEW_IMAGES:,} or more to learn from nothing. Start from pretrained weights with --model.weights (a "
+            f"Training from scratch on {num_images} images: this kind of detector needs {FEW_IMAGES:,} real images or "
+            "more to learn from random weights. Start from pretrained weights with --model.weights (a "
             "published checkpoint), or at least a pretrained backbone with --model.backbone_weights."
         )
     if model.backbone.norm == "frozen":
         advice.append(
-            "The backbone starts from random weights, but its norms and first stages are fixed as for pretrained "
-            "ones. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
+            "The backbone starts from random weights, but its norms and first stages are frozen as for pretrained "
+            "weights. To train from scratch, set backbone_norm to group and trainable_backbone_layers to 5."
         )
     return advice
 
 
 def needs_download(place: str) -> bool:
-    """Whether weights are named by an address or a name of torchvision's, rather than by a path."""
+    """Whether `place` is an address or a name of torchvision weights, rather than a path."""
     return is_address(place) or _is_torchvision_name(place)
 
 
@@ -146,28 +146,30 @@ def _is_torchvision_name(place: str) -> bool:
 
 
 def _weights_of(backbone: str, place: str) -> str:
-    """The name of weights without the name of their network, which must be the backbone's."""
+    """The name of torchvision weights without that of their network, which must be the backbone's."""
     network, _, name = place.rpartition(".")
     if network and backbone in torchvision.models.list_models():
         expected = torchvision.models.get_model_weights(backbone).__name__
         if network != expected:
-            raise ValueError(f"{place} are weights of another network than the backbone {backbone} ({expected}).")
+            raise ValueError(
+                f"{place} are weights of another network; those of the backbone {backbone} are {expected}."
+            )
     return name
 
 
 def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | None = None) -> LoadReport:
-    """Start a detector, or its backbone, from the weights in a file.
+    """Load the weights in a file into a detector, or into its backbone if the file holds a backbone alone.
 
-    Classes of the same name keep their rows of the class heads. Without names, COCO's 91 rows give those of its 80
-    classes, and an equal number of rows is kept as it is. The other classes start afresh.
+    Rows of the class heads are taken from classes of the same name. Without names, an equal number of rows is taken in
+    order, and COCO's 91 rows are reduced to its 80 classes. The rows of all other classes keep their initial values.
 
     Args:
         model: changed in place.
-        path: see `read_weights`.
-        class_names: the names of the model's labels, where known.
+        path: a file, see `read_weights`.
+        class_names: names of the model's labels, if known.
 
     Raises:
-        CheckpointError: the file is not a checkpoint, or of another architecture.
+        CheckpointError: the file is not a checkpoint, or is of another architecture.
     """
     found = read_weights(path)
     return (
@@ -207,13 +209,13 @@ def _load_detector(
 
 
 def _fits(key: str, theirs: Tensor, own: Tensor) -> bool:
-    """Whether the shapes agree; of entries for each class, but for the number of classes."""
+    """Whether the shapes agree, apart from the number of classes in `CLASS_ENTRIES`."""
     first = 1 if key in CLASS_ENTRIES and theirs.ndim == own.ndim else 0
     return theirs.shape[first:] == own.shape[first:] and theirs.is_floating_point() == own.is_floating_point()
 
 
 def _class_entry(theirs: Tensor, own: Tensor, rows: Sequence[int | None], num_classes: int) -> tuple[Tensor, str]:
-    """The rows of a class head or of the label embedding, and what became of them."""
+    """The new value of a class head or of the label embedding, and its outcome."""
     if theirs.shape == own.shape and list(rows) == list(range(num_classes)):
         return theirs, "loaded"
     taken = [(row, source) for row, source in enumerate(rows) if source is not None and source < len(theirs)]
@@ -228,7 +230,7 @@ def _class_entry(theirs: Tensor, own: Tensor, rows: Sequence[int | None], num_cl
 
 
 def _class_rows(found: LoadedWeights, names: Sequence[str] | None, count: int) -> tuple[list[int | None], str]:
-    """For each of our labels, the row of the file to take, or None for a fresh start; and how they were matched."""
+    """For each of our labels, its row in the file or None for a new class; and how they were matched, in words."""
     source_count = len(found.state["decoder.class_head.bias"])
     if found.class_names is not None and names is not None:
         row_of: dict[str, int] = {}
@@ -252,8 +254,8 @@ def _normalized(name: str) -> str:
 def _describe(rows: Sequence[int | None], names: Sequence[str] | None, source_count: int, how: str) -> str:
     kept = sum(row is not None for row in rows)
     if not kept:
-        return f"class heads start afresh ({source_count} classes in the file, {len(rows)} here)."
-    fresh = f", {len(rows) - kept} start afresh" if kept < len(rows) else ""
+        return f"class heads are new ({source_count} classes in the file, {len(rows)} here)."
+    fresh = f", {len(rows) - kept} new" if kept < len(rows) else ""
     listed = ""
     if names is not None and how == "matched by name":
         listed = f" ({_some([name for name, row in zip(names, rows, strict=True) if row is not None])}"
@@ -268,7 +270,7 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 
 def _load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> LoadReport:
-    """Load a backbone's weights; norms of its maps that the file does not have stay as they are."""
+    """Load a backbone's weights; norms of its maps that are not in the file keep their values."""
     own = model.backbone.state_dict()
     optional = {key for key in own if key.startswith("norms.") or key.endswith("num_batches_tracked")}
     missing = [key for key in own if key not in found.state and key not in optional]
@@ -287,7 +289,7 @@ def _load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> Loa
         if not key.startswith("backbone."):
             counts[_CLASS_PART if key in CLASS_ENTRIES else _part(key), "new"] += 1
     model.backbone.load_state_dict(own)
-    notes = ("Only the backbone starts from weights; the detector on top of it starts afresh.",)
+    notes = ("Only the backbone is loaded; the rest of the detector is new.",)
     return LoadReport(f"{source}, a {found.source}", dict(counts), notes=(*found.notes, *notes))
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of entries in published DINO checkpoints (layout of IDEA-Research/DINO), to ours and back."""
+"""Names and shapes of the entries in published DINO checkpoints (layout of IDEA-Research/DINO), to ours and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 BackboneKind = Literal["other", "swin", "convnext"]
 
-# Ours -> published, first match wins. The heads that all decoder layers share stand once per layer in published files.
+# Ours -> published, first match wins. Published files repeat the heads that all decoder layers share for each layer.
 _PREFIXES = (
     ("level_embedding", "transformer.level_embed"),
     ("encoder.", "transformer.encoder."),
@@ -31,7 +31,7 @@ _PREFIXES = (
 _ATTENTION = (("self_attention.", "self_attn."), ("cross_attention.", "cross_attn."))
 _SHARED_HEAD = re.compile(r"^(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.\d+\.")
 
-# Parts of torchvision's blocks -> of the published ones.
+# Parts of torchvision's blocks -> parts of the published blocks.
 _SWIN_BLOCK = {"mlp.0.": "mlp.fc1.", "mlp.3.": "mlp.fc2."}
 _CONVNEXT_BLOCK = {
     "layer_scale": "gamma",
@@ -45,7 +45,7 @@ _TABLE = "attn.relative_position_bias_table"
 
 
 def backbone_kind(keys: Iterable[str]) -> BackboneKind:
-    """Which family of backbones the entries of a state dict, in either layout, belong to."""
+    """The family of backbones that the entries of a state dict, in either layout, belong to."""
     for key in keys:
         if key.endswith(_TABLE):
             return "swin"
@@ -59,14 +59,14 @@ def to_published_key(key: str, kind: BackboneKind = "other") -> str:
 
     Args:
         key: our name.
-        kind: what backbone the model has.
+        kind: the family of the model's backbone.
 
     Raises:
-        KeyError: an entry the published layout has no place for.
+        KeyError: the published layout has no such entry.
     """
     renamed = _renamed(key, _PREFIXES, _ATTENTION)
     if renamed is None:
-        raise KeyError(f"The published DINO layout has no place for {key!r}.")
+        raise KeyError(f"The published DINO layout has no entry for {key!r}.")
     if key.startswith("backbone.") and kind != "other":
         return "backbone.0." + backbone_to_published_key(key.removeprefix("backbone."), kind)
     return renamed
@@ -77,23 +77,23 @@ def from_published_key(key: str, kind: BackboneKind = "other") -> str:
 
     Args:
         key: the published name.
-        kind: what backbone the model has.
+        kind: the family of the model's backbone.
 
     Raises:
-        KeyError: an entry we have no place for.
+        KeyError: our layout has no such entry.
     """
     key = _SHARED_HEAD.sub(r"transformer.decoder.\1.{layer}.", key.removeprefix("module."))
     back = [[(published, ours) for ours, published in table] for table in (_PREFIXES, _ATTENTION)]
     renamed = _renamed(key, *back)
     if renamed is None:
-        raise KeyError(f"{key!r} is no entry of a published DINO checkpoint.")
+        raise KeyError(f"{key!r} is not an entry of a published DINO checkpoint.")
     if key.startswith("backbone.0.") and kind != "other":
         return "backbone." + backbone_from_published_key(key.removeprefix("backbone.0."), kind)
     return renamed
 
 
 def _renamed(key: str, prefixes: Sequence[tuple[str, str]], parts: Sequence[tuple[str, str]]) -> str | None:
-    """The key with the first prefix that fits exchanged, and all parts; None if no prefix fits."""
+    """The key with its prefix and all parts replaced; None if no prefix matches."""
     for old, new in prefixes:
         if key.startswith(old):
             renamed = new + key[len(old) :]
@@ -107,10 +107,10 @@ def backbone_to_published_key(key: str, kind: BackboneKind) -> str:
     """The name of an entry of a Swin or ConvNeXt `Backbone` -> its name in the published network.
 
     Raises:
-        KeyError: an entry the published network does not have.
+        KeyError: the published network has no such entry.
     """
     if found := re.fullmatch(r"norms\.(\d+)\.(weight|bias)", key):
-        return f"norm{int(found[1]) // 2}.{found[2]}"  # stages are every second of torchvision's steps
+        return f"norm{int(found[1]) // 2}.{found[2]}"  # every second of torchvision's features is a stage
     if found := re.fullmatch(r"body\.features\.(\d+)\.(.+)", key):
         stage, between, rest = int(found[1]) // 2, int(found[1]) % 2 == 0, found[2]
         if kind == "convnext" and between:
@@ -124,14 +124,14 @@ def backbone_to_published_key(key: str, kind: BackboneKind) -> str:
         part = {"0": "proj", "2": "norm"}.get(rest.partition(".")[0])
         if part is not None:
             return f"patch_embed.{part}.{rest.partition('.')[2]}"
-    raise KeyError(f"The published {kind} network has no place for {key!r}.")
+    raise KeyError(f"The published {kind} network has no entry for {key!r}.")
 
 
 def backbone_from_published_key(key: str, kind: BackboneKind) -> str:
     """The name of an entry of a published Swin or ConvNeXt network -> its name in our `Backbone`.
 
     Raises:
-        KeyError: an entry `Backbone` does not have.
+        KeyError: `Backbone` has no such entry.
     """
     if found := re.fullmatch(r"norm(\d)\.(weight|bias)", key):
         return f"norms.{2 * int(found[1]) + 1}.{found[2]}"
@@ -147,11 +147,11 @@ def backbone_from_published_key(key: str, kind: BackboneKind) -> str:
             return f"body.features.{2 * int(found[1]) + 2}.{found[2]}"
         if found := re.fullmatch(r"layers\.(\d)\.blocks\.(.+)", key):
             return f"body.features.{2 * int(found[1]) + 1}.{_exchanged(found[2], _reversed(_SWIN_BLOCK))}"
-    raise KeyError(f"{key!r} is no entry of a published {kind} network.")
+    raise KeyError(f"{key!r} is not an entry of a published {kind} network.")
 
 
 def _exchanged(rest: str, parts: Mapping[str, str]) -> str:
-    """`3.block.0.weight` with the part after the number of the block exchanged, if it is among `parts`."""
+    """A key such as `3.block.0.weight` with the part after the block number replaced, if it is in `parts`."""
     number, _, inner = rest.partition(".")
     for old, new in parts.items():
         if inner.startswith(old):
@@ -166,12 +166,12 @@ def _reversed(parts: Mapping[str, str]) -> dict[str, str]:
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict -> the published one, with the shared heads under all their names.
 
-    A ConvNeXt gets the norms of all four stages, as in published files; of a stage that gives no map, with the ones and
-    zeros that it starts from and never leaves there.
+    Published ConvNeXt files have a norm for each of the four stages. That of a stage without a feature map is never
+    trained, so it is written with its initial ones and zeros.
 
     Raises:
-        KeyError: an entry the published layout has no place for.
-        ValueError: not a state dict of a detector.
+        KeyError: the published layout has no such entry.
+        ValueError: the state dict is not that of a detector.
     """
     layers = [int(key.split(".")[2]) for key in state if key.startswith("decoder.layers.")]
     if not layers:
@@ -197,13 +197,13 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The published state dict, with or without aliases -> ours, and the entries left out.
+    """A published state dict, with or without aliases -> ours, and the entries left out.
 
-    Left out are the counters of batch norms, which frozen ones have no use for, and the norms of ConvNeXt stages that
-    give no map. Swin's `relative_position_index` is reshaped, not trusted: see `wrong_indices`.
+    Left out are the counters of batch norms, which frozen norms do not use, and the norms of ConvNeXt stages without a
+    feature map. Swin's `relative_position_index` is reshaped, and may be corrupt: see `wrong_indices`.
 
     Raises:
-        KeyError: an entry we have no place for.
+        KeyError: our layout has no such entry.
     """
     kind = backbone_kind(state)
     ours: dict[str, Tensor] = {}
@@ -227,9 +227,9 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tupl
 
 
 def backbone_from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict of a published Swin or ConvNeXt network of its own -> our `Backbone`'s, and the entries left out.
+    """The state dict of a published Swin or ConvNeXt classifier -> our `Backbone`'s, and the entries left out.
 
-    Left out is what belongs to the classifier, and what follows from the sizes.
+    Left out are the head of the classifier and what follows from the sizes.
     """
     kind = backbone_kind(state)
     ours: dict[str, Tensor] = {}
@@ -243,22 +243,22 @@ def backbone_from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
 
 def map_widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The channels of the backbone's maps that the neck of a detector's state dict, ours, takes in."""
+    """Channels of the backbone's feature maps, from the neck's inputs in a state dict of our layout."""
     weights = [value for key, value in state.items() if re.fullmatch(r"neck\.projections\.\d+\.0\.weight", key)]
     return tuple(value.shape[1] for value in weights if value.ndim == 4 and value.shape[-1] == 1)
 
 
 def relative_position_index(window: int) -> Tensor:
-    """(T * T) int64 for the T tokens of a square window: the row of the bias table for each pair."""
+    """(T * T,) int64 for the T tokens of a square window: the row of the bias table for each pair."""
     rows, columns = (axis.flatten() for axis in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
     down, right = rows[:, None] - rows + window - 1, columns[:, None] - columns + window - 1
     return (down * (2 * window - 1) + right).flatten()
 
 
 def wrong_indices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries `relative_position_index`, ours, that are not what they must be, with what they must be.
+    """The corrupt `relative_position_index` entries of our layout, with their correct values.
 
-    Averaging weights as published corrupts these integers when the average is far from exact.
+    Averaging of weights can corrupt these integers in published files.
     """
     wrong = {}
     for key, value in state.items():

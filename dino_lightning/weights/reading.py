@@ -1,4 +1,4 @@
-"""Reading weights from files of any origin, without running code from them; what they are is told by their content."""
+"""Read weights from files of any origin, identified by their content, without running code from them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dino_lightning.weights.published_layout import (
 )
 
 _MODULE_PREFIX = "model."  # where a DINOModule keeps its DINO
-_WRAPPERS = ("state_dict", "model")  # where training programs keep the weights among other things
+_WRAPPERS = ("state_dict", "model")  # keys under which training programs store the weights
 
 # Where a folder keeps its model, best first: of a SageMaker job, of a run, of a run's checkpoints.
 MODEL_FILES = (
     "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
 )  # fmt: skip
 
-# Entries with one row for each class (and, in the label embedding, one more).
+# Entries with one row for each class (and one more in the label embedding).
 CLASS_ENTRIES = (
     "decoder.class_head.weight",
     "decoder.class_head.bias",
@@ -42,17 +42,17 @@ CLASS_ENTRIES = (
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Weights as found in a file, under our names.
+    """Weights from a file, under our names.
 
     Attributes:
-        part: whether they are those of a whole detector or of a backbone alone.
-        state: the state dict of our `DINO` or, of a backbone, our `Backbone`.
-        class_names: the names of the labels, where the file tells them.
-        source: what kind of file it was, in words.
-        ignored: entries of the file that nothing here has a use for.
-        notes: sentences about what is special.
-        settings: stored settings of the model, where the file has them.
-        score_threshold: that of the best F1, where the file has it.
+        part: whether the file holds a whole detector or a backbone alone.
+        state: state dict of our `DINO`, or of our `Backbone`.
+        source: the kind of file, in words.
+        class_names: names of the labels, if the file has them.
+        ignored: entries of the file that are not used.
+        notes: sentences for the user about peculiarities of the file.
+        settings: stored settings of the model, if the file has them.
+        score_threshold: the threshold of the best F1, if the file has it.
     """
 
     part: Literal["detector", "backbone"]
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path) -> Any:
     """The content of a checkpoint file, read without running any code from it.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint, or a damaged one.
+        CheckpointError: the file does not exist, is not a checkpoint, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,12 +81,12 @@ def read_checkpoint(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely: it is no PyTorch file, or it is damaged, or it holds "
+            f"{path} is not a checkpoint that can be read safely: it is not a PyTorch file, is damaged, or holds "
             "objects other than tensors and plain values."
         ) from error
-    except Exception as error:  # whatever a damaged archive provokes
+    except Exception as error:  # damaged archives raise anything
         reason = str(error).partition("\n")[0]
-        said = f" ({reason.rstrip('.')})" if " " in reason else ""  # a bare number helps nobody
+        said = f" ({reason.rstrip('.')})" if " " in reason else ""  # not a bare number
         raise CheckpointError(f"{path} is not a PyTorch checkpoint, or it is damaged{said}.") from error
 
 
@@ -112,22 +112,22 @@ def find_model(path: str | Path) -> Path:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the checksums that the file itself carries, which PyTorch writes but does not look at."""
-    if zipfile.is_zipfile(path):  # else of an older format, without any
+    """Check the checksums in the file, which PyTorch writes but does not read; raise ValueError if one is wrong."""
+    if zipfile.is_zipfile(path):  # the older format has none
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise ValueError(f"the checksum of {broken} in it does not fit")
+            raise ValueError(f"the checksum of {broken} in it is wrong")
 
 
 def read_weights(path: str | Path) -> LoadedWeights:
-    """A detector's or a backbone's weights from a file of any of the layouts.
+    """The weights of a detector or a backbone from a file in any of the known layouts.
 
     Detectors: published DINO checkpoints, checkpoints of ours, or the bare state dict of either. Backbones: the state
     dict of a torchvision network, of our `Backbone`, or of a Swin Transformer or ConvNeXt as its authors publish it.
 
     Raises:
-        CheckpointError: not a checkpoint, or of another model.
+        CheckpointError: the file is not a checkpoint, or is of another model.
     """
     content = read_checkpoint(path)
     state = _state_dict(content)
@@ -136,8 +136,8 @@ def read_weights(path: str | Path) -> LoadedWeights:
     broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(
-            f"{path}: {len(broken)} of its {len(state)} tensors hold values that are no finite numbers (first: "
-            f"{broken[0]}); the training that wrote it had diverged, or it is damaged."
+            f"{path}: {len(broken)} of its {len(state)} tensors hold values that are not finite (first: "
+            f"{broken[0]}); the training had diverged, or the file is damaged."
         )
     settings = content.get("hyper_parameters")
     if not isinstance(settings, Mapping):
@@ -171,7 +171,7 @@ def _namespace(args: object) -> dict[str, Any] | None:
 
 
 def _state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The state dict in what a file holds, without the prefix that data parallel training adds."""
+    """The state dict in the content of a file, without the prefix that data parallel training adds."""
     if not isinstance(content, dict):
         return None
     found = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
@@ -208,15 +208,15 @@ def _published_detector(
     if wrong:
         ours |= wrong
         notes.append(
-            f"{len(wrong)} tables of relative positions in the file are corrupt, as averaging of weights leaves them; "
-            "they are computed anew."
+            f"{len(wrong)} tables of relative positions in the file are corrupt, as after averaging of weights; "
+            "they are recomputed."
         )
     if isinstance(content.get("ema_model"), dict):
-        notes.append("The file has averaged weights (ema_model) as well; they are left alone.")
+        notes.append("The file has averaged weights (ema_model) as well; they are ignored.")
     names = None
     if len(ours.get("decoder.class_head.bias", ())) == len(coco_names()):
         names = coco_names()
-        notes.append("Its 91 classes have no names and are taken for COCO's categories.")
+        notes.append("Its 91 classes have no names and are assumed to be COCO's categories.")
     return LoadedWeights(
         part="detector",
         state=ours,
@@ -229,7 +229,7 @@ def _published_detector(
 
 
 def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> LoadedWeights:
-    """A backbone alone: ours, torchvision's, or as published by the authors of Swin and ConvNeXt."""
+    """A backbone alone, in our layout, torchvision's or that of the authors of Swin and ConvNeXt."""
     if any(key.startswith("body.") for key in state):
         return LoadedWeights("backbone", state, "backbone of dino_lightning", settings=settings)
     if any(key.startswith(("layer1.", "features.")) for key in state):
@@ -238,7 +238,7 @@ def _backbone(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> L
     kind = backbone_kind(state)
     if kind == "other":
         raise ValueError(
-            f"it has entries such as {next(iter(state))!r}, and none of a detector or backbone of any known layout."
+            f"it has entries such as {next(iter(state))!r}, but none of a detector or backbone in a known layout."
         )
     ours, ignored = backbone_from_published(state)
     name = "Swin Transformer" if kind == "swin" else "ConvNeXt"

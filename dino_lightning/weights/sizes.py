@@ -1,4 +1,4 @@
-"""The sizes of a detector, read off the shapes of its weights."""
+"""The sizes of a detector, derived from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.weights.published_layout import backbone_kind, map_widths
 
-# By what their entries have in common, published ones first.
+# Names to try for each family of backbones; those of published checkpoints first.
 _CANDIDATES = {
     "swin": ("swin_l", "swin_t", "swin_s", "swin_b"),
     "convnext": ("convnext_xl", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
@@ -22,15 +22,15 @@ _CANDIDATES = {
 
 
 def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `DINO` that a state dict, ours, tells; those that it does not tell are left out.
+    """The arguments of `DINO` that follow from a state dict in our layout; unknown ones are left out.
 
-    The number of attention heads is not among them: the shapes tell only its product with the number of points.
+    The number of attention heads is not among them: the shapes show only its product with the number of points.
     """
     return _plain_sizes(state) | backbone_of(state)
 
 
 def _plain_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All sizes but the backbone's."""
+    """All sizes except those of the backbone."""
 
     def extent(key: str, axis: int) -> int | None:
         return state[key].shape[axis] if key in state and state[key].ndim > axis else None
@@ -48,13 +48,13 @@ def _plain_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def heads_times_points(state: Mapping[str, Tensor]) -> int | None:
-    """Attention heads times sampling points of deformable attention."""
+    """Attention heads times sampling points of deformable attention; None if the entries are missing."""
     key = "encoder.layers.0.self_attention.attention_weights.bias"
     return len(state[key]) // len(state["level_embedding"]) if key in state and "level_embedding" in state else None
 
 
 def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`backbone` and `feature_strides` of a detector's state dict, ours; empty for an unknown backbone."""
+    """`backbone` and `feature_strides` of a state dict in our layout; empty for an unknown backbone."""
     shapes = _shapes(state)
     maps = len(map_widths(state))
     if not shapes or not 1 <= maps <= 4:
@@ -75,7 +75,7 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Of the backbone's entries, but for the counters of batch norms, which frozen ones do without."""
+    """Shapes of the backbone's entries, without the counters of batch norms, which frozen norms lack."""
     return {
         key: value.shape
         for key, value in state.items()
@@ -84,7 +84,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def differences(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """A sentence about the options that would make the model like the weights in a file."""
+    """A sentence with the options that would make the model fit the weights in a file."""
     there, here = _plain_sizes(theirs), _plain_sizes(own)
     if _shapes(theirs) != _shapes(own) or map_widths(theirs) != map_widths(own):
         there, here = there | backbone_of(theirs), here | backbone_of(own)
@@ -93,7 +93,7 @@ def differences(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     ]
     if not options:
         return "Check the backbone and its norms, the feature levels, the number of layers and the other sizes."
-    return f"Options that would make the model like it: {' '.join(options)}".replace(", ", ",") + "."
+    return f"Options that would make the model fit it: {' '.join(options)}".replace(", ", ",") + "."
 
 
 def _layers(state: Mapping[str, Tensor], part: str) -> int:

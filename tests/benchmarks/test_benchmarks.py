@@ -52,13 +52,13 @@ def run(tmp_path, *arguments):
     ids=lambda arguments: arguments[0],
 )
 def test_a_small_measurement_writes_its_settings_and_versions(tmp_path, arguments):
-    path = tmp_path / "figures.json"
+    path = tmp_path / "numbers.json"
     printed = run(tmp_path, *arguments, "--output", str(path))
-    figures = json.loads(path.read_text())
-    assert printed and figures["results"]
-    assert torch.__version__.startswith(figures["environment"]["versions"]["torch"])
+    numbers = json.loads(path.read_text())
+    assert printed and numbers["results"]
+    assert torch.__version__.startswith(numbers["environment"]["versions"]["torch"])
     if arguments[0] == "sync":
-        assert figures["results"]["dino_lightning"]["waits"] == 1
+        assert numbers["results"]["dino_lightning"]["synchronisations"] == 1
 
 
 @pytest.mark.slow

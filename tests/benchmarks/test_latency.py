@@ -40,18 +40,18 @@ def measured(tmp_path, *options):
 
 
 def test_a_small_measurement_shows_percentiles_beside_what_the_user_gave(tmp_path):
-    printed, figures = measured(tmp_path, "--batch_sizes", "1,2", "--no-onnx", "--no-peers")
-    assert set(figures["results"]) == {"checkpoint, batch 1", "checkpoint, batch 2"}
-    for result in figures["results"].values():
+    printed, numbers = measured(tmp_path, "--batch_sizes", "1,2", "--no-onnx", "--no-peers")
+    assert set(numbers["results"]) == {"checkpoint, batch 1", "checkpoint, batch 2"}
+    for result in numbers["results"].values():
         assert 0 < result["p50_ms"] <= result["p95_ms"] and len(result["rounds"]) == 5
-    assert figures["given_ms"] == {"YOLO, as the user gave it": 600.0, "DINO, as the user expected it": 1500.0}
+    assert numbers["given_ms"] == {"YOLO, as the user gave it": 600.0, "DINO, as the user expected it": 1500.0}
     assert printed.count("not measured") == 2
 
 
 @pytest.mark.slow
 def test_onnx_and_peers_are_timed_in_the_same_rounds(tmp_path):
-    _, figures = measured(tmp_path, "--batch_sizes", "1")
-    names = {name.rpartition(", batch")[0] for name in figures["results"]}
+    _, numbers = measured(tmp_path, "--batch_sizes", "1")
+    names = {name.rpartition(", batch")[0] for name in numbers["results"]}
     assert {"checkpoint", "ONNX, onnxruntime on the CPU", "torchvision Faster R-CNN R50"} <= names
 
 

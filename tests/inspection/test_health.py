@@ -1,4 +1,4 @@
-"""The figures and findings of a health report, against datasets made for them."""
+"""The numbers and findings of a health report, against datasets made for them."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def edit(path: Path):
     return content, lambda: write_json(path, content)
 
 
-def test_figures_equal_an_independent_count(rooms):
-    figures = as_json(inspected(rooms))["splits"]["train"]
-    content = json.loads(Path(figures["annotations"]).read_text())
+def test_numbers_equal_an_independent_count(rooms):
+    numbers = as_json(inspected(rooms))["splits"]["train"]
+    content = json.loads(Path(numbers["annotations"]).read_text())
     boxes = [entry["bbox"] for entry in content["annotations"]]
     per_image = Counter(entry["image_id"] for entry in content["annotations"])
     counts = sorted(per_image[image["id"]] for image in content["images"])
     sides = [np.sqrt(width * height) for _, _, width, height in boxes]
 
-    assert figures["images"] == figures["images_decoded"] == len(content["images"]) == 8
-    assert figures["boxes"] == len(boxes)
-    assert figures["boxes_per_image"] == {"min": counts[0], "median": np.median(counts), "max": counts[-1]}
-    assert figures["boxes_per_image_histogram"] == {str(key): value for key, value in Counter(counts).items()}
-    assert figures["boxes_small"] == sum(side < 32 for side in sides)
-    assert figures["boxes_medium"] == sum(32 <= side < 96 for side in sides)
-    assert figures["boxes_large"] == sum(side >= 96 for side in sides)
-    assert figures["box_width"]["median"] == pytest.approx(np.median([box[2] for box in boxes]))
-    assert figures["box_aspect_ratio"]["max"] == pytest.approx(max(box[2] / box[3] for box in boxes))
-    widths = [Image.open(Path(figures["image_folder"]) / image["file_name"]).width for image in content["images"]]
-    assert figures["image_width"] == {"min": min(widths), "median": np.median(widths), "max": max(widths)}
+    assert numbers["images"] == numbers["images_decoded"] == len(content["images"]) == 8
+    assert numbers["boxes"] == len(boxes)
+    assert numbers["boxes_per_image"] == {"min": counts[0], "median": np.median(counts), "max": counts[-1]}
+    assert numbers["boxes_per_image_histogram"] == {str(key): value for key, value in Counter(counts).items()}
+    assert numbers["boxes_small"] == sum(side < 32 for side in sides)
+    assert numbers["boxes_medium"] == sum(32 <= side < 96 for side in sides)
+    assert numbers["boxes_large"] == sum(side >= 96 for side in sides)
+    assert numbers["box_width"]["median"] == pytest.approx(np.median([box[2] for box in boxes]))
+    assert numbers["box_aspect_ratio"]["max"] == pytest.approx(max(box[2] / box[3] for box in boxes))
+    widths = [Image.open(Path(numbers["image_folder"]) / image["file_name"]).width for image in content["images"]]
+    assert numbers["image_width"] == {"min": min(widths), "median": np.median(widths), "max": max(widths)}
     area_of = {image["id"]: image["width"] * image["height"] for image in content["images"]}
     owners = [entry["image_id"] for entry in content["annotations"]]
     shares = [side / np.sqrt(area_of[owner]) for side, owner in zip(sides, owners, strict=True)]
-    assert figures["box_relative_size"]["max"] == pytest.approx(max(shares))
+    assert numbers["box_relative_size"]["max"] == pytest.approx(max(shares))
     for histogram, values in (("box_size_histogram", sides), ("box_relative_size_histogram", shares)):
-        for bar in figures[histogram]:
+        for bar in numbers[histogram]:
             assert bar["boxes"] == sum(bar["from"] <= value < bar["to"] for value in values)
-        assert sum(bar["boxes"] for bar in figures[histogram]) == len(boxes)
+        assert sum(bar["boxes"] for bar in numbers[histogram]) == len(boxes)
 
 
 def test_classes_are_listed_with_their_boxes_in_each_split(root):

@@ -177,7 +177,7 @@ def test_faults_together_are_found_by_the_command_and_training_agrees(places, in
     assert_training_agrees(root, report)
 
 
-# --- figures ---
+# --- numbers ---
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
@@ -187,7 +187,7 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 def counted(annotations: Path, folder: Path) -> dict[str, Any]:
-    """The figures of a file, one box after another."""
+    """The numbers of a file, one box after another."""
     content = json.loads(annotations.read_text())
     of_image: dict[int, list[tuple[float, float]]] = {image["id"]: [] for image in content["images"]}
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
@@ -214,16 +214,16 @@ def counted(annotations: Path, folder: Path) -> dict[str, Any]:
         with Image.open(folder / image["file_name"]) as opened:
             opened.load()
             decoded.append(opened.size)
-    numbers = [len(some) for some in of_image.values()]
-    figures = {
+    per_image = [len(some) for some in of_image.values()]
+    numbers = {
         "images": len(of_image),
         "images_decoded": len(decoded),
-        "images_without_boxes": numbers.count(0),
+        "images_without_boxes": per_image.count(0),
         "boxes": len(boxes),
         "crowd": crowd,
         "boxes_without_area": without_area,
         "boxes_clipped": clipped,
-        "boxes_per_image": spread(numbers),
+        "boxes_per_image": spread(per_image),
         "box_width": spread([width for width, _ in boxes]),
         "box_height": spread([height for _, height in boxes]),
         "box_aspect_ratio": spread([width / height for width, height in boxes]),
@@ -234,34 +234,34 @@ def counted(annotations: Path, folder: Path) -> dict[str, Any]:
         "image_width": spread([width for width, _ in decoded]),
         "image_height": spread([height for _, height in decoded]),
         "image_aspect_ratio": spread([width / height for width, height in decoded]),
-        "boxes_per_image_histogram": {str(number): count for number, count in sorted(Counter(numbers).items())},
+        "boxes_per_image_histogram": {str(number): count for number, count in sorted(Counter(per_image).items())},
     }
-    return {"figures": figures, "classes": boxes_of_class}
+    return {"numbers": numbers, "classes": boxes_of_class}
 
 
-def assert_figures_equal_a_count(report: dict[str, Any], splits: dict[str, tuple[Path, Path]]) -> None:
+def assert_numbers_equal_a_count(report: dict[str, Any], splits: dict[str, tuple[Path, Path]]) -> None:
     assert report["splits"].keys() == splits.keys()
     for name, (path, folder) in splits.items():
         expected = counted(path, folder)
-        for key, value in expected["figures"].items():
+        for key, value in expected["numbers"].items():
             found = report["splits"][name][key]
             assert found == (pytest.approx(value) if key.startswith(("box_", "image_")) and value else value), key
         for row in report["classes"]:
             assert row["boxes"][name] == expected["classes"][row["category_id"]]
 
 
-def test_figures_of_plans_equal_a_count(tmp_path, inspect):
+def test_numbers_of_plans_equal_a_count(tmp_path, inspect):
     root = write_rooms_dataset(tmp_path / "plans", num_train=7, num_val=4, size=200)
     _, report, _ = inspect(root)
     splits = {
-        name: (Path(figures["annotations"]), Path(figures["image_folder"]))
-        for name, figures in report["splits"].items()
+        name: (Path(numbers["annotations"]), Path(numbers["image_folder"]))
+        for name, numbers in report["splits"].items()
     }
     assert set(splits) == {"train", "val"}
-    assert_figures_equal_a_count(report, splits)
+    assert_numbers_equal_a_count(report, splits)
 
 
-def test_figures_of_a_dataset_by_hand_equal_a_count(tmp_path, inspect):
+def test_numbers_of_a_dataset_by_hand_equal_a_count(tmp_path, inspect):
     root = tmp_path / "made"
     train = {
         "images": [
@@ -290,10 +290,10 @@ def test_figures_of_a_dataset_by_hand_equal_a_count(tmp_path, inspect):
         write_json(root / f"{name}.json", content)
         write_images(root / "images", content)
     _, report, _ = inspect(root)
-    assert_figures_equal_a_count(report, {name: (root / f"{name}.json", root / "images") for name in ("train", "val")})
-    figures = report["splits"]["train"]
+    assert_numbers_equal_a_count(report, {name: (root / f"{name}.json", root / "images") for name in ("train", "val")})
+    numbers = report["splits"]["train"]
     named = ("boxes", "crowd", "boxes_without_area", "boxes_clipped", "boxes_small", "boxes_medium", "boxes_large")
-    assert [figures[key] for key in named] == [4, 2, 2, 2, 2, 1, 1]
+    assert [numbers[key] for key in named] == [4, 2, 2, 2, 2, 1, 1]
 
 
 # --- the command ---

@@ -84,7 +84,7 @@ def test_numbers_agree_with_the_metric(report, class_names):
         assert row["category_id"] == one.label + 10
         assert row["AP"] == measured(one.ap)
         assert row["best_f1"] == measured(one.f1)
-        assert row["right"] + row["missed"] == row["num_boxes"]
+        assert row["correct"] + row["missed"] == row["num_boxes"]
 
     errors = {row["kind"]: row["count"] for row in summary["errors"]}
     for kind, count in errors.items():
@@ -96,8 +96,8 @@ def test_numbers_agree_with_the_metric(report, class_names):
         label = row["label"]
         assert sum(count for (true, _), count in matrix.items() if true == label) == row["num_boxes"]
         detected = sum(count for (_, predicted), count in matrix.items() if predicted == label)
-        assert detected == row["right"] + sum(row[kind] for kind in FALSE_KINDS)
-        assert matrix.get((label, label), 0) == row["right"]
+        assert detected == row["correct"] + sum(row[kind] for kind in FALSE_KINDS)
+        assert matrix.get((label, label), 0) == row["correct"]
 
     off = [row["counted"] - row["true"] for row in summary["images"]]
     assert summary["counts"]["mean_absolute_error"] == pytest.approx(np.abs(off).mean(), abs=1e-6)
@@ -135,7 +135,7 @@ def test_the_page_needs_nothing_but_itself(report, class_names):
     shots = [attributes for tag, attributes in page.tags if (tag, attributes.get("class")) == ("figure", "shot")]
     assert len(shots) == len(pictures)
     drawn = {attributes["data-k"] for tag, attributes in page.tags if tag == "rect" and "data-k" in attributes}
-    assert {"found", "right"} | {row["kind"] for row in summary["errors"]} <= drawn
+    assert {"found", "correct"} | {row["kind"] for row in summary["errors"]} <= drawn
     if class_names is EIGHTY:
         assert "alert(1)" in "".join(page.texts)
         svg = [a["src"] for tag, a in page.tags if tag == "img" and a["src"].startswith("data:image/svg")]
@@ -149,7 +149,7 @@ def test_the_page_needs_nothing_but_itself(report, class_names):
         (1, 0, {"strays": 0}),  # nothing to find, nothing found
         (2, 0, {"strays": 5}),  # nothing to find
         (3, 3, {"missed": 1.0, "strays": 0}),  # nothing found
-        (4, 3, {"missed": 1.0, "confused": 0, "strays": 6}),  # nothing right
+        (4, 3, {"missed": 1.0, "confused": 0, "strays": 6}),  # nothing correct
         (2, 400, {}),  # more than are drawn
     ],
 )
@@ -245,12 +245,77 @@ def test_against_a_run_on_other_images_and_classes(report, tmp_path):
     assert "Only in this run: <script>alert(1)" in text
 
 
+def as_schema_1(summary):
+    """The report as written before the error kinds had TIDE's names; `both` was counted as background."""
+    old = {"correct": "right", "classification": "wrong_class", "localization": "wrong_place"}
+
+    def renamed(row):
+        row = {old.get(key, key): value for key, value in row.items() if key != "both"} | (
+            {"background": row["background"] + row["both"]} if "both" in row else {}
+        )
+        return row | {"kind": old.get(row["kind"], row["kind"])} if "kind" in row else row
+
+    both = sum(row["count"] for row in summary["errors"] if row["kind"] == "both")
+    errors = [renamed(row) for row in summary["errors"] if row["kind"] != "both"]
+    errors[-1]["count"] += both
+    return summary | {
+        "schema": 1,
+        "at_threshold": renamed(summary["at_threshold"]),
+        "classes": [renamed(row) for row in summary["classes"]],
+        "images": [renamed(row) for row in summary["images"]],
+        "missed_because": renamed(summary["missed_because"]),
+        "calibration": summary["calibration"] | {"bins": [renamed(row) for row in summary["calibration"]["bins"]]},
+        "errors": errors,
+    }
+
+
+@pytest.mark.parametrize("class_names", [ONE, THREE], ids=["one", "three"])
+def test_against_a_report_written_before_the_kinds_were_renamed(report, class_names):
+    before, written, _ = report(class_names, name="a", num_images=20, boxes=12, spread=0.25)
+    old = as_schema_1(written)
+    assert "wrong_place" in {row["kind"] for row in old["errors"]} & old["images"][1].keys() & old["classes"][0].keys()
+    (before / "report.json").write_text(json.dumps(old))
+    other = load_report(before / "report.json")
+    after, this, _ = report(class_names, name="b", num_images=20, boxes=12, spread=0.1, against=("a", other))
+
+    now = {row["kind"]: row["count"] for row in written["errors"]}
+    found = compare(this, other, "a")
+    rows = {row["name"]: row for row in found["errors"]}
+    for kind in ("missed", "duplicate", "localization", *(["classification"] if class_names is THREE else [])):
+        assert rows[kind]["other"] == now[kind]
+        assert rows[kind]["change"] == rows[kind]["this"] - now[kind]
+    text = " ".join(" ".join(Page((after / "index.html").read_text()).texts).split())
+    if class_names is ONE:
+        assert rows["background"]["other"] == now["background"]
+        assert "earlier version" not in text
+    else:  # some of the background there would be `both` here
+        assert rows["both"]["other"] is None
+        assert rows["background"]["other"] == now["background"] + now["both"] > now["background"]
+        assert rows["background"]["change"] is rows["background"]["improved"] is None
+        assert "counted detections near a box of another class (both) as background" in text
+    assert other["images"][1]["localization"] == written["images"][1]["localization"]
+    assert other["at_threshold"] == written["at_threshold"]
+    assert other["missed_because"] == written["missed_because"]
+    assert other["calibration"] == written["calibration"]
+
+
+def test_kinds_that_need_two_classes_are_not_listed_for_one(report):
+    _, one, _ = report(ONE)
+    assert [row["kind"] for row in one["errors"]] == ["missed", "duplicate", "localization", "background"]
+    _, three, _ = report(THREE)
+    assert [row["kind"] for row in three["errors"]] == [*ERROR_KINDS]
+
+
 BROKEN = {
     "no json": ("{", "is not a JSON file"),
     "a list": ("[]", "is not the report.json of an evaluation"),
     "something else": ('{"kind": "cake"}', "is not the report.json of an evaluation"),
-    "another version": ('{"kind": "dino_lightning evaluation", "schema": 99}', "schema 99, this version reads 1"),
-    "half a report": ('{"kind": "dino_lightning evaluation", "schema": 1}', "is damaged (KeyError: 'values')"),
+    "another version": ('{"kind": "dino_lightning evaluation", "schema": 99}', "schema 99, this version reads 1 and 2"),
+    "half a report": ('{"kind": "dino_lightning evaluation", "schema": 2}', "is damaged (KeyError: 'values')"),
+    "half an old report": (
+        '{"kind": "dino_lightning evaluation", "schema": 1}',
+        "is damaged (KeyError: 'at_threshold')",
+    ),
     "deep": ("[" * 100_000, "is not a JSON file"),
 }
 
@@ -287,7 +352,7 @@ def test_no_report_where_one_is_looked_for(tmp_path):
 def test_more_boxes_than_coco_looks_at_are_told_of(report):
     folder, content, _ = report(ONE, num_images=2, boxes=120)
     assert content["crowded_images"] == 1
-    assert "1 image has more than 100 true boxes of one class" in (folder / "index.html").read_text()
+    assert "1 image has more than 100 ground-truth boxes of one class" in (folder / "index.html").read_text()
 
 
 def test_a_class_may_be_called_like_an_error(report):
@@ -306,4 +371,4 @@ def test_changed_annotations_are_told_of(report):
     other = json.loads(json.dumps(this))
     other["images"][1]["true"] += 1
     (note,) = compare(this, other, "other")["notes"]
-    assert note.startswith("1 of the 8 common images have another number of true boxes")
+    assert note.startswith("1 of the 8 common images have another number of ground-truth boxes")

@@ -112,7 +112,7 @@ def test_a_dropped_connection_goes_on_where_it_was(server):
 
 def test_the_next_start_goes_on_where_the_last_one_ended(server, cache):
     server.break_after = [10_000] * 5
-    with pytest.raises(CheckpointError, match=r"failed 5 times .*; 50,000 bytes are kept, and the next start goes on"):
+    with pytest.raises(CheckpointError, match=r"failed 5 times .*; 50,000 bytes are kept, and the next run resumes"):
         local_file(server.address)
     assert ".pth" not in files(cache)
     assert local_file(server.address).read_bytes() == server.content
@@ -191,12 +191,14 @@ def test_a_file_that_vanishes_halfway_is_refused(server):
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/weights.pth", "https://nowhere.invalid/weights.pth"])
 def test_no_server_at_all(address):
-    with pytest.raises(CheckpointError, match=r"failed 5 times \(last: .*\); nothing came\.$"):
+    with pytest.raises(CheckpointError, match=r"failed 5 times \(last: .*\); nothing was received\.$"):
         local_file(address)
 
 
 def test_what_is_no_place(tmp_path):
-    with pytest.raises(CheckpointError, match=r"^none.pth does not exist: it is no file, no address .* and no name"):
+    with pytest.raises(
+        CheckpointError, match=r"^none.pth does not exist: it is neither a file nor an address .* nor the name"
+    ):
         local_file("none.pth")
     (tmp_path / "here.pth").touch()
     assert local_file(str(tmp_path / "here.pth")) == tmp_path / "here.pth"
@@ -325,5 +327,5 @@ def test_s3(bucket, cache):
 def test_s3_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not there
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # loaded before
-    with pytest.raises(CheckpointError, match=r"takes the package s3fs: pip install s3fs\.$"):
+    with pytest.raises(CheckpointError, match=r"needs the package s3fs: pip install s3fs\.$"):
         local_file("s3://bucket/file.pth")

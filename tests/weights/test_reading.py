@@ -104,8 +104,8 @@ def test_coco_classes_are_matched_by_name(published_file):
     model = tiny(len(names))
     before = model.state_dict()["decoder.class_head.weight"].clone()
     report = load_weights(model, path, names)
-    assert "3 of 4 classes matched by name, 1 start afresh (Dog, person, traffic-light; new: floor lamp)" in str(report)
-    assert "taken for COCO's categories" in str(report)
+    assert "3 of 4 classes matched by name, 1 new (Dog, person, traffic-light; new: floor lamp)" in str(report)
+    assert "assumed to be COCO's categories" in str(report)
     assert report.counts["class heads", "re-mapped"] == report.total("re-mapped") == 5
     coco = coco_names()
     for key in ("decoder.class_head.weight", "query_selection.class_head.bias", "label_embedding.weight"):
@@ -144,7 +144,7 @@ def test_a_class_unknown_to_the_file_starts_afresh(published_file):
     model = tiny(1)
     bias = model.decoder.class_head.bias.clone()
     report = load_weights(model, path, ["room"])
-    assert "class heads start afresh (91 classes in the file, 1 here)" in str(report)
+    assert "class heads are new (91 classes in the file, 1 here)" in str(report)
     assert report.counts["class heads", "new"] == report.total("new") == 5
     assert torch.equal(model.decoder.class_head.bias, bias)
 
@@ -198,7 +198,7 @@ def test_prefix_of_data_parallel_and_single_aliases_are_accepted(tmp_path):
 
 def test_another_architecture_is_refused(published_file):
     path, _ = published_file
-    with pytest.raises(CheckpointError, match=r"other shape .*model like it: --model.num_queries=12\.$"):
+    with pytest.raises(CheckpointError, match=r"other shape .*model fit it: --model.num_queries=12\.$"):
         load_weights(tiny(91, num_queries=13), path)
     with pytest.raises(CheckpointError, match=r"another architecture: .*entries are missing.*num_decoder_layers=2\.$"):
         load_weights(tiny(91, num_decoder_layers=3), path)
@@ -220,7 +220,7 @@ def test_a_torchvision_backbone_loads_into_the_backbone_alone(tmp_path, wrapped)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     report = load_initial_weights(model, str(tmp_path / "resnet18.pth"), ["a", "b"])
     assert "torchvision backbone" in str(report)
-    assert "Only the backbone starts from weights" in str(report)
+    assert "Only the backbone is loaded" in str(report)
     after = model.state_dict()
     assert torch.equal(after["backbone.body.layer2.0.conv1.weight"], state["layer2.0.conv1.weight"])
     assert all(torch.equal(after[key], before[key]) for key in after if not key.startswith("backbone."))
@@ -274,7 +274,7 @@ def test_names_of_torchvisions_weights(monkeypatch):
         report = load_initial_weights(model, place)
         assert torch.equal(model.backbone.state_dict()["body.conv1.weight"], state["conv1.weight"])
         assert f"{place} for resnet18, a torchvision backbone: " in report.line()
-    with pytest.raises(CheckpointError, match=r"another network than the backbone resnet18 \(ResNet18_Weights\)"):
+    with pytest.raises(CheckpointError, match=r"another network; those of the backbone resnet18 are ResNet18_Weights"):
         load_initial_weights(tiny(2, backbone="resnet18"), "ResNet50_Weights.IMAGENET1K_V1")
     with pytest.raises(CheckpointError, match=r"no torchvision weights 'IMAGENET1K_V9'; there are \['IMAGENET1K_V1'\]"):
         load_initial_weights(tiny(2, backbone="resnet18"), "IMAGENET1K_V9")
