@@ -32,6 +32,7 @@ from sagemaker_entry.container.worker_settings import BEST, LAST, WorkerSettings
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.job import Job
 from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import PREFIX
 
 STOPPED = 143  # the exit code of a process that SIGTERM ended
 SECONDS_TO_SAVE = 100.0  # SageMaker kills 120 seconds after SIGTERM
@@ -76,7 +77,7 @@ class Outcome:
 
 def say(text: str) -> None:
     """A line for the job's log."""
-    print(f"[dino] {text}", flush=True)
+    print(f"{PREFIX} {text}", flush=True)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dino_lightning.files import atomic_write
+
 # What a process says whose neighbour is gone; why the neighbour went is what the user needs.
 _CAUSED_BY_ANOTHER = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by (remote )?peer|gloo/|NCCL|DistBackendError|"
@@ -59,7 +61,8 @@ def first_cause(failures: Iterable[Failure]) -> Failure | None:
 
 def write_record(failure: Failure, folder: Path) -> None:
     """Leave a failure of a training process for the launcher."""
-    _write(folder / f"failure-{failure.rank}.json", failure.to_json())
+    with atomic_write(folder / f"failure-{failure.rank}.json") as path:
+        path.write_text(failure.to_json())
 
 
 def read_records(folder: Path) -> list[Failure]:
@@ -69,11 +72,5 @@ def read_records(folder: Path) -> list[Failure]:
 
 def write_failure_file(failure: Failure, path: Path) -> None:
     """Write the job's failure reason."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, failure.sentence + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(failure.sentence + "\n")

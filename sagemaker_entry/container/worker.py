@@ -8,16 +8,16 @@ import sys
 import traceback
 from pathlib import Path
 
-import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
 from dino_lightning.cli.expected_errors import EXPECTED_ERRORS, explain
 from dino_lightning.cli.lightning_cli import execute
+from sagemaker_entry.container.callbacks import ProgressLines, SameStart
 from sagemaker_entry.container.failure import Failure, write_record
 from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import ProgressLines
+from sagemaker_entry.protocol.progress import PREFIX
 
 
 def fit_arguments(settings: WorkerSettings) -> list[str]:
@@ -41,44 +41,15 @@ def fit_arguments(settings: WorkerSettings) -> list[str]:
     return arguments
 
 
-class SameStart(lightning.Callback):
-    """Refuses to train where the hosts do not all go on from the same checkpoint, or all begin anew.
-
-    Args:
-        checkpoint: the one to go on from, if it is there.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Compare sizes, before anything is loaded.
-
-        Raises:
-            Problem: another process has a larger checkpoint.
-        """
-        size = float(self.checkpoint.stat().st_size) if self.checkpoint.is_file() else 0.0
-        own = torch.tensor(size, dtype=torch.float64, device=trainer.strategy.root_device)
-        largest = float(trainer.strategy.reduce(own.clone(), reduce_op="max"))
-        if size != largest:
-            raise Problem(
-                f"This host has {'another' if size else 'no'} checkpoint in {self.checkpoint.parent}, but others have; "
-                "resume the job, so that SageMaker brings the same one to all."
-            )
-
-
 def main(settings_file: str) -> int:
     """Train; returns the exit code. An error is left in a file for the launcher."""
     settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
-    callbacks = [
-        SameStart(Path(settings.run_dir) / LAST),
-        ProgressLines(),
-    ]
+    callbacks = [SameStart(Path(settings.run_dir) / LAST), ProgressLines()]
     rank = int(os.environ.get("RANK", 0))
     try:
         execute("fit", fit_arguments(settings), callbacks, stop_flag=settings.flag)
     except StoppedOnRequest as stopped:
-        print(f"[dino] {stopped}", flush=True)
+        print(f"{PREFIX} {stopped}", flush=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             settings.saved.write_text(str(stopped.step))
         return 0  # the launcher knows from the file `saved` that this is no success

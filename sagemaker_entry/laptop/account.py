@@ -23,6 +23,7 @@ from botocore.exceptions import (
 from sagemaker_entry.protocol.problem import Problem
 
 DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403", "AuthorizationError")
+SDK_MISSING = "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]'"
 _BAD_KEYS = ("InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClientException", "InvalidAccessKeyId")
 
 

@@ -20,10 +20,16 @@ from tqdm import tqdm
 
 from dino_lightning import CocoDataModule
 from dino_lightning.files import sha256_of
-from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile, sha256_of_bytes
+from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
 SHARD_BYTES = 150_000_000
+
+
+def content_key(content: bytes | Path) -> str:
+    """The name of some content in S3: the first 20 hexadecimal digits of its SHA-256, of bytes or of a file."""
+    digest = sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    return digest[:20]
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class LocalDataset:
 
     @property
     def key(self) -> str:
-        """The name of this content."""
-        return sha256_of_bytes(self.manifest.to_json().encode())[:20]
+        """The name of the dataset in S3, computed from its manifest."""
+        return content_key(self.manifest.to_json().encode())
 
     @property
     def size(self) -> int:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dino_lightning.files import sha256_of
 from sagemaker_entry.laptop.account import error_code, explained
-from sagemaker_entry.laptop.dataset_pack import LocalDataset, write_shard
+from sagemaker_entry.laptop.dataset_pack import LocalDataset, content_key, write_shard
 from sagemaker_entry.protocol.manifest import MANIFEST, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
@@ -94,7 +94,7 @@ def upload_bytes(s3: Any, content: bytes, bucket: str, key: str, owner: str) -> 
 
 def upload_file(s3: Any, path: Path, bucket: str, prefix: str, owner: str) -> str:
     """Send a file, such as starting weights, to a place named by its content; returns that place, with a slash."""
-    place = f"{prefix}/{sha256_of(path)[:20]}"
+    place = f"{prefix}/{content_key(path)}"
     key = f"{place}/{path.name}"
     size = path.stat().st_size
     with explained(f"write to s3://{bucket}/{key} (s3:PutObject)"):

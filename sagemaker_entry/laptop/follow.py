@@ -15,7 +15,7 @@ from botocore.exceptions import ConnectionError as NoConnection
 from sagemaker_entry.laptop.account import Account, error_code, explained
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import read_figures
+from sagemaker_entry.protocol.progress import read_metrics
 
 COMMAND = "python -m sagemaker_entry.launch"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
@@ -35,20 +35,21 @@ def describe(sagemaker: Any, job: str) -> dict[str, Any]:
         Problem: there is no such job.
     """
     try:
-        found: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=job)
-    except ClientError as error:
-        missing = error_code(error) in ("ResourceNotFound", "ResourceNotFoundException")
-        message = error.response["Error"].get("Message", "").lower()
-        if missing or (error_code(error) == "ValidationException" and "not found" in message):
+        with explained(f"describe the job {job} (sagemaker:DescribeTrainingJob)"):
+            found: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=job)
+    except Problem as problem:
+        error = problem.__cause__
+        if isinstance(error, ClientError) and _says_not_found(error):
             raise Problem(
                 f"There is no training job {job!r} in this account and region; check the name and --region."
             ) from error
-        with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
-            raise
-    except BotoCoreError:
-        with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
-            raise
+        raise
     return found
+
+
+def _says_not_found(error: ClientError) -> bool:
+    code, message = error_code(error), error.response["Error"].get("Message", "").lower()
+    return code.startswith("ResourceNotFound") or (code == "ValidationException" and "not found" in message)
 
 
 def hourly_price(sagemaker: Any, job: dict[str, Any]) -> float | None:
@@ -86,7 +87,7 @@ class Progress:
 
     def read(self, line: str, at: float) -> None:
         """Take the figures out of a line that was written at a time, in seconds."""
-        found = read_figures(line)
+        found = read_metrics(line)
         self.figures |= found
         epoch, epochs = found.get("epoch"), found.get("epochs")
         if not epoch or not epochs or epochs < 0:

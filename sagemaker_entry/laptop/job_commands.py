@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
-from sagemaker_entry.laptop.follow import ENDED, describe, dollars, tagged_price
+from sagemaker_entry.laptop.follow import COMMAND, ENDED, describe, dollars, tagged_price
 from sagemaker_entry.protocol.manifest import extract_safely
 from sagemaker_entry.protocol.problem import Problem
 
@@ -35,10 +35,7 @@ def stop(sagemaker: Any, job: str) -> str:
         return f"{job} is {status} already."
     with explained(f"stop the job {job} (sagemaker:StopTrainingJob)"):
         sagemaker.stop_training_job(TrainingJobName=job)
-    return (
-        f"{job} saves a checkpoint and stops, within two minutes. "
-        f"Go on later: python -m sagemaker_entry.launch resume {job}"
-    )
+    return f"{job} saves a checkpoint and stops, within two minutes. Resume it later: {COMMAND} resume {job}"
 
 
 def fetch(account: Account, job: str, target: Path) -> Path:

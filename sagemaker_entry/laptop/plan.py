@@ -13,6 +13,7 @@ from sagemaker_entry.protocol.instances import (
     PRICES_SOURCE,
     SPOT_DISCOUNT,
     Instance,
+    full_type_name,
 )
 from sagemaker_entry.protocol.problem import Problem
 
@@ -79,8 +80,7 @@ def choose_compute(
         Problem: a type nobody knows, or wishes that contradict each other.
     """
     known = INSTANCES if known is None else known
-    type_name = instance_type or DEFAULT_TYPE
-    type_name = type_name if type_name.startswith("ml.") else f"ml.{type_name}"
+    type_name = full_type_name(instance_type or DEFAULT_TYPE)
     instance = known.get(type_name)
     if instance is None:
         raise Problem(f"There is no instance type {type_name} with a known number of GPUs; known: {', '.join(known)}.")

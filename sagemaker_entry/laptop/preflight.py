@@ -9,7 +9,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from sagemaker_entry.laptop.account import DENIED, Account, error_code, explained
+from sagemaker_entry.laptop.account import DENIED, SDK_MISSING, Account, error_code, explained
 from sagemaker_entry.protocol.instances import INSTANCES, Instance
 from sagemaker_entry.protocol.problem import Problem
 
@@ -199,9 +199,7 @@ def resolve_image(region: str, instance_type: str, version: str) -> str:
     try:
         from sagemaker.core import image_uris
     except ImportError as error:
-        raise Problem(
-            "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]' (or give --image)."
-        ) from error
+        raise Problem(f"{SDK_MISSING} (or give --image).") from error
     try:
         uri: str = image_uris.retrieve(
             framework="pytorch", version=version, region=region, instance_type=instance_type, image_scope="training"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from sagemaker_entry.laptop.account import Account
-from sagemaker_entry.laptop.dataset_pack import read_dataset
+from sagemaker_entry.laptop.dataset_pack import content_key, read_dataset
 from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.laptop.follow import PRICE_TAG
 from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
@@ -23,9 +23,8 @@ from sagemaker_entry.laptop.preflight import (
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import JobSpec, base_name, submit
 from sagemaker_entry.laptop.training_config import Training
-from sagemaker_entry.protocol.instances import DEFAULT_TYPE
+from sagemaker_entry.protocol.instances import DEFAULT_TYPE, full_type_name
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
-from sagemaker_entry.protocol.manifest import sha256_of_bytes
 from sagemaker_entry.protocol.problem import Problem
 
 PREFIX = "dino-lightning"
@@ -81,8 +80,7 @@ def make_plan(wishes: LaunchOptions, training: Training, account: Account | None
     Raises:
         Problem: wishes that cannot be had.
     """
-    name = wishes.instance_type or DEFAULT_TYPE
-    name = name if name.startswith("ml.") else f"ml.{name}"
+    name = full_type_name(wishes.instance_type or DEFAULT_TYPE)
     known, price_source = known_instances(account, name)
     compute = choose_compute(
         gpus=wishes.gpus, instance_type=name, count=wishes.instance_count, wanted=training.gpus_wanted, known=known
@@ -233,7 +231,7 @@ def start(wishes: LaunchOptions, training: Training, plan: Plan, account: Accoun
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
     archive = build_archive()
-    code_key = f"{PREFIX}/code/{sha256_of_bytes(archive)[:20]}/source.tar.gz"
+    code_key = f"{PREFIX}/code/{content_key(archive)}/source.tar.gz"
     code = upload_bytes(s3, archive, bucket, code_key, owner)
     weights = ""
     for path in training.weights.values():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sagemaker_entry.laptop.account import Account, explained
+from sagemaker_entry.laptop.account import SDK_MISSING, Account, explained
 from sagemaker_entry.laptop.plan import Compute, Limits
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import METRICS, metric_regex
@@ -133,9 +133,7 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
         from sagemaker.core.training import configs
         from sagemaker.train import ModelTrainer
     except ImportError as error:
-        raise Problem(
-            "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]'."
-        ) from error
+        raise Problem(f"{SDK_MISSING}.") from error
     with _quiet_sdk(), explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
         session = Session(
             boto_session=account.session,

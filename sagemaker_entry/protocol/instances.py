@@ -58,3 +58,8 @@ INSTANCES = {
     "ml.g6.48xlarge": _g6(8, 768, 100, 16.688),
 }
 DEFAULT_TYPE = "ml.g5.2xlarge"
+
+
+def full_type_name(name: str) -> str:
+    """The name that SageMaker uses for an instance type: "ml.g5.2xlarge" for "g5.2xlarge"."""
+    return name if name.startswith("ml.") else f"ml.{name}"

@@ -9,7 +9,6 @@ Unpacked, it is the first layout that `CocoDataModule` looks for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -77,11 +76,6 @@ class Manifest:
             raise Problem(
                 f"{where} is no manifest of {FORMAT!r}; upload the dataset with sagemaker_entry.launch."
             ) from error
-
-
-def sha256_of_bytes(content: bytes) -> str:
-    """The SHA-256 of some bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:

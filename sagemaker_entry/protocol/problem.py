@@ -1,5 +1,7 @@
-"""The error whose message is meant for the user."""
+"""The error that the entry points print as one sentence, without a traceback."""
+
+from dino_lightning.errors import UserError
 
 
-class Problem(Exception):
-    """Something the user has to change; the message is one sentence that says what and how."""
+class Problem(UserError):
+    """Something in the job or the account that the user can correct; the message says what is wrong and what to do."""

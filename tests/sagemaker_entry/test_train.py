@@ -19,11 +19,11 @@ import yaml
 from dino_lightning import load_detector
 from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
+from sagemaker_entry.container.callbacks import ProgressLines
 from sagemaker_entry.container.environment import read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
 from sagemaker_entry.laptop.local_run import prepare_opt_ml
 from sagemaker_entry.protocol.job import Job
-from sagemaker_entry.protocol.progress import ProgressLines
 from sagemaker_entry.train import STRAY, child_environment, write_model
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 

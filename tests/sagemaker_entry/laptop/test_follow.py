@@ -19,7 +19,7 @@ from sagemaker_entry.laptop.follow import (
     summary,
 )
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_figures
+from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_metrics
 from tests.sagemaker_entry.stubs import StubbedAccount
 
 NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.timezone.utc)
@@ -234,7 +234,7 @@ def test_every_metric_definition_finds_its_figure():
         "val:F1": "0.6512",
         "epoch": "10",
     }
-    assert read_figures("Epoch=3 epochs=4 of somebody else") == {}
+    assert read_metrics("Epoch=3 epochs=4 of somebody else") == {}
 
 
 def test_the_line_of_progress_by_hand():
