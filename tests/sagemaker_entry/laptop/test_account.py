@@ -57,7 +57,7 @@ def test_a_profile_that_there_is_not(no_account):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("ExpiredToken", "have run out"),
+        ("ExpiredToken", "have expired"),
         ("InvalidClientTokenId", "does not accept the credentials"),
         ("AccessDenied", r"did not let us do it.*policy in the README"),
         ("Throttling", "could not do it: Throttling"),

@@ -209,7 +209,7 @@ def test_a_network_that_stays_away_ends_in_one_sentence_with_the_way_back(accoun
     with pytest.raises(Problem) as caught:
         follow(account, JOB, say=lambda line: None, pause=10, sleep=slept.append)
     assert slept == [10, 20, 40, 80, 160]
-    for words in ("cannot be reached", "the job goes on, and so does the bill", f"attach {JOB}", f"stop {JOB}"):
+    for words in ("cannot be reached", "the job keeps running and costs money", f"attach {JOB}", f"stop {JOB}"):
         assert words in str(caught.value)
 
 
@@ -222,7 +222,7 @@ def test_missing_credentials_are_not_waited_for(account, monkeypatch):
 # ------------------------------------------------------------------ progress and money
 
 
-def test_every_metric_definition_finds_its_figure():
+def test_every_metric_definition_finds_its_value():
     import re
 
     found = {name: re.search(metric_regex(word), LINE)[1] for name, word in METRICS.items()}
