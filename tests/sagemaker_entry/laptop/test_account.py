@@ -20,14 +20,6 @@ from sagemaker_entry.laptop.preflight import (
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.conftest import TRUST
-from tests.sagemaker_entry.stubs import StubbedAccount
-
-
-@pytest.fixture
-def account():
-    made = StubbedAccount()
-    yield made
-    made.assert_all_asked()
 
 
 def never(text):
