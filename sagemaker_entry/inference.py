@@ -1,8 +1,8 @@
-"""Serving a trained model: the four functions that SageMaker's PyTorch containers call.
+"""Serving a trained model on an endpoint: the four functions that SageMaker's PyTorch containers call.
 
-In: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}.
-Out: JSON, per image its size and detections with name, original category id, score and bbox (x, y, width, height in
-pixels). This file lies in `code/` of the model directory beside the package it uses.
+Request: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}.
+Response: JSON, for each image its size and its detections with name, original category id, score and bbox (x, y, width,
+height in pixels). This file is shipped in `code/` of the model directory, beside the package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGES = ("image/jpeg", "image/png", "image/webp", "image/tiff", "application/x-
 
 @dataclass(frozen=True)
 class Request:
-    """Decoded images, each (3, H, W) uint8, and the lowest score to report; None for the model's own threshold."""
+    """Decoded images, each (3, H, W) uint8, and the score threshold; None for the model's own."""
 
     images: list[Tensor]
     threshold: float | None = None
@@ -42,14 +42,14 @@ def input_fn(body: bytes | bytearray | str, content_type: str) -> Request:
     """Decode a request.
 
     Raises:
-        ValueError: a content type that is not known, JSON without images, or an image that cannot be decoded.
+        ValueError: unknown content type, JSON without images, or an image that cannot be decoded.
     """
     kind = content_type.partition(";")[0].strip().lower()
     raw = body.encode() if isinstance(body, str) else bytes(body)
     if kind in IMAGES:
         return Request([_decoded(raw, "the image")])
     if kind != JSON:
-        raise ValueError(f"Content type {content_type!r} is not known; send {JSON} or one of {', '.join(IMAGES)}.")
+        raise ValueError(f"Content type {content_type!r} is not supported; send {JSON} or one of {', '.join(IMAGES)}.")
     content = json.loads(raw)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError('JSON must look like {"images": ["<base64>", ...], "threshold": 0.5}.')
@@ -66,19 +66,19 @@ def input_fn(body: bytes | bytearray | str, content_type: str) -> Request:
 
 
 def predict_fn(request: Request, model: Detector) -> list[dict[str, Any]]:
-    """Detect."""
+    """Run the detector; returns for each image its width, height and detections."""
     found = model.detect(request.images, threshold=request.threshold)
     return [_described(image, detections) for image, detections in zip(request.images, found, strict=True)]
 
 
 def output_fn(predictions: list[dict[str, Any]], accept: str) -> str:
-    """Encode the answer; it is JSON whatever is asked for.
+    """Encode the response as JSON, the only format supported.
 
     Raises:
-        ValueError: something other than JSON is asked for.
+        ValueError: `accept` does not allow JSON.
     """
     if not any(kind in accept for kind in (JSON, "*/*", "application/*")):
-        raise ValueError(f"Answers are {JSON}, not {accept!r}.")
+        raise ValueError(f"The response is {JSON}, not {accept!r}; change the Accept header.")
     return json.dumps({"predictions": predictions})
 
 

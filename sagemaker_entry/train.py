@@ -1,10 +1,10 @@
-"""In the container: from SageMaker's folders to a trained model; the first process of each host.
+"""The container's entry point, run once on each host: from SageMaker's folders to a trained model.
 
     python -m sagemaker_entry.train [options of fit]
 
-It reads what SageMaker says, unpacks the data, starts torchrun for the GPUs of this host, passes SIGTERM on by way of a
-flag file, watches the other hosts, and leaves either a model or one sentence that says why there is none. Until
-`install` has run, only the standard library and torch may be imported.
+It reads the job's settings, unpacks the data, starts torchrun with one process for each GPU, forwards SIGTERM to these
+processes through a flag file, watches the other hosts, and writes either the model or a failure file of one sentence.
+Until `install` has run, only the standard library and torch may be imported.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from sagemaker_entry.container.worker_settings import BEST, LAST, WorkerSettings
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.job import Job
 from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import PREFIX
 
-STOPPED = 143  # the exit code of a process that SIGTERM ended
-SECONDS_TO_SAVE = 100.0  # SageMaker kills 120 seconds after SIGTERM
+STOPPED = 143  # exit code of a process terminated by SIGTERM
+SECONDS_TO_SAVE = 100.0  # SageMaker sends SIGKILL 120 seconds after SIGTERM
 MASTER_PORT = 7777
+# Variables of another launcher, which would give the training processes a wrong rank.
 STRAY = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DINO_LIGHTNING_RUN_DIR",
@@ -48,7 +50,7 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Remembers SIGTERM or an interrupt from the keyboard, and when it came."""
+    """Handles SIGTERM and Ctrl-C: `at` is the time of the first one, None before."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -61,7 +63,7 @@ class StopSignal:
             say(f"received {signal.Signals(number).name}: saving a checkpoint and stopping")
 
     def check(self) -> None:
-        """Raise `StopRequested` once the signal came."""
+        """Raise `StopRequested` if a signal has arrived."""
         if self.at is not None:
             raise StopRequested
 
@@ -75,17 +77,17 @@ class Outcome:
 
 
 def say(text: str) -> None:
-    """A line for the job's log."""
-    print(f"[dino] {text}", flush=True)
+    """Print a line to the job's log."""
+    print(f"{PREFIX} {text}", flush=True)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Run the job on this host; returns the exit code."""
+    """Run the job on this host; returns the exit code: 0, 1 after a failure, 143 after a stop."""
     stop = StopSignal()
     failure_path = failure_file(environ)
     failure_path.unlink(missing_ok=True)
     if os.getpid() != 1 and failure_path.is_relative_to("/opt/ml"):
-        say("not the container's first process: SIGTERM may not arrive here, and a stop may lose the running epoch")
+        say("not the container's first process: SIGTERM may not arrive here, so a stop may lose the running epoch")
     host = "this host"
     try:
         environment = read_environment(environ)
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
 
 
 def _failure_of(error: Exception, host: str) -> Failure:
-    """What the user gets to read of an error of this process; of an unexpected one, the log has all."""
+    """The failure that reports an error of this process; the traceback of an unexpected one goes to the log."""
     if isinstance(error, Problem):
         return Failure(str(error), host=host)
     traceback.print_exception(error)
@@ -108,6 +110,7 @@ def _failure_of(error: Exception, host: str) -> Failure:
 
 
 def _fail(failure: Failure, path: Path) -> int:
+    """Write and print the failure; returns the exit code."""
     write_failure_file(failure, path)
     print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
     return 1
@@ -157,7 +160,11 @@ def _run(
 
 
 def _processes(environment: Environment, job: Job) -> int:
-    """Training processes on this host: one for each GPU, and no fewer GPUs than were planned and are paid for."""
+    """The number of training processes on this host: one for each GPU, or one on the CPU.
+
+    Raises:
+        Problem: fewer GPUs, or another number of hosts, than planned.
+    """
     import torch
 
     found = torch.cuda.device_count()
@@ -186,7 +193,7 @@ def _train(
 ) -> Outcome:
     resume = (environment.checkpoint_dir / LAST).is_file()
     if resume:
-        say(f"going on from the checkpoint in {environment.checkpoint_dir}")
+        say(f"resuming from the checkpoint in {environment.checkpoint_dir}")
     settings = WorkerSettings(
         arguments=(*job.arguments, *data),
         config=job.config,
@@ -202,20 +209,20 @@ def _train(
     command = [sys.executable, "-m", "sagemaker_entry.container.torchrun", environment.current_host, str(scratch)]
     command += _rendezvous(environment, processes)
     command += ["--max_restarts=0", "-m", "sagemaker_entry.container.worker", str(settings_file)]
-    # In a session of its own: a SIGTERM or an interrupt is for this process alone.
+    # In its own session, so that Ctrl-C in a terminal reaches this process alone.
     child = subprocess.Popen(command, env=child_environment(environ, environment), start_new_session=True)
-    killed: Failure | None = None
+    remote: Failure | None = None
     while child.poll() is None:
         time.sleep(0.2)
         if stop.at is not None:
             settings.flag.touch()
             if time.monotonic() - stop.at > SECONDS_TO_SAVE:
                 _kill(child)
-                say(f"no checkpoint could be saved within {SECONDS_TO_SAVE:.0f} seconds; the last one stands")
+                say(f"no checkpoint was saved within {SECONDS_TO_SAVE:.0f} seconds; the previous one is kept")
                 return Outcome(stopped=True)
-        killed = peers.trouble()
-        if killed is not None:
-            say("another host is in trouble; stopping here")
+        remote = peers.remote_failure()
+        if remote is not None:
+            say("another host failed; stopping this one")
             _kill(child)
     if settings.saved.exists():
         say(f"checkpoint of step {settings.saved.read_text()} saved; stopped on request")
@@ -223,11 +230,11 @@ def _train(
     if child.returncode == 0:
         return Outcome()
     failures = read_records(scratch)
-    if not failures and killed is None:
+    if not failures and remote is None:
         failures.append(Failure(f"torchrun ended with code {child.returncode}.", host=environment.current_host))
-    if killed is None and all(failure.secondary for failure in failures):
-        killed = peers.wait_for_trouble()  # it was another host's fault, which may still say so or be missed
-    cause = first_cause([*failures, *([killed] if killed else [])])
+    if remote is None and all(failure.secondary for failure in failures):
+        remote = peers.wait_for_remote_failure()  # the cause lies on another host, which may yet report it
+    cause = first_cause([*failures, *([remote] if remote else [])])
     return Outcome(failure=cause)
 
 
@@ -244,7 +251,7 @@ def _rendezvous(environment: Environment, processes: int) -> list[str]:
 
 
 def child_environment(environ: Mapping[str, str], environment: Environment) -> dict[str, str]:
-    """The variables of the training processes, without any that would tell them a wrong rank."""
+    """The environment variables of the training processes, without those that would give them a wrong rank."""
     kept = {k: v for k, v in environ.items() if k not in STRAY and not k.startswith(STRAY_PREFIXES)}
     interface = environment.network_interface
     if len(environment.hosts) > 1 and interface in (name for _, name in socket.if_nameindex()):
@@ -257,7 +264,11 @@ def child_environment(environ: Mapping[str, str], environment: Environment) -> d
 
 
 def _run_child(command: Sequence[str], stop: StopSignal) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, unless a stop is requested meanwhile."""
+    """Run a command and capture its output.
+
+    Raises:
+        StopRequested: a stop signal arrived first; the command is killed.
+    """
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         while child.poll() is None:
@@ -270,7 +281,7 @@ def _run_child(command: Sequence[str], stop: StopSignal) -> subprocess.Completed
 
 
 def _kill(child: subprocess.Popen[Any]) -> None:
-    """Kill a process and all it started."""
+    """Kill a process and its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -282,20 +293,22 @@ def _write_model(environment: Environment, *, complete: bool) -> None:
 
 
 def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:
-    """Write the best checkpoint's weights, a description, the run's results and the code to use them.
+    """Write the best checkpoint's weights, a description, the run's results and the code that loads them.
 
     Args:
         run_dir: the folder of the run.
-        model_dir: what is in it becomes model.tar.gz; see `write_model_directory`.
+        model_dir: SageMaker packs it as model.tar.gz; see `write_model_directory`.
         complete: False if the run was stopped before its end.
 
     Returns:
-        False if there is no best checkpoint yet; then nothing is written.
+        Whether a model was written; False if there is no best checkpoint yet.
     """
     best = run_dir / BEST
     if not best.is_file():
         return False
-    from dino_lightning.export.model_directory import write_model_directory  # needs what `install` has installed
+    from dino_lightning.export.model_directory import (
+        write_model_directory,  # needs the packages that `install` installs
+    )
     from dino_lightning.export.package_code import serving_code
 
     write_model_directory(best, run_dir, model_dir, serving_code(), complete=complete)

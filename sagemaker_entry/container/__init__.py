@@ -1,1 +1,1 @@
-"""What runs in the training container, on each host of a job."""
+"""The container's side, on each host of a job: channels, installation, torchrun, the other hosts, failures."""

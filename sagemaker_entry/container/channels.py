@@ -1,4 +1,4 @@
-"""From the input channels of a job to its plan, and to the options that tell `CocoDataModule` where the data is."""
+"""The input channels of a job: the job description, and the `--data.*` options for the dataset in them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, 
 from sagemaker_entry.protocol.manifest import MANIFEST, unpack_dataset
 from sagemaker_entry.protocol.problem import Problem
 
-WHOLE = "training"  # train and validation inside
+WHOLE = "training"  # the training and the validation split
 TRAIN = "train"
 VALIDATION = ("validation", "val")
 ANNOTATION_NAMES = ("annotations.json", "_annotations.coco.json")
 
 
 def data_options(environment: Environment, scratch: Path) -> list[str]:
-    """The `--data.*` options for the data in the job's channels; unpacks shards, once on each host.
+    """The `--data.*` options for the dataset in the job's channels; unpacks shards, once on each host.
 
     Either channel `training` holds a whole dataset in any layout that `CocoDataModule` knows, or as
     `sagemaker_entry.launch` uploads it; or channels `train` and `validation` hold one split each.
 
     Args:
-        environment: of the job.
+        environment: the job's environment.
         scratch: a folder on the local disk to unpack in.
 
     Raises:
@@ -43,8 +43,8 @@ def data_options(environment: Environment, scratch: Path) -> list[str]:
     if TRAIN not in channels:
         found = ", ".join(channels) or "none"
         raise Problem(
-            f"The job has no channel {WHOLE!r} (a whole dataset) and none {TRAIN!r} (its training part); channels "
-            f"found: {found}. Give the dataset as channel {WHOLE!r}."
+            f"The job has no channel {WHOLE!r} (the whole dataset) and no channel {TRAIN!r} (its training split); "
+            f"channels found: {found}. Give the dataset as channel {WHOLE!r}."
         )
     train = _filled(TRAIN, channels[TRAIN])
     validation = next((name for name in VALIDATION if name in channels), None)
@@ -62,7 +62,7 @@ def _filled(name: str, folder: Path) -> Path:
     if not folder.is_dir() or not any(folder.iterdir()):
         state = "is empty" if folder.is_dir() else "does not exist"
         raise Problem(
-            f"Channel {name!r}: {folder} {state}; check that its S3 prefix names objects, with the last slash."
+            f"Channel {name!r}: {folder} {state}; check that its S3 prefix contains objects and ends with a slash."
         )
     return folder
 
@@ -75,20 +75,20 @@ def _annotations(name: str, folder: Path) -> Path:
     if len(others) == 1:
         return others[0]
     raise Problem(
-        f"Channel {name!r}: {folder} has {len(others)} JSON files, none of them called "
+        f"Channel {name!r}: {folder} has {len(others)} JSON files, none of them named "
         f"{' or '.join(ANNOTATION_NAMES)}; put one annotation file there."
     )
 
 
 def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
-    """The plan that the laptop sent along; without one, the hyperparameters as options of `fit`.
+    """The job description that the laptop uploaded; without one, the hyperparameters as options of `fit`.
 
     Args:
-        environment: of the job.
-        arguments: of this program. The older start script gives the hyperparameters there as well.
+        environment: the job's environment.
+        arguments: the arguments of this program; the older start script puts the hyperparameters there.
 
     Raises:
-        Problem: the channel is incomplete.
+        Problem: a file of the channel is missing or cannot be read.
     """
     folder = environment.channels.get(CONFIG_CHANNEL)
     if folder is None:
@@ -106,7 +106,8 @@ def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
     given = environment.channels.get(WEIGHTS_CHANNEL)
     if job.weights and given is None:
         raise Problem(
-            f"The job has no channel {WEIGHTS_CHANNEL!r}, but needs {', '.join(job.weights.values())} from it."
+            f"The job has no channel {WEIGHTS_CHANNEL!r}, but needs {', '.join(job.weights.values())} from it; "
+            "launch again."
         )
     weights = [f"--{option}={given / name}" for option, name in job.weights.items() if given is not None]
     return replace(job, config=str(config), arguments=(*job.arguments, *weights))

@@ -1,7 +1,7 @@
-"""What a SageMaker container tells about its job: variables and files, as one typed object.
+"""The environment of a SageMaker job: variables and files of the container, as one typed object.
 
 Both generations of Amazon's start scripts set SM_* variables from the JSON files in /opt/ml/input/config; a container
-started by its own entry point has the files alone. The variables are read first, the files fill in.
+started by its own entry point has only the files. A variable takes precedence over the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from sagemaker_entry.protocol.problem import Problem
 
-CODE_CHANNELS = ("code", "sm_drivers")  # put there by the SDK, not by the user
+CODE_CHANNELS = ("code", "sm_drivers")  # added by the SDK, not by the user
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Environment:
 
     Attributes:
         job_name: the training job.
-        hosts: the names of all hosts, sorted; the first one leads.
+        hosts: the names of all hosts, sorted; the first one writes the model.
         current_host: the name of this one.
-        instance_type: such as "ml.g5.2xlarge", or "" where it is not told.
-        network_interface: the interface that reaches the other hosts, or "".
+        instance_type: such as "ml.g5.2xlarge", or "" if unknown.
+        network_interface: the network interface to the other hosts, or "".
         channels: the user's input channels, name to folder.
-        hyperparameters: of the job, decoded.
-        model_dir: what is in it at the end becomes model.tar.gz.
-        checkpoint_dir: kept in step with S3; what an earlier job of the same place left is in it.
-        failure_file: what is in it at the end becomes the job's failure reason.
+        hyperparameters: the job's, decoded from JSON.
+        model_dir: SageMaker packs it as model.tar.gz at the end.
+        checkpoint_dir: synchronised with S3; holds the checkpoints of the job that this one resumes.
+        failure_file: its content becomes the job's failure reason.
     """
 
     job_name: str
@@ -47,17 +47,17 @@ class Environment:
 
     @property
     def rank(self) -> int:
-        """The position of this host among all."""
+        """The index of this host among all hosts."""
         return self.hosts.index(self.current_host)
 
     @property
     def leads(self) -> bool:
-        """Whether this host writes what is written once."""
+        """Whether this is the first host, which writes the model."""
         return self.rank == 0
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:
-    """Where to put the sentence that becomes the job's failure reason."""
+    """The path of the file whose content becomes the job's failure reason."""
     return Path(environ.get("SM_OUTPUT_FAILURE") or _root(environ) / "output" / "failure")
 
 
@@ -65,10 +65,10 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
     """Read the variables and files of the container.
 
     Args:
-        environ: the process's variables.
+        environ: the environment variables of the process.
 
     Raises:
-        Problem: a file or variable that is not what SageMaker writes.
+        Problem: a file or variable has not the content that SageMaker writes.
     """
     root = _root(environ)
     config = Path(environ.get("SM_INPUT_CONFIG_DIR") or root / "input" / "config")
@@ -106,7 +106,7 @@ def _root(environ: Mapping[str, str]) -> Path:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; an empty one if there is no such file."""
+    """The JSON object in a file; an empty dict if the file does not exist."""
     if not path.is_file():
         return {}
     return _object_of(path.read_text(), str(path), dict)  # type: ignore[no-any-return]  # checked in there
@@ -127,7 +127,7 @@ def _object_of(text: str, where: str, kind: type) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """Hyperparameters are strings; those that are JSON are meant as JSON."""
+    """A hyperparameter's value: all are strings, decoded where they are valid JSON."""
     try:
         return json.loads(value)
     except (TypeError, ValueError):

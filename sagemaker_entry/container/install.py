@@ -1,4 +1,4 @@
-"""Installing in the container what the package needs and the image lacks, without touching the image's torch."""
+"""Install the packages that the image lacks, without replacing the image's torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from sagemaker_entry.protocol.job import REQUIREMENTS
 from sagemaker_entry.protocol.problem import Problem
 
-KEPT = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
+KEPT = ("torch", "torchvision")  # built for the image's CUDA version; another build may not see the GPUs
 Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 
 
 def constraints() -> list[str]:
-    """A constraint for each package that pip must leave as it is."""
+    """A line of pip's constraints file for each package whose version must not change."""
     return [f"{name}=={version}" for name in KEPT if (version := _version(name)) is not None]
 
 
 def require_torch() -> None:
-    """Make sure that the image brings torch and torchvision.
+    """Check that the image has torch and torchvision.
 
     Raises:
-        Problem: it does not.
+        Problem: one of them is missing.
     """
     missing = [name for name in KEPT if _version(name) is None]
     if missing:
@@ -33,11 +33,11 @@ def require_torch() -> None:
 
 
 def install(folder: Path, run: Run) -> None:
-    """Install the requirements that lie beside the code; quick where all are there already.
+    """Install the requirements file beside the code; takes a second where all are installed already.
 
     Args:
-        folder: where the code is.
-        run: runs a command and gives its exit code and output.
+        folder: the folder of the code.
+        run: runs a command and returns its exit code and output.
 
     Raises:
         Problem: pip failed.
@@ -56,7 +56,7 @@ def install(folder: Path, run: Run) -> None:
             done.stdout.strip()[-300:]
         ]
         raise Problem(
-            f"pip could not install the requirements ({reasons[0]}); the container needs a way to a package index, so "
+            f"pip could not install the requirements ({reasons[0]}); the container needs access to a package index: "
             "no network isolation, and a NAT gateway in a VPC."
         )
 

@@ -1,8 +1,8 @@
-"""The hosts of a job watch each other, so that none waits for one that is gone.
+"""Heartbeats between the hosts of a job, so that none waits for a host that has failed.
 
-A collective that waits for a dead host may wait half an hour, and what it says then is not why the host died. So each
-host's launcher shows a sign of life in a small key-value store of the leading host (`torch.distributed.TCPStore`), and
-leaves its own last words there when it fails.
+A collective operation may wait half an hour for a dead host, and its timeout does not say why the host died. So each
+host's launcher writes a heartbeat to a key-value store on the first host (`torch.distributed.TCPStore`), and when it
+fails, its failure.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from sagemaker_entry.container.failure import Failure
 from sagemaker_entry.protocol.problem import Problem
 
 PORT = 7778  # beside 7777, which Amazon's own start scripts use
-BEAT = 1.0  # seconds between signs of life
-PATIENCE = 20.0  # seconds without one after which a host counts as gone
-STRAGGLER_PATIENCE = 120.0  # seconds that training may go on here after it has ended on another host
-GRACE = 10.0  # seconds for the others to read how it ended here
-START_PATIENCE = 900.0  # seconds for all hosts to come up: images and data arrive at different times
+BEAT = 1.0  # seconds between heartbeats
+PATIENCE = 20.0  # seconds without a heartbeat after which a host counts as failed
+STRAGGLER_PATIENCE = 120.0  # seconds that training may continue here after it has ended on another host
+GRACE = 10.0  # seconds for the others to read the result of this host
+START_PATIENCE = 900.0  # seconds for all hosts to start: image and data downloads take different times
 
 
 class Peers:
-    """This host's view of the others; everything that may block happens in a thread of its own.
+    """Watches the other hosts, in a thread of its own because calls to the store may block.
 
     Args:
-        hosts: the names of all hosts; the first one keeps the store.
-        rank: the position of this one.
-        port: of the store.
-        patience: seconds without a sign of life after which a host counts as gone.
-        start_patience: seconds to wait for the leading host at the start, and for the others' first sign of life.
+        hosts: the names of all hosts; the store runs on the first one.
+        rank: the index of this host.
+        port: the store's port.
+        patience: seconds without a heartbeat after which a host counts as failed.
+        start_patience: seconds to wait for the first host at the start, and for the others' first heartbeat.
     """
 
     def __init__(
@@ -58,53 +58,53 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
-        """Begin to show signs of life and to look for those of the others."""
+        """Start to send heartbeats and to check those of the others."""
         if len(self._hosts) > 1:
             self._thread.start()
 
-    def trouble(self) -> Failure | None:
-        """What happened to another host, if anything did."""
+    def remote_failure(self) -> Failure | None:
+        """The failure of another host, or None while all are well."""
         if self._found is not None or not self._thread.is_alive():
             return self._found
         now = time.monotonic()
         limit = self._patience if self._connected.is_set() else self._start_patience + self._patience
-        if now - self._last_contact > limit:  # the thread itself is stuck: the leading host does not answer
+        if now - self._last_contact > limit:  # the thread itself is blocked: the first host does not answer
             return self._gone(0, now - self._last_contact)
         for rank, since in list(self._others_ended.items()):
             if now - since > STRAGGLER_PATIENCE:
-                message = f"Host {self._hosts[rank]} has ended its part, but training still goes on here."
+                message = f"Host {self._hosts[rank]} has finished, but training still runs on this one."
                 return Failure(message, host=self._hosts[self._rank])
         return self._found
 
-    def wait_for_trouble(self) -> Failure | None:
-        """What happened to another host, waiting as long as it may take to notice."""
+    def wait_for_remote_failure(self) -> Failure | None:
+        """The failure of another host, waiting as long as it can take to notice one; None if there is none."""
         deadline = time.monotonic() + self._patience + 5 * BEAT
         while self._thread.is_alive() and time.monotonic() < deadline:
-            if (trouble := self.trouble()) is not None:
-                return trouble
+            if (failure := self.remote_failure()) is not None:
+                return failure
             time.sleep(0.2)
-        return self.trouble()
+        return self.remote_failure()
 
     def leave(self, failure: Failure | None) -> None:
-        """Tell the others how it ended here; the leading host stays a little until they know."""
+        """Send the others the result of this host; the first host waits until they have read it, for a few seconds."""
         self._own = failure
         self._ending.set()
         while failure is not None and self._thread.is_alive() and not self._connected.is_set():
-            time.sleep(BEAT / 4)  # the leading host may come up later; else it would wait for this one
+            time.sleep(BEAT / 4)  # the first host may start later, and would wait for this one
         if self._thread.is_alive():
             self._thread.join(GRACE + 5 * BEAT)
 
     def _gone(self, rank: int, silence: float) -> Failure:
         return Failure(
-            f"Host {self._hosts[rank]} has not been heard of for {silence:.0f} seconds: it was shut down, ran out of "
-            "memory, or cannot be reached.",
+            f"Host {self._hosts[rank]} has sent no heartbeat for {silence:.0f} seconds: it was shut down, ran out "
+            "of memory, or cannot be reached.",
             host=self._hosts[self._rank],
         )
 
     def _watch(self) -> None:
         try:
             store = self._connect()
-        except Exception as error:  # of whatever kind the store raises
+        except Exception as error:  # the store raises errors of many types
             self._found = Failure(
                 f"Host {self._hosts[self._rank]} cannot reach {self._hosts[0]} at port {self._port} ({error}); in a "
                 "VPC, the security group must allow traffic between its own members.",
@@ -127,28 +127,28 @@ class Peers:
                     store.set(f"end/{self._rank}", self._own.to_json() if self._own else "null")
                 for rank in range(len(self._hosts)):
                     if rank != self._rank and rank not in ended:
-                        self._look_at(store, rank, seen)
+                        self._check_host(store, rank, seen)
                 self._last_contact = time.monotonic()
-            except Exception as error:  # the connection is gone, and with it the leading host
+            except Exception as error:  # the connection to the first host is lost
                 if not self._ending.is_set() and 0 not in ended and self._found is None:
                     self._found = Failure(
-                        f"Host {self._hosts[0]} closed the connection ({type(error).__name__}): it died or was shut "
-                        "down.",
+                        f"Host {self._hosts[0]} closed the connection ({type(error).__name__}): it failed or was "
+                        "shut down.",
                         host=self._hosts[self._rank],
                     )
                 return
-            everybody_knows = self._rank != 0 or len(ended) == len(self._hosts) - 1
-            if deadline is not None and (everybody_knows or time.monotonic() > deadline):
+            all_have_read = self._rank != 0 or len(ended) == len(self._hosts) - 1
+            if deadline is not None and (all_have_read or time.monotonic() > deadline):
                 return
             self._ending.wait(BEAT) if deadline is None else time.sleep(BEAT / 4)
 
-    def _look_at(self, store: TCPStore, rank: int, seen: dict[int, tuple[bytes, float]]) -> None:
+    def _check_host(self, store: TCPStore, rank: int, seen: dict[int, tuple[bytes, float]]) -> None:
         now = time.monotonic()
         if store.check([f"end/{rank}"]):
             self._others_ended[rank] = now
-            words = json.loads(store.get(f"end/{rank}"))
-            if words is not None and self._found is None:
-                self._found = Failure(**words)
+            failure = json.loads(store.get(f"end/{rank}"))
+            if failure is not None and self._found is None:
+                self._found = Failure(**failure)
             return
         if store.check([f"beat/{rank}"]):
             beat, since = seen[rank]
@@ -164,7 +164,7 @@ class Peers:
             try:
                 socket.create_connection((self._hosts[0], self._port), timeout=5).close()
                 break
-            except OSError as error:  # not up yet, or its name not known yet
+            except OSError as error:  # not started yet, or its name not yet in DNS
                 if time.monotonic() > deadline:
                     raise Problem(str(error)) from error
                 time.sleep(BEAT)

@@ -1,6 +1,6 @@
-"""torchrun for the processes of this host, which says of a process that was killed that it was killed.
+"""torchrun for the processes of this host, with a failure record for a process that was killed by a signal.
 
-A process that ends by an error of its own leaves a record of it; one that the system kills cannot.
+A process that fails with an exception writes its own record; one that the system kills cannot.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def main(host: str, folder: Path, arguments: Sequence[str]) -> int:
 
     Args:
         host: the name of this host.
-        folder: for records of failures.
-        arguments: of torchrun.
+        folder: where failure records are written.
+        arguments: torchrun's command line.
     """
     try:
         torchrun(list(arguments))

@@ -1,4 +1,4 @@
-"""One training process: `fit` with what the container knows, started by torchrun for each GPU of each host."""
+"""One training process, started by torchrun for each GPU of each host: `fit` with the options of this container."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 import traceback
 from pathlib import Path
 
-import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
 from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.lightning_cli import execute
+from sagemaker_entry.container.callbacks import ProgressLines, SameStart
 from sagemaker_entry.container.failure import Failure, write_record
 from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import ProgressLines
+from sagemaker_entry.protocol.progress import PREFIX
 
 
 def fit_arguments(settings: WorkerSettings) -> list[str]:
-    """The options of `fit` for this container: later ones win, so what the container decides comes last."""
+    """The options of `fit` for this container; a later option wins, so those that the container sets come last."""
     arguments = ["--config", settings.config] if settings.config else []
     arguments += settings.arguments
     on_gpu = torch.cuda.is_available()
@@ -35,53 +35,24 @@ def fit_arguments(settings: WorkerSettings) -> list[str]:
         "--trainer.enable_progress_bar=false",
     ]
     if not on_gpu:
-        arguments.append("--trainer.precision=32-true")  # half precision only slows a CPU down
+        arguments.append("--trainer.precision=32-true")  # half precision is slower on a CPU
     if settings.resume:
         arguments += ["--ckpt_path", str(Path(settings.run_dir) / LAST)]
     return arguments
 
 
-class SameStart(lightning.Callback):
-    """Refuses to train where the hosts do not all go on from the same checkpoint, or all begin anew.
-
-    Args:
-        checkpoint: the one to go on from, if it is there.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Compare sizes, before anything is loaded.
-
-        Raises:
-            Problem: another process has a larger checkpoint.
-        """
-        size = float(self.checkpoint.stat().st_size) if self.checkpoint.is_file() else 0.0
-        own = torch.tensor(size, dtype=torch.float64, device=trainer.strategy.root_device)
-        largest = float(trainer.strategy.reduce(own.clone(), reduce_op="max"))
-        if size != largest:
-            raise Problem(
-                f"This host has {'another' if size else 'no'} checkpoint in {self.checkpoint.parent}, but others have; "
-                "resume the job, so that SageMaker brings the same one to all."
-            )
-
-
 def main(settings_file: str) -> int:
-    """Train; returns the exit code. An error is left in a file for the launcher."""
+    """Train; returns the exit code. An error is written to a file that the launcher reads."""
     settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
-    callbacks = [
-        SameStart(Path(settings.run_dir) / LAST),
-        ProgressLines(),
-    ]
+    callbacks = [SameStart(Path(settings.run_dir) / LAST), ProgressLines()]
     rank = int(os.environ.get("RANK", 0))
     try:
         execute("fit", fit_arguments(settings), callbacks, stop_flag=settings.flag)
     except StoppedOnRequest as stopped:
-        print(f"[dino] {stopped}", flush=True)
+        print(f"{PREFIX} {stopped}", flush=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             settings.saved.write_text(str(stopped.step))
-        return 0  # the launcher knows from the file `saved` that this is no success
+        return 0  # the launcher sees from the file `saved` that training has not finished
     except BaseException as error:
         if isinstance(error, (*expected_errors(), Problem)):
             message = explain(error)
@@ -90,16 +61,17 @@ def main(settings_file: str) -> int:
             message = _one_sentence(error)
         write_record(Failure.of(message, host=settings.host, rank=rank), Path(settings.scratch))
         print(f"error: {message}", file=sys.stderr, flush=True)
-        # At once: an orderly end would wait for the other processes, which wait for this one.
+        # Exit at once: an orderly shutdown would wait for the other ranks, which wait for this one.
         os._exit(1)
     return 0
 
 
 def _one_sentence(error: BaseException) -> str:
+    """The message of an unexpected error on one line; for CUDA out of memory, with advice."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
-            f"The GPU ran out of memory; lower data.batch_size or data.image_size, or take a larger GPU ({text[:200]})."
+            f"The GPU ran out of memory; lower data.batch_size or data.image_size, or use a larger GPU ({text[:200]})."
         )
     return f"{type(error).__name__}: {text}"
 

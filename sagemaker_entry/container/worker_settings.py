@@ -1,4 +1,4 @@
-"""What the launcher of a host tells its training processes; read without importing anything heavy."""
+"""What a host's launcher passes to its training processes; standard library only, for the launcher imports it too."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LAST = "checkpoints/last.ckpt"  # below the run folder, as `fit` lays it out
+LAST = "checkpoints/last.ckpt"  # below the run folder, where `fit` saves it
 BEST = "checkpoints/best.ckpt"
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the launcher tells its training processes.
+    """Settings of the training processes of one host.
 
     Attributes:
-        arguments: options of `fit`: the user's, then where the data is.
+        arguments: options of `fit`: the user's, then those of the dataset.
         config: the user's configuration file, or None.
-        run_dir: the folder of the run, kept in S3.
-        scratch: a local folder of this host for flags and failures.
-        host: its name.
+        run_dir: the run folder, synchronised with S3.
+        scratch: a local folder of this host for flag files and failure records.
+        host: the name of this host.
         processes: training processes on each host.
-        hosts: how many there are.
-        resume: whether to go on from the last checkpoint in `run_dir`.
+        hosts: the number of hosts.
+        resume: whether to resume from the last checkpoint in `run_dir`.
     """
 
     arguments: tuple[str, ...]
@@ -36,14 +36,14 @@ class WorkerSettings:
 
     @property
     def flag(self) -> Path:
-        """The file that asks the processes to save and stop."""
+        """The flag file that asks the processes to save a checkpoint and stop."""
         return Path(self.scratch) / "stop"
 
     @property
     def saved(self) -> Path:
-        """The file that says that they have."""
+        """The file that holds the step of the checkpoint they saved before stopping."""
         return Path(self.scratch) / "saved"
 
     def to_json(self) -> str:
-        """For the file that the processes read."""
+        """The content of the settings file that the processes read."""
         return json.dumps(asdict(self))

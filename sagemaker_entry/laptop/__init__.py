@@ -1,1 +1,1 @@
-"""What runs on the laptop: account, plan, upload, submission, following."""
+"""The laptop's side: AWS account, plan, upload, submission, following and fetching a job."""

@@ -1,4 +1,4 @@
-"""The AWS account: one place that makes clients, and that turns what AWS says into a sentence."""
+"""The AWS account: creates the clients, and turns the errors of AWS into one sentence each."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from botocore.exceptions import (
 from sagemaker_entry.protocol.problem import Problem
 
 DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403", "AuthorizationError")
+SDK_MISSING = "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]'"
 _BAD_KEYS = ("InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClientException", "InvalidAccessKeyId")
 
 
 class NoAccount(Problem):
-    """Nobody is logged in to AWS, or no region is chosen."""
+    """There are no valid AWS credentials, or no region is set."""
 
 
 class Account:
-    """The account and region to work in.
+    """The AWS account and region of a job.
 
     Args:
-        region: such as "us-east-1"; by default the one that is configured.
+        region: such as "us-east-1"; by default the configured one.
         profile: a profile of the AWS configuration files.
 
     Raises:
-        Problem: no such profile, no region, or a region that there is not.
+        Problem: unknown profile, no region, or an unknown region.
     """
 
     def __init__(self, region: str | None = None, profile: str | None = None) -> None:
@@ -46,27 +47,27 @@ class Account:
             self.session = boto3.Session(region_name=region, profile_name=profile)
         except ProfileNotFound as error:
             raise Problem(
-                f"There is no AWS profile {profile!r}; `aws configure --profile {profile}` makes one."
+                f"There is no AWS profile {profile!r}; `aws configure --profile {profile}` creates it."
             ) from error
         if self.session.region_name is None:
             raise NoAccount("No AWS region is set; give --region, or set one with `aws configure`.")
         self.region: str = self.session.region_name
         known = self.session.get_available_regions("sagemaker")
         if known and self.region not in known:
-            raise Problem(f"SageMaker knows no region {self.region!r}; known are {', '.join(known)}.")
+            raise Problem(f"SageMaker knows no region {self.region!r}; give --region with one of {', '.join(known)}.")
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """A client that tries again a few times when AWS is busy."""
+        """A boto3 client of a service; it retries a few times when AWS throttles."""
         return self.session.client(
             service, region_name=region, config=Config(retries={"mode": "standard", "max_attempts": 5})
         )
 
     @cached_property
     def id(self) -> str:
-        """The number of the account; asking for it proves the credentials.
+        """The account number; asking AWS for it checks the credentials.
 
         Raises:
-            Problem: there are none, or AWS does not accept them.
+            Problem: there are no credentials, or AWS does not accept them.
         """
         with explained("ask who you are (sts:GetCallerIdentity)"):
             number: str = self.client("sts").get_caller_identity()["Account"]
@@ -75,16 +76,16 @@ class Account:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn the errors of AWS calls into sentences; `what` completes "AWS did not let us ...".
+    """Turn an error of the AWS calls inside into a `Problem`; `what` completes "AWS did not let us ...".
 
     Raises:
-        Problem: whatever AWS said.
+        Problem: AWS refused the call, could not be reached, or had no valid credentials.
     """
     try:
         yield
     except (NoCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError) as error:
         raise NoAccount(
-            "There are no AWS credentials, or they have run out; run `aws configure` or `aws sso login`, or set "
+            "There are no AWS credentials, or they have expired; run `aws configure` or `aws sso login`, or set "
             "AWS_PROFILE."
         ) from error
     except NoRegionError as error:
@@ -94,9 +95,7 @@ def explained(what: str) -> Iterator[None]:
     except ClientError as error:
         code, message = error_code(error), error.response["Error"].get("Message", "")
         if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
-            raise Problem(
-                "The AWS credentials have run out; log in again, with `aws sso login` for example."
-            ) from error
+            raise Problem("The AWS credentials have expired; log in again, e.g. with `aws sso login`.") from error
         if code in _BAD_KEYS:
             raise Problem(
                 f"AWS does not accept the credentials ({code}); run `aws configure` or set AWS_PROFILE."
@@ -111,6 +110,6 @@ def explained(what: str) -> Iterator[None]:
 
 
 def error_code(error: ClientError) -> str:
-    """The code of an AWS error."""
+    """The error code of an AWS error, e.g. "AccessDenied"."""
     code: str = error.response["Error"]["Code"]
     return code

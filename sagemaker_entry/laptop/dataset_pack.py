@@ -1,7 +1,7 @@
-"""A dataset on disk, described as it will lie in S3: which image in which shard, and the checksum of everything.
+"""A dataset on disk and the manifest it will have in S3: which image is in which shard, and all checksums.
 
-The images that the annotation files name are packed into shards of about 150 MB, as AWS advises for many small files. A
-shard is called by its SHA-256 and the whole dataset by that of its manifest, so the same data is always found again.
+The images that the annotation files list are packed into shards of about 150 MB, as AWS advises for many small files. A
+shard is named by its SHA-256 and the dataset by that of its manifest, so the same data is never uploaded twice.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ from tqdm import tqdm
 
 from dino_lightning import CocoDataModule
 from dino_lightning.files import sha256_of
-from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile, sha256_of_bytes
+from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
 SHARD_BYTES = 150_000_000
 
 
+def content_key(content: bytes | Path) -> str:
+    """The name of some content in S3: the first 20 hexadecimal digits of its SHA-256, of bytes or of a file."""
+    digest = sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    return digest[:20]
+
+
 @dataclass(frozen=True)
 class Member:
-    """One image: its place in the dataset and on disk."""
+    """One image: its name in the shard, its path on disk, and its size in bytes."""
 
     name: str
     path: Path
@@ -40,9 +46,9 @@ class LocalDataset:
     """A dataset on disk, with the manifest that it will have in S3.
 
     Attributes:
-        manifest: all parts, with their checksums.
-        annotations: where the annotation files are, by their name in the manifest.
-        shards: the images of each shard, by its name in the manifest.
+        manifest: all files, with their checksums.
+        annotations: the path of each annotation file, by its name in the manifest.
+        shards: the images of each shard, by the shard's name in the manifest.
     """
 
     manifest: Manifest
@@ -51,20 +57,20 @@ class LocalDataset:
 
     @property
     def key(self) -> str:
-        """The name of this content."""
-        return sha256_of_bytes(self.manifest.to_json().encode())[:20]
+        """The name of the dataset in S3, computed from its manifest."""
+        return content_key(self.manifest.to_json().encode())
 
     @property
     def size(self) -> int:
-        """All bytes of it."""
+        """The total size in bytes."""
         return sum(file.size for file in self.manifest.files)
 
 
 def read_dataset(data: CocoDataModule) -> LocalDataset:
-    """Find out what a dataset consists of; reads every image once, for its checksum.
+    """List a dataset's files and compute their checksums; reads every image once.
 
     Raises:
-        Problem: an image that the annotations name is missing.
+        Problem: an image of an annotation file is missing.
     """
     annotations: dict[str, Path] = {}
     members: list[Member] = []
@@ -73,14 +79,14 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
         if dataset is None:
             continue
         source = dataset.annotations
-        if split == "val" and _held_out(data):  # it goes with the training file, and is held out again
+        if split == "val" and _held_out(data):  # stored in the training file; training holds it out again
             split = "train"
         annotations[f"{split}/annotations.json"] = source.path
         for index, image in enumerate(source.images):
             path = source.image_path(index)
             if not path.is_file():
                 raise Problem(
-                    f"Image {image.id} of {source.path}: {path} does not exist; put it there, or take it out."
+                    f"Image {image.id} of {source.path}: {path} does not exist; add the file, or remove the entry."
                 )
             members.append(Member(f"{split}/images/{image.file_name}", path, path.stat().st_size))
     unique = sorted({member.name: member for member in members}.values(), key=lambda member: member.name)
@@ -100,7 +106,7 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
 
 
 def write_dataset(dataset: LocalDataset, folder: Path) -> None:
-    """Put into a folder what `upload_dataset` would put into S3."""
+    """Write to a folder the files that `upload_dataset` would write to S3."""
     for file in dataset.manifest.files:
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +119,13 @@ def write_dataset(dataset: LocalDataset, folder: Path) -> None:
 
 
 def _held_out(data: CocoDataModule) -> bool:
-    """Whether validation is a part of the training file that training leaves out, rather than a file of its own."""
+    """Whether the validation split is held out of the training file, rather than a file of its own."""
     train, val = data.train_set.annotations, data.val_set.annotations
     return train.path == val.path and {image.id for image in train.images}.isdisjoint(image.id for image in val.images)
 
 
 def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:
-    """Images in the order of their names, about 150 MB together."""
+    """The images of each shard, in the order of their names: about 150 MB together."""
     group: list[Member] = []
     size = 0
     for member in members:
@@ -133,7 +139,7 @@ def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:
 
 
 class _Digest(io.RawIOBase):
-    """A file that keeps only length and checksum of what is written to it."""
+    """A file that keeps only the length and the SHA-256 of what is written to it."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -149,13 +155,14 @@ class _Digest(io.RawIOBase):
 
 
 def _describe_shard(members: Sequence[Member], progress: Any) -> StoredFile:
+    """Name, size and checksum of a shard, computed without writing it to disk."""
     digest = _Digest()
     write_shard(members, digest, progress.update)
     return StoredFile(f"shards/{digest.sha256.hexdigest()}.tar", digest.size, digest.sha256.hexdigest())
 
 
 def write_shard(members: Sequence[Member], file: Any, advance: Any = None) -> None:
-    """Write a shard as a tar archive, the same bytes for the same images: names and contents, no times or owners."""
+    """Write a tar archive of images without times and owners, so that the same images give the same bytes."""
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for member in members:
             info = tarfile.TarInfo(member.name)

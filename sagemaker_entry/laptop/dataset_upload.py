@@ -1,6 +1,7 @@
-"""A dataset into S3: once, under a name that is its content, and never again.
+"""Uploading a dataset to S3, once, under a name computed from its content.
 
-What is there already is not sent, so an interrupted upload goes on where it stopped. The manifest is written last.
+Files that are there already are not sent, so an interrupted upload resumes where it stopped. The manifest is written
+last.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from tqdm import tqdm
 
 from dino_lightning.files import sha256_of
 from sagemaker_entry.laptop.account import error_code, explained
-from sagemaker_entry.laptop.dataset_pack import LocalDataset, write_shard
+from sagemaker_entry.laptop.dataset_pack import LocalDataset, content_key, write_shard
 from sagemaker_entry.protocol.manifest import MANIFEST, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
-THREADS = 4  # shards at once; each is sent in parts, in parallel as well
+THREADS = 4  # shards uploaded at once; the parts of each are sent in parallel as well
 ENCRYPTION = {"ServerSideEncryption": "AES256"}
 
 
 @dataclass(frozen=True)
 class UploadResult:
-    """Where a dataset lies, and how much of it had to be sent now."""
+    """The address of a dataset in S3, and the number of bytes that this upload sent."""
 
     uri: str
     bytes_sent: int
 
 
 def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, owner: str) -> UploadResult:
-    """Send what is not there yet; the manifest last.
+    """Upload the files that are not in S3 yet, the manifest last.
 
     Args:
         s3: a boto3 client.
-        dataset: what to send.
-        bucket: to where.
-        prefix: the folder of all datasets; a folder of this one is made below it.
-        owner: the account that the bucket must belong to.
+        dataset: the dataset to upload.
+        bucket: the bucket to upload to.
+        prefix: the folder of all datasets; this one gets a folder below it.
+        owner: the account that must own the bucket.
 
     Raises:
-        Problem: AWS refused, or a part arrived damaged.
+        Problem: AWS refused the upload, or a file arrived damaged or changed meanwhile.
     """
     place = f"{prefix}/{dataset.key}"
     uri = f"s3://{bucket}/{place}/"
@@ -70,7 +71,7 @@ def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, own
             with explained(f"write to {uri} (s3:PutObject)"):
                 list(pool.map(send, missing))
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C, begin no further shard
+            pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C, start no further shard
     manifest = dataset.manifest.to_json().encode()
     with explained(f"write to {uri} (s3:PutObject)"):
         s3.put_object(Bucket=bucket, Key=f"{place}/{MANIFEST}", Body=manifest, ExpectedBucketOwner=owner, **ENCRYPTION)
@@ -78,7 +79,7 @@ def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, own
 
 
 def upload_bytes(s3: Any, content: bytes, bucket: str, key: str, owner: str) -> str:
-    """Send something small unless it is there; returns its address. `key` should name the content."""
+    """Upload some bytes unless the key exists with this size; returns the address."""
     with explained(f"write to s3://{bucket}/{key} (s3:PutObject)"):
         if _sizes(s3, bucket, key, owner).get(key) != len(content):
             s3.put_object(
@@ -93,8 +94,8 @@ def upload_bytes(s3: Any, content: bytes, bucket: str, key: str, owner: str) -> 
 
 
 def upload_file(s3: Any, path: Path, bucket: str, prefix: str, owner: str) -> str:
-    """Send a file, such as starting weights, to a place named by its content; returns that place, with a slash."""
-    place = f"{prefix}/{sha256_of(path)[:20]}"
+    """Upload a file, e.g. initial weights, to a folder named by its content; returns the folder, with a last slash."""
+    place = f"{prefix}/{content_key(path)}"
     key = f"{place}/{path.name}"
     size = path.stat().st_size
     with explained(f"write to s3://{bucket}/{key} (s3:PutObject)"):
@@ -115,14 +116,14 @@ def _send(s3: Any, dataset: LocalDataset, file: StoredFile, bucket: str, place: 
                 write_shard(dataset.shards[file.name], archive)
         if path.stat().st_size != file.size or sha256_of(path) != file.sha256:
             what = path if file.name in dataset.annotations else f"An image of {file.name}"
-            raise Problem(f"{what} changed during the upload; start again.")
+            raise Problem(f"{what} changed during the upload; launch again.")
         s3.upload_file(
             str(path), bucket, key, ExtraArgs=_extra(owner), Callback=advance, Config=TransferConfig(max_concurrency=4)
         )
-    # S3 has compared a checksum of each part with what it received; here, that all parts together are the whole.
+    # S3 has checked the checksum of each part; check here that no part is missing.
     arrived = s3.head_object(Bucket=bucket, Key=key, ExpectedBucketOwner=owner)["ContentLength"]
     if arrived != file.size:
-        raise Problem(f"s3://{bucket}/{key} has {arrived} bytes instead of {file.size}; start again.")
+        raise Problem(f"s3://{bucket}/{key} has {arrived} bytes instead of {file.size}; launch again.")
 
 
 def _extra(owner: str) -> dict[str, str]:
@@ -130,7 +131,7 @@ def _extra(owner: str) -> dict[str, str]:
 
 
 def _sizes(s3: Any, bucket: str, prefix: str, owner: str) -> dict[str, int]:
-    """Key -> size of the objects whose keys begin so."""
+    """Key -> size in bytes of the objects below a prefix; empty if there is no such bucket."""
     found: dict[str, int] = {}
     try:
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, ExpectedBucketOwner=owner)

@@ -1,4 +1,4 @@
-"""A running job on the laptop: its log, host by host, and one line that says how far it is and what it has cost."""
+"""Following a job: its log, host by host, and a status line with epoch, metrics, time and cost so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from botocore.exceptions import ConnectionError as NoConnection
 from sagemaker_entry.laptop.account import Account, error_code, explained
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import read_figures
+from sagemaker_entry.protocol.progress import read_metrics
 
 COMMAND = "python -m sagemaker_entry.launch"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
@@ -24,35 +24,36 @@ SECONDS_BETWEEN_POLLS = 10.0
 QUIET_POLLS_AT_END = 3  # lines arrive some seconds after the job has ended
 TRANSIENT = (HTTPClientError, NoConnection)  # a network that may come back
 WAITS_FOR_NETWORK = (1, 2, 4, 8, 16)  # times the usual pause; together about five minutes
-PRICE_TAG = "dollars-per-hour"  # of all instances of a job together, on demand, as the plan had it
+PRICE_TAG = "dollars-per-hour"  # tag with the on-demand price of all instances together, from the plan
 BATCH = re.compile(r"\bbatch (\d+) of (\d+)\b")
 
 
 def describe(sagemaker: Any, job: str) -> dict[str, Any]:
-    """What SageMaker says of a job.
+    """SageMaker's description of a job.
 
     Raises:
-        Problem: there is no such job.
+        Problem: there is no such job, or AWS refused.
     """
     try:
-        found: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=job)
-    except ClientError as error:
-        missing = error_code(error) in ("ResourceNotFound", "ResourceNotFoundException")
-        message = error.response["Error"].get("Message", "").lower()
-        if missing or (error_code(error) == "ValidationException" and "not found" in message):
+        with explained(f"describe the job {job} (sagemaker:DescribeTrainingJob)"):
+            found: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=job)
+    except Problem as problem:
+        error = problem.__cause__
+        if isinstance(error, ClientError) and _says_not_found(error):
             raise Problem(
                 f"There is no training job {job!r} in this account and region; check the name and --region."
             ) from error
-        with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
-            raise
-    except BotoCoreError:
-        with explained(f"look at the job {job} (sagemaker:DescribeTrainingJob)"):
-            raise
+        raise
     return found
 
 
+def _says_not_found(error: ClientError) -> bool:
+    code, message = error_code(error), error.response["Error"].get("Message", "").lower()
+    return code.startswith("ResourceNotFound") or (code == "ValidationException" and "not found" in message)
+
+
 def hourly_price(sagemaker: Any, job: dict[str, Any]) -> float | None:
-    """Dollars an hour of a job's instances together, as the plan had them; None where that cannot be read."""
+    """Dollars an hour for all instances of a job, from the plan; None if the job's tags cannot be read."""
     try:
         tags = sagemaker.list_tags(ResourceArn=job["TrainingJobArn"])["Tags"]
     except (ClientError, BotoCoreError):
@@ -61,7 +62,7 @@ def hourly_price(sagemaker: Any, job: dict[str, Any]) -> float | None:
 
 
 def tagged_price(tags: list[dict[str, str]]) -> float | None:
-    """The price among a job's tags; None for a job that has no such tag."""
+    """The price in a job's tags; None if there is no such tag."""
     try:
         return next((float(tag["Value"]) for tag in tags if tag["Key"] == PRICE_TAG), None)
     except ValueError:  # somebody else's tag
@@ -70,36 +71,36 @@ def tagged_price(tags: list[dict[str, str]]) -> float | None:
 
 @dataclass
 class Progress:
-    """How far a job is, read from its log.
+    """The progress of a job, read from its log.
 
     Attributes:
-        figures: the newest value of each figure.
-        hourly: dollars an hour of all instances together; None for the table's.
-        first: (share of all epochs that is done, seconds) where training began in this job, which may be far from 0.
-        last: the same, newest.
+        metrics: the latest value of each metric.
+        hourly: dollars an hour for all instances together; None for the price of the table.
+        first: (fraction of all epochs done, seconds) when training started in this job; not 0 in a resumed job.
+        last: the latest such pair.
     """
 
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     hourly: float | None = None
     first: tuple[float, float] | None = None
     last: tuple[float, float] | None = None
 
     def read(self, line: str, at: float) -> None:
-        """Take the figures out of a line that was written at a time, in seconds."""
-        found = read_figures(line)
-        self.figures |= found
+        """Read the metrics of a log line written at time `at`, in seconds."""
+        found = read_metrics(line)
+        self.metrics |= found
         epoch, epochs = found.get("epoch"), found.get("epochs")
         if not epoch or not epochs or epochs < 0:
             return
         batch = BATCH.search(line)
         within = int(batch[1]) / int(batch[2]) if batch else 1.0 if " finished" in line else 0.0
         now = ((epoch - 1 + within) / epochs, at)
-        if self.first is None or self.last is None or now[0] < self.last[0]:  # spot: back at the checkpoint
+        if self.first is None or self.last is None or now[0] < self.last[0]:  # a spot job restarted from its checkpoint
             self.first = now
         self.last = now
 
     def seconds_left(self) -> float | None:
-        """At the pace since training began in this job; None until there is one, and when all is done."""
+        """Estimated from the speed of this job so far; None before there are two points, and when all is done."""
         if self.first is None or self.last is None:
             return None
         done, seconds = self.last[0] - self.first[0], self.last[1] - self.first[1]
@@ -107,15 +108,15 @@ class Progress:
         return seconds / done * left if done > 0 and seconds > 0 and left > 0 else None
 
     def line(self, job: dict[str, Any], now: datetime.datetime) -> str:
-        """One line: state, epoch, AP, F1, time, money, and what is left."""
+        """The status line: state, epoch, loss, AP, F1, minutes, cost, and minutes left."""
         parts = [job.get("SecondaryStatus") or job["TrainingJobStatus"]]
-        epoch, epochs = self.figures.get("epoch"), self.figures.get("epochs")
+        epoch, epochs = self.metrics.get("epoch"), self.metrics.get("epochs")
         if epoch is not None:
             parts.append(f"epoch {epoch:.0f}" + (f"/{epochs:.0f}" if epochs else ""))
         parts += [
-            f"{name} {self.figures[word]:.3f}"
+            f"{name} {self.metrics[word]:.3f}"
             for name, word in (("loss", "train_loss"), ("AP", "val_AP"), ("F1", "val_F1"))
-            if word in self.figures
+            if word in self.metrics
         ]
         seconds = running_seconds(job, now)
         if seconds:
@@ -129,7 +130,7 @@ class Progress:
 
 
 def running_seconds(job: dict[str, Any], now: datetime.datetime) -> float:
-    """Seconds that are billed: what SageMaker says once it is over, the time since the start before."""
+    """Billed seconds: SageMaker's number once the job has ended, before that the time since it started."""
     if job.get("BillableTimeInSeconds"):
         return float(job["BillableTimeInSeconds"])
     if not job.get("TrainingStartTime"):
@@ -140,7 +141,7 @@ def running_seconds(job: dict[str, Any], now: datetime.datetime) -> float:
 
 
 def dollars(job: dict[str, Any], seconds: float, hourly: float | None = None) -> float | None:
-    """Seconds x price an hour, by default instances x the table's; None for a type whose price the table lacks."""
+    """The cost of some seconds at `hourly` dollars, by default the table's price; None for a type that it lacks."""
     if hourly is not None:
         return seconds / 3600 * hourly
     resources = job["ResourceConfig"]
@@ -149,7 +150,7 @@ def dollars(job: dict[str, Any], seconds: float, hourly: float | None = None) ->
 
 
 class Logs:
-    """The log streams of a job, one for each host, each read on from where it was.
+    """The log streams of a job, one for each host; each call of `read` returns the new lines.
 
     Args:
         logs: a boto3 client.
@@ -159,10 +160,10 @@ class Logs:
     def __init__(self, logs: Any, job: str) -> None:
         self._logs, self._job = logs, job
         self._tokens: dict[str, str | None] = {}
-        self._events: list[tuple[int, str, str]] = []  # read and not yet given out: a later page may fail
+        self._events: list[tuple[int, str, str]] = []  # read but not yet returned: a later page may fail
 
     def read(self) -> list[tuple[int, str, str]]:
-        """(milliseconds, host, line) of everything that is new, in order of time."""
+        """(milliseconds, host, line) of all new lines, in order of time."""
         self._find_streams()
         for stream in self._tokens:
             self._read_stream(stream)
@@ -178,7 +179,7 @@ class Logs:
                 for stream in page["logStreams"]:
                     self._tokens.setdefault(stream["logStreamName"], None)
         except ClientError as error:
-            if error_code(error) != "ResourceNotFoundException":  # there is no log before the first line
+            if error_code(error) != "ResourceNotFoundException":  # the log group is created with the first line
                 raise
 
     def _read_stream(self, stream: str) -> None:
@@ -203,21 +204,21 @@ def follow(
     pause: float = SECONDS_BETWEEN_POLLS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Show a job's log and progress until it ends; returns what SageMaker says of it then.
+    """Print a job's log and progress until it ends; returns SageMaker's final description of it.
 
-    An interrupt from the keyboard leaves the job running and says how to come back. A network that fails is waited for,
-    for some minutes.
+    Ctrl-C leaves the job running and prints how to attach to it again. After a network error it retries for about five
+    minutes.
 
     Args:
-        account: in which.
-        job: its name.
-        say: takes the lines.
-        pause: seconds between looks.
-        sleep: waits.
+        account: the job's account.
+        job: the job's name.
+        say: prints a line.
+        pause: seconds between two requests.
+        sleep: waits for some seconds.
 
     Raises:
         Problem: there is no such job, or AWS refused.
-        KeyboardInterrupt: after having said how to come back.
+        KeyboardInterrupt: after printing how to attach again.
     """
     sagemaker, logs = account.client("sagemaker"), Logs(account.client("logs"), job)
     progress = Progress()
@@ -234,14 +235,14 @@ def follow(
                 what = str(problem).rstrip(".")
                 transient = isinstance(problem.__cause__, TRANSIENT)
                 if transient and failures < len(WAITS_FOR_NETWORK):
-                    say(f"--- {what}; trying again, the job does not depend on it")
+                    say(f"--- {what}; trying again; the job is not affected")
                     sleep(pause * WAITS_FOR_NETWORK[failures])
                     failures += 1
                     continue
                 if description.get("TrainingJobStatus") in ENDED or not (transient or description):
                     raise
                 raise Problem(
-                    f"{what}; the job goes on, and so does the bill; come back: {COMMAND} attach {job}; "
+                    f"{what}; the job keeps running and costs money; attach again: {COMMAND} attach {job}; "
                     f"stop it: {COMMAND} stop {job}"
                 ) from problem
             if not shown:
@@ -261,13 +262,13 @@ def follow(
                 return description
             sleep(min(pause, 2.0) if ended else pause)
     except KeyboardInterrupt:
-        say(f"\nThe job goes on, and so does the bill. Come back:  {COMMAND} attach {job}")
-        say(f"Stop it:                                         {COMMAND} stop {job}")
+        say(f"\nThe job keeps running and costs money. Attach again:  {COMMAND} attach {job}")
+        say(f"Stop it:                                             {COMMAND} stop {job}")
         raise
 
 
 def summary(job: dict[str, Any], hourly: float | None = None) -> str:
-    """How a job ended, what it cost, and what to do next; at dollars an hour, by default the table's."""
+    """State, cost and next commands of a job; `hourly` is its price in dollars, by default the table's."""
     name, status = job["TrainingJobName"], job["TrainingJobStatus"]
     seconds = running_seconds(job, datetime.datetime.now(datetime.timezone.utc))
     cost = dollars(job, seconds, hourly)
@@ -285,7 +286,7 @@ def summary(job: dict[str, Any], hourly: float | None = None) -> str:
     if job.get("ModelArtifacts", {}).get("S3ModelArtifacts") and status in ("Completed", "Stopped"):
         lines.append(f"get the model: {COMMAND} fetch {name}")
     if status in ("Failed", "Stopped"):
-        lines.append(f"go on from the last checkpoint: {COMMAND} resume {name}")
+        lines.append(f"resume from the last checkpoint: {COMMAND} resume {name}")
     if status not in ENDED:
         lines.append(f"watch it: {COMMAND} attach {name}    stop it: {COMMAND} stop {name}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What one does with a job that exists: stop it, fetch its model, go on with it."""
+"""Commands for an existing job: stop it, fetch its model, resume it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
-from sagemaker_entry.laptop.follow import ENDED, describe, dollars, tagged_price
+from sagemaker_entry.laptop.follow import COMMAND, ENDED, describe, dollars, tagged_price
 from sagemaker_entry.protocol.manifest import extract_safely
 from sagemaker_entry.protocol.problem import Problem
 
-# What CreateTrainingJob takes of what DescribeTrainingJob gives.
+# Fields of DescribeTrainingJob's answer that CreateTrainingJob accepts.
 CARRIED_OVER = (
     "AlgorithmSpecification", "RoleArn", "InputDataConfig", "OutputDataConfig", "ResourceConfig", "VpcConfig",
     "StoppingCondition", "EnableNetworkIsolation", "EnableInterContainerTrafficEncryption", "EnableManagedSpotTraining",
@@ -25,7 +25,7 @@ CARRIED_OVER = (
 
 
 def stop(sagemaker: Any, job: str) -> str:
-    """Ask SageMaker to stop a job; returns what will happen.
+    """Ask SageMaker to stop a job; returns a message for the user.
 
     Raises:
         Problem: there is no such job, or AWS refused.
@@ -35,28 +35,25 @@ def stop(sagemaker: Any, job: str) -> str:
         return f"{job} is {status} already."
     with explained(f"stop the job {job} (sagemaker:StopTrainingJob)"):
         sagemaker.stop_training_job(TrainingJobName=job)
-    return (
-        f"{job} saves a checkpoint and stops, within two minutes. "
-        f"Go on later: python -m sagemaker_entry.launch resume {job}"
-    )
+    return f"{job} saves a checkpoint and stops, within two minutes. Resume it later: {COMMAND} resume {job}"
 
 
 def fetch(account: Account, job: str, target: Path) -> Path:
     """Download a job's model and unpack it into a new folder.
 
     Args:
-        account: in which.
-        job: its name.
-        target: the folder; it must not exist yet.
+        account: the job's account.
+        job: the job's name.
+        target: the new folder.
 
     Returns:
         The folder.
 
     Raises:
-        Problem: the job has no model, the folder exists, or the archive is not what a job makes.
+        Problem: the job has no model, the folder exists, or the archive was not written by a job.
     """
     if target.exists():
-        raise Problem(f"{target} exists already; give another folder with --to.")
+        raise Problem(f"{target} exists already; choose another folder with --to.")
     description = describe(account.client("sagemaker"), job)
     status = description["TrainingJobStatus"]
     uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts")
@@ -90,28 +87,28 @@ def fetch(account: Account, job: str, target: Path) -> Path:
 
 
 def resume_request(description: dict[str, Any], now: datetime) -> dict[str, Any]:
-    """A new job that goes on where another one stopped: the same in everything, checkpoints above all, but its name.
+    """The request of a job that resumes another one: the same checkpoints, data and settings under a new name.
 
     Raises:
-        Problem: the job still runs, has completed, or kept no checkpoints.
+        Problem: the job is still running, has completed, or kept no checkpoints.
     """
     job, status = description["TrainingJobName"], description["TrainingJobStatus"]
     if status not in ("Failed", "Stopped"):
         advice = "it is finished" if status == "Completed" else "stop it first"
         raise Problem(f"{job} is {status}; {advice}.")
     if not description.get("CheckpointConfig"):
-        raise Problem(f"{job} kept no checkpoints in S3, so there is nothing to go on from; launch it anew.")
+        raise Problem(f"{job} kept no checkpoints in S3, so it cannot be resumed; launch a new job.")
     request = {name: description[name] for name in CARRIED_OVER if description.get(name) not in (None, {}, [])}
     base, _, stamp = job.rpartition("-")
     if not stamp.isdigit():
         base = job
     names = (f"{base[:48]}-{now + timedelta(seconds=later):%Y%m%d%H%M%S}" for later in (0, 1))
-    request["TrainingJobName"] = next(name for name in names if name != job)  # AWS takes no name twice
+    request["TrainingJobName"] = next(name for name in names if name != job)  # AWS accepts no name twice
     return request
 
 
 def resume(account: Account, job: str) -> tuple[str, str]:
-    """Start a job that goes on where another one stopped; returns its name, and a sentence on what it costs at most.
+    """Start a job that resumes another one; returns its name and a sentence with its maximum cost.
 
     Raises:
         Problem: see `resume_request`; or AWS refused.
@@ -121,11 +118,11 @@ def resume(account: Account, job: str) -> tuple[str, str]:
     request = resume_request(description, datetime.now(timezone.utc))
     with explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
         tags = sagemaker.list_tags(ResourceArn=description["TrainingJobArn"])["Tags"]
-        # "resumes" of a job that went on itself: AWS takes no key twice
+        # a resumed job has the tag "resumes" itself, and AWS accepts no key twice
         kept = [tag for tag in tags if not tag["Key"].startswith("aws:") and tag["Key"] != "resumes"]
         sagemaker.create_training_job(**request, Tags=[*kept, {"Key": "resumes", "Value": job}])
     name: str = request["TrainingJobName"]
     seconds = request["StoppingCondition"]["MaxRuntimeInSeconds"]
     most = dollars(request, seconds, tagged_price(tags))
-    price = "at a price that is not known" if most is None else f"for ${most:,.2f} on demand at most"
+    price = "at an unknown price" if most is None else f"for ${most:,.2f} on demand at most"
     return name, f"It runs for another {seconds / 3600:.1f} hours at most, {price}, on top of what {job} has cost."

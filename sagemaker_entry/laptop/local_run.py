@@ -1,4 +1,4 @@
-"""`launch --local`: the container's own entry on this machine, in a folder laid out like /opt/ml."""
+"""`launch --local`: the container's entry point on this machine, in a folder laid out like /opt/ml."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def prepare_opt_ml(
     """Fill a folder as SageMaker fills /opt/ml before it starts the container.
 
     Args:
-        root: stands for /opt/ml.
-        data: the dataset, for channel `training`.
+        root: the folder that takes the place of /opt/ml.
+        data: the dataset for channel `training`.
         config: the content of the configuration file.
-        job: the plan.
+        job: the job description.
         weights: files for channel `weights`, by name.
-        hosts: the hosts of the job.
+        hosts: the names of the job's hosts.
     """
     channels = [CONFIG_CHANNEL, "training"]
     for folder in ("input/config", f"input/data/{CONFIG_CHANNEL}", "output/data", "model", "checkpoints"):
@@ -52,7 +52,7 @@ def prepare_opt_ml(
 def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
     """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled; returns its exit code.
 
-    An interrupt from the keyboard stops it as SageMaker would: it saves a checkpoint first.
+    Ctrl-C stops it as SageMaker would: it saves a checkpoint first.
     """
     kept = {name: value for name, value in environ.items() if not name.startswith("SM_")}
     variables = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "local"}
@@ -60,7 +60,7 @@ def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
     while True:
         try:
             return child.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the child as well
+        except KeyboardInterrupt:  # the terminal sends SIGINT to the child as well
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""Where a training runs and what it costs: decided and said before any money is spent."""
+"""The plan of a job: instances, estimated time and cost, and limits, before any money is spent."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from sagemaker_entry.protocol.instances import (
     PRICES_SOURCE,
     SPOT_DISCOUNT,
     Instance,
+    full_type_name,
 )
 from sagemaker_entry.protocol.problem import Problem
 
-# Dense half-precision teraflops that a GPU could do, and the share of it that training reaches: (at best, likely, at
-# worst). Those of the A10G are NVIDIA's figure. The L4 has twice as many on paper, but half of the A10G's memory
-# bandwidth, which limits training; so it is counted lower. The shares are estimates: nothing here has been timed on
-# such a GPU yet.
+# Peak dense half-precision teraflops of a GPU, and the fraction of the peak that training reaches: (best, likely,
+# worst). The A10G's number is NVIDIA's. The L4 has twice as many on paper, but half of the A10G's memory bandwidth,
+# which limits training, so a lower number is used. The fractions are estimates, not yet measured on such a GPU.
 TERAFLOPS = {"A10G": 70.0, "L4": 60.0, "T4": 65.0, "V100": 125.0, "L40S": 180.0, "A100": 312.0, "H100": 600.0}
 UNKNOWN_TERAFLOPS = 70.0
 SHARES = (0.15, 0.08, 0.04)
-TRAINING_FACTOR = 3.0  # forward and backward take about three times what forward takes alone
+TRAINING_FACTOR = 3.0  # forward and backward together cost about three forward passes
 BYTES_PER_PARAMETER = 4
-START_SECONDS = 300.0  # download of image and data, installing, first step
-EVALUATION_SECONDS = 15.0  # metric, pictures and checkpoint after each evaluation
+START_SECONDS = 300.0  # download of image and data, installation, first step
+EVALUATION_SECONDS = 15.0  # metrics, images and checkpoint after each evaluation
 MAX_RUN_LIMIT = 5 * 24 * 3600  # SageMaker's default limit
 HOUR = 3600.0
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Instances of one type.
+    """The instances of a job, all of one type.
 
     Attributes:
         instance_type: such as "ml.g5.2xlarge".
-        count: how many.
-        instance: what one of them is.
+        count: the number of instances.
+        instance: GPUs, memory and price of one instance.
         notes: what the user may not expect, one sentence each.
     """
 
@@ -49,12 +49,12 @@ class Compute:
 
     @property
     def gpus(self) -> int:
-        """All GPUs together."""
+        """The number of GPUs of all instances together."""
         return self.count * self.instance.gpus
 
     @property
     def price(self) -> float:
-        """Dollars an hour, all instances together, on demand."""
+        """Dollars an hour on demand for all instances together."""
         return self.count * self.instance.price
 
 
@@ -66,30 +66,31 @@ def choose_compute(
     wanted: int,
     known: dict[str, Instance] | None = None,
 ) -> Compute:
-    """Instances for a number of GPUs, with a note wherever the user may expect something else.
+    """Choose the instances for a number of GPUs, with a note for everything that the user may not expect.
 
     Args:
-        gpus: GPUs the user asked for.
-        instance_type: the type the user asked for.
-        count: instances the user asked for.
-        wanted: GPUs the configuration is made for; counts where the user asks for none.
-        known: instance types and what they are; `INSTANCES` by default.
+        gpus: the user's --gpus.
+        instance_type: the user's --instance-type.
+        count: the user's --instance-count.
+        wanted: the GPUs that the configuration is made for, used without --gpus.
+        known: the known instance types; `INSTANCES` by default.
 
     Raises:
-        Problem: a type nobody knows, or wishes that contradict each other.
+        Problem: an unknown instance type, or options that contradict each other.
     """
     known = INSTANCES if known is None else known
-    type_name = instance_type or DEFAULT_TYPE
-    type_name = type_name if type_name.startswith("ml.") else f"ml.{type_name}"
+    type_name = full_type_name(instance_type or DEFAULT_TYPE)
     instance = known.get(type_name)
     if instance is None:
-        raise Problem(f"There is no instance type {type_name} with a known number of GPUs; known: {', '.join(known)}.")
+        raise Problem(
+            f"There is no instance type {type_name} with a known number of GPUs; choose one of {', '.join(known)}."
+        )
     if (gpus is not None and gpus < 1) or (count is not None and count < 1):
         raise Problem("--gpus and --instance-count must be at least 1.")
     if gpus is not None and count is not None and gpus != count * instance.gpus:
         raise Problem(
             f"--gpus {gpus} and --instance-count {count} contradict each other: {count} x {type_name} "
-            f"{_have(count)} {count * instance.gpus} {instance.gpu}; leave out one of the two."
+            f"{_have(count)} {count * instance.gpus} {instance.gpu}; remove one of the two."
         )
     asked = gpus or wanted
     if count is None:
@@ -98,7 +99,7 @@ def choose_compute(
     notes: list[str] = []
     if count > 1 and instance.gpus == 1:
         notes.append(
-            f"An {type_name} has ONE {instance.gpu}: {total} GPUs are {count} instances, each of them paid for."
+            f"An {type_name} has ONE {instance.gpu}: {total} GPUs are {count} instances, and each of them is billed."
         )
     if total < wanted:
         notes.append(
@@ -107,11 +108,11 @@ def choose_compute(
         )
     elif total > asked:
         notes.append(
-            f"{count} x {type_name} {_have(count)} {total} GPUs, not {asked}: all of them train, for they are paid for."
+            f"{count} x {type_name} {_have(count)} {total} GPUs, not {asked}: training uses all, since all are billed."
         )
     if total != wanted:
         notes.append(
-            f"The global batch changes with the GPUs from {wanted} to {total} times data.batch_size; change "
+            f"The global batch changes from {wanted} to {total} times data.batch_size; change "
             "--data.batch_size or --model.lr if that matters."
         )
     return Compute(type_name, count, instance, tuple(notes))
@@ -123,16 +124,16 @@ def _have(count: int) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to compute.
+    """The size of the training, from which its time is estimated.
 
     Attributes:
-        train_images: in an epoch.
-        val_images: in an evaluation.
-        epochs: how many.
-        evaluations: how many.
+        train_images: images in an epoch.
+        val_images: images in an evaluation.
+        epochs: the number of epochs.
+        evaluations: the number of evaluations.
         batch_size: images per step and GPU.
-        teraflops: 10^12 operations of a forward pass of one image.
-        parameters: trainable ones, whose gradients the hosts exchange.
+        teraflops: 10^12 floating-point operations of a forward pass of one image.
+        parameters: trainable parameters, whose gradients the hosts exchange.
     """
 
     train_images: int
@@ -144,19 +145,19 @@ class Work:
     parameters: int
 
     def steps_per_epoch(self, gpus: int) -> int:
-        """Full batches for each process, as the loader counts them; at least one."""
+        """Full batches of each process in an epoch; at least one."""
         return max(1, math.ceil(self.train_images / gpus) // self.batch_size)
 
 
 def estimate_hours(work: Work, compute: Compute) -> tuple[float, float, float]:
-    """Billed hours: (at best, likely, at worst).
+    """Estimated billed hours: (best, likely, worst).
 
-    A step computes 3 x forward operations of its batch at a share of the GPU's peak, and exchanges 4 bytes for each
-    parameter between hosts at the network's baseline bandwidth: hidden by the computation at best, half of it likely,
-    none of it at worst. An evaluation is a forward pass of the validation images.
+    A step costs three forward passes of its batch at a fraction of the GPU's peak, and exchanges 4 bytes for each
+    parameter between hosts at the network's baseline bandwidth. In the best case computation hides the exchange, in the
+    likely case half of it, in the worst case none. An evaluation is a forward pass of the validation images.
     """
     peak = TERAFLOPS.get(compute.instance.gpu, UNKNOWN_TERAFLOPS)
-    between_hosts = 2 * (compute.count - 1) / compute.count  # a ring exchange sends each byte that often
+    between_hosts = 2 * (compute.count - 1) / compute.count  # times that a ring all-reduce sends each byte
     exchange = work.parameters * BYTES_PER_PARAMETER * 8 * between_hosts / (compute.instance.network * 1e9)
     hours = []
     for share, hidden in zip(SHARES, (1.0, 0.5, 0.0), strict=True):
@@ -171,12 +172,12 @@ def estimate_hours(work: Work, compute: Compute) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long the job may run, and so what it can cost at most.
+    """How long the job may run, and its maximum cost.
 
     Attributes:
         max_run: seconds, after which SageMaker stops the job.
-        max_wait: seconds including waiting for spot instances, or None on demand.
-        max_cost: dollars that `max_run` comes to on demand.
+        max_wait: seconds including the wait for spot instances; None on demand.
+        max_cost: the on-demand price of `max_run`, in dollars.
     """
 
     max_run: int
@@ -193,10 +194,10 @@ def choose_limits(
     spot: bool,
     max_wait_hours: float | None,
 ) -> Limits:
-    """The limits: what the user says, else the estimate at worst with a quarter more; never above the cost cap.
+    """The user's limits, by default the worst estimate plus 25 %; never above the cost cap.
 
     Raises:
-        Problem: limits that leave no time to train.
+        Problem: the limits leave no time to train, or contradict each other.
     """
     seconds = HOUR * (max_run_hours if max_run_hours is not None else math.ceil(hours[2] * 1.25))
     if max_cost is not None:
@@ -219,13 +220,13 @@ class Plan:
 
     Attributes:
         compute: the instances.
-        work: what they compute.
-        hours: the estimate.
-        limits: how long they may.
-        spot: whether on spot instances.
+        work: the size of the training.
+        hours: estimated hours (best, likely, worst).
+        limits: maximum time and cost.
+        spot: whether to use spot instances.
         image: the container image.
-        places: where things go in S3, name to address.
-        price_source: where the price comes from.
+        places: S3 addresses by name.
+        price_source: the source of the price.
     """
 
     compute: Compute
@@ -238,7 +239,7 @@ class Plan:
     price_source: str = f"{PRICES_SOURCE} (table of {PRICES_DATE})"
 
     def table(self) -> str:
-        """The plan for people."""
+        """The plan as text for the terminal."""
         compute, work, limits = self.compute, self.work, self.limits
         steps = work.steps_per_epoch(compute.gpus)
         best, likely, worst = self.hours
@@ -250,7 +251,7 @@ class Plan:
                 "GPUs",
                 f"{compute.gpus} x {compute.instance.gpu} with {compute.instance.gpu_memory} GB, one process each",
             ),
-            ("data", f"{work.train_images:,} images to learn from, {work.val_images:,} to validate on"),
+            ("data", f"{work.train_images:,} training images, {work.val_images:,} validation images"),
             ("global batch", f"{work.batch_size * compute.gpus} ({work.batch_size} on each GPU)"),
             ("steps", f"{steps:,} x {work.epochs} epochs = {steps * work.epochs:,}, {work.evaluations} evaluations"),
             ("image", self.image),
@@ -259,7 +260,7 @@ class Plan:
             ("on demand", f"about ${cost[1]:,.2f} (${cost[0]:,.2f} to ${cost[2]:,.2f})"),
             (
                 "on spot",
-                f"about ${spot[0]:,.2f} to ${spot[1]:,.2f}, with waits"
+                f"about ${spot[0]:,.2f} to ${spot[1]:,.2f}, with interruptions"
                 + (" <- chosen" if self.spot else "; add --spot"),
             ),
             ("at most", f"{limits.max_run / HOUR:.1f} hours, then it is stopped: ${limits.max_cost:,.2f} on demand"),
@@ -269,7 +270,7 @@ class Plan:
         return "\n".join(["Plan", *lines, "", *self.explanation(), *(f"NOTE: {note}" for note in compute.notes)])
 
     def explanation(self) -> Sequence[str]:
-        """How the figures came about."""
+        """How the time and the prices were obtained, as lines of text."""
         instance = self.compute.instance
         peak = TERAFLOPS.get(instance.gpu, UNKNOWN_TERAFLOPS)
         shares = " / ".join(f"{share:.0%}" for share in SHARES)

@@ -1,4 +1,4 @@
-"""What may go wrong in the account, found out before the upload: each failure one sentence with the way out."""
+"""Checks of the AWS account before the upload: role, bucket, quota, price, image; each failure says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from sagemaker_entry.laptop.account import DENIED, Account, error_code, explained
+from sagemaker_entry.laptop.account import DENIED, SDK_MISSING, Account, error_code, explained
 from sagemaker_entry.protocol.instances import INSTANCES, Instance
 from sagemaker_entry.protocol.problem import Problem
 
@@ -17,10 +17,10 @@ Warn = Callable[[str], None]
 
 
 def resolve_role(account: Account, role: str, warn: Warn) -> str:
-    """The ARN of the role that the job takes on; checks that it exists and that SageMaker may take it on.
+    """The ARN of the job's role; checks that the role exists and that SageMaker may assume it.
 
     Raises:
-        Problem: no such role, of another account, or SageMaker may not take it on.
+        Problem: no such role, a role of another account, or one that SageMaker may not assume.
     """
     name = role.rpartition("/")[2]
     if role.startswith("arn:"):
@@ -28,24 +28,24 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
         if len(parts) != 6 or parts[2] != "iam" or not parts[5].startswith("role/"):
             raise Problem(f"--role: {role} is no ARN of a role; it looks like arn:aws:iam::123456789012:role/NAME.")
         if parts[4] != account.id:
-            raise Problem(f"--role: {role} belongs to account {parts[4]}, but the credentials are of {account.id}.")
+            raise Problem(f"--role: {role} belongs to account {parts[4]}, but the credentials to {account.id}.")
     try:
         found = account.client("iam").get_role(RoleName=name)["Role"]
     except ClientError as error:
         if error_code(error) in DENIED and role.startswith("arn:"):
-            warn("The role could not be looked at (iam:GetRole is not allowed); SageMaker will say if it is wrong.")
+            warn("The role could not be checked (iam:GetRole is not allowed); SageMaker will reject a wrong one.")
             return role
         if error_code(error) == "NoSuchEntity":
             raise Problem(
-                f"--role: account {account.id} has no role {name!r}; docs/sagemaker.md shows how to make one."
+                f"--role: account {account.id} has no role {name!r}; docs/sagemaker.md shows how to create one."
             ) from error
-        with explained(f"look at the role {name} (iam:GetRole)"):
+        with explained(f"read the role {name} (iam:GetRole)"):
             raise
     trust = found.get("AssumeRolePolicyDocument") or {}
     trust = json.loads(trust) if isinstance(trust, str) else trust
     if "sagemaker.amazonaws.com" not in json.dumps(trust):
         raise Problem(
-            f"--role: SageMaker may not take on {name!r}; add sagemaker.amazonaws.com to its trust relationship, as "
+            f"--role: SageMaker may not assume {name!r}; add sagemaker.amazonaws.com to its trust relationship, as "
             "docs/sagemaker.md shows."
         )
     arn: str = found["Arn"]
@@ -53,10 +53,10 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
 
 
 def check_bucket(account: Account, bucket: str) -> bool:
-    """Whether the bucket exists; it must be ours and in the right region.
+    """Whether the bucket exists; if it does, it must belong to the account and be in the job's region.
 
     Raises:
-        Problem: it is another account's, out of reach, or in another region.
+        Problem: it belongs to another account, is not accessible, or is in another region.
     """
     s3 = account.client("s3")
     try:
@@ -67,11 +67,11 @@ def check_bucket(account: Account, bucket: str) -> bool:
             return False
         if code in ("403", *DENIED):
             raise Problem(
-                f"Bucket {bucket!r} belongs to another account, or you may not use it; give your own with --bucket."
+                f"Bucket {bucket!r} belongs to another account, or you may not access it; give your own with --bucket."
             ) from error
         if code in ("301", "PermanentRedirect", "400"):
             raise _elsewhere(bucket, "another region", account) from error
-        with explained(f"look at bucket {bucket} (s3:ListBucket)"):
+        with explained(f"read the bucket {bucket} (s3:ListBucket)"):
             raise
     region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
     if region and region != account.region:
@@ -84,7 +84,7 @@ def _elsewhere(bucket: str, region: str, account: Account) -> Problem:
 
 
 def make_bucket(account: Account, bucket: str) -> None:
-    """A new bucket: nothing in it is public, everything encrypted.
+    """Create a bucket without public access, encrypted by default.
 
     Raises:
         Problem: AWS refused.
@@ -93,7 +93,7 @@ def make_bucket(account: Account, bucket: str) -> None:
     place = {} if account.region == "us-east-1" else {
         "CreateBucketConfiguration": {"LocationConstraint": account.region}
     }  # fmt: skip
-    with explained(f"make the bucket {bucket} (s3:CreateBucket)"):
+    with explained(f"create the bucket {bucket} (s3:CreateBucket)"):
         s3.create_bucket(Bucket=bucket, **place)
         s3.put_public_access_block(
             Bucket=bucket,
@@ -113,15 +113,15 @@ def make_bucket(account: Account, bucket: str) -> None:
 
 
 def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, region: str, warn: Warn) -> None:
-    """Whether the account may train on so many instances of this type at once.
+    """Check that the account may train on this number of instances of a type at once.
 
     Args:
         quotas: a boto3 client for `service-quotas`.
-        instance_type: of the job.
-        count: how many.
-        spot: spot instances have a quota of their own.
-        region: for the command that asks for more.
-        warn: takes what could not be checked.
+        instance_type: the job's instance type.
+        count: the number of instances.
+        spot: whether to check the separate quota of spot instances.
+        region: the job's region, for the command that requests a larger quota.
+        warn: called with a sentence if the quota could not be checked.
 
     Raises:
         Problem: the quota is too small.
@@ -134,27 +134,27 @@ def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, regi
         warn(f"The quota could not be checked (servicequotas:ListServiceQuotas: {_reason(error)}).")
         return
     if found is None:
-        warn(f"AWS lists no quota {name!r}; a new account may have to ask for it in the console, under Service Quotas.")
+        warn(f"AWS lists no quota {name!r}; a new account may have to request it in the console, under Service Quotas.")
         return
     if found["Value"] < count:
         raise Problem(
-            f"Your quota {name!r} is {found['Value']:g}, but {count} are needed; ask for more (it is free): aws "
+            f"Your quota {name!r} is {found['Value']:g}, but {count} are needed; request more (it is free): aws "
             f"service-quotas request-service-quota-increase --service-code sagemaker --quota-code {found['QuotaCode']} "
             f"--desired-value {count} --region {region}"
         )
 
 
 def live_price(pricing: Any, instance_type: str, region: str) -> float | None:
-    """Dollars an hour on demand, from AWS's price list; None where the account may not ask or the list has none.
+    """Dollars an hour on demand from AWS's price list; None if the account may not read it or it has no such price.
 
     Args:
         pricing: a boto3 client for `pricing`, in us-east-1.
-        instance_type: of the job.
-        region: of the job.
+        instance_type: the job's instance type.
+        region: the job's region.
     """
     if region == "us-east-1":
         fields = {"usagetype": f"USE1-Train:{instance_type}"}
-    else:  # there, a usage type abbreviates the region in AWS's own way, which no list gives
+    else:  # there, usage types begin with AWS's own abbreviation of the region, which has no official list
         fields = {"regionCode": region, "instanceName": instance_type, "component": "Training"}
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in fields.items()]
     try:
@@ -171,7 +171,7 @@ def live_price(pricing: Any, instance_type: str, region: str) -> float | None:
 
 
 def live_instance(ec2: Any, instance_type: str) -> Instance | None:
-    """An instance type that our table lacks, as EC2 describes it; its price is 0, to be filled in."""
+    """An instance type that the table lacks, from EC2 and with price 0; None if unknown there or without a GPU."""
     try:
         (found,) = ec2.describe_instance_types(InstanceTypes=[instance_type.removeprefix("ml.")])["InstanceTypes"]
     except (ClientError, BotoCoreError, ValueError):
@@ -194,14 +194,12 @@ def resolve_image(region: str, instance_type: str, version: str) -> str:
     """The address of AWS's PyTorch training image.
 
     Raises:
-        Problem: the SDK is not installed, or knows no such image.
+        Problem: the SDK is not installed, or has no such image.
     """
     try:
         from sagemaker.core import image_uris
     except ImportError as error:
-        raise Problem(
-            "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]' (or give --image)."
-        ) from error
+        raise Problem(f"{SDK_MISSING} (or give --image).") from error
     try:
         uri: str = image_uris.retrieve(
             framework="pytorch", version=version, region=region, instance_type=instance_type, image_scope="training"
@@ -214,10 +212,10 @@ def resolve_image(region: str, instance_type: str, version: str) -> str:
 
 
 def known_instances(account: Account | None, instance_type: str) -> tuple[dict[str, Instance], str | None]:
-    """The table of instance types, with the live price of one of them where the account may ask.
+    """The table of instance types, with the current price of one of them if the account may read it.
 
     Returns:
-        The table, and where the price comes from if not from the table.
+        The table, and the source of the price; None if it is the table's own.
     """
     table = dict(INSTANCES)
     if account is None:
@@ -233,4 +231,5 @@ def known_instances(account: Account | None, instance_type: str) -> tuple[dict[s
 
 
 def _reason(error: Exception) -> str:
+    """The AWS error code, or the class of an error that did not come from AWS."""
     return error_code(error) if isinstance(error, ClientError) else type(error).__name__

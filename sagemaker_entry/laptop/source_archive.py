@@ -1,4 +1,4 @@
-"""The code that a job runs: the installed project itself, packed, with the list of what it needs."""
+"""The code that a job runs: the installed packages `dino_lightning` and `sagemaker_entry`, with their requirements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sagemaker_entry.protocol.job import REQUIREMENTS
 
 
 def build_archive() -> bytes:
-    """The code of a job as tar.gz: the same bytes for the same files."""
+    """The code of a job as a tar.gz archive; the same files give the same bytes."""
     entry = Path(__file__).parent.parent
     files = package_files() | {f"sagemaker_entry/{path.relative_to(entry).as_posix()}": path for path in sources(entry)}
     contents = {name: path.read_bytes() for name, path in files.items()}

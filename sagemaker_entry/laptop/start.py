@@ -1,4 +1,4 @@
-"""From a checked training to a running job: plan, look at the account, upload, submit."""
+"""From a checked training to a running job: plan, preflight checks, upload, submission."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from sagemaker_entry.laptop.account import Account
-from sagemaker_entry.laptop.dataset_pack import read_dataset
+from sagemaker_entry.laptop.dataset_pack import content_key, read_dataset
 from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.laptop.follow import PRICE_TAG
 from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
@@ -23,9 +23,8 @@ from sagemaker_entry.laptop.preflight import (
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import JobSpec, base_name, submit
 from sagemaker_entry.laptop.training_config import Training
-from sagemaker_entry.protocol.instances import DEFAULT_TYPE
+from sagemaker_entry.protocol.instances import DEFAULT_TYPE, full_type_name
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
-from sagemaker_entry.protocol.manifest import sha256_of_bytes
 from sagemaker_entry.protocol.problem import Problem
 
 PREFIX = "dino-lightning"
@@ -35,23 +34,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What the user asks of AWS; None where it is left to us.
+    """The user's AWS options; None for a default that the plan chooses.
 
     Attributes:
-        gpus: all GPUs together.
+        gpus: the number of GPUs on all instances together.
         instance_type: such as "ml.g5.2xlarge".
-        instance_count: how many.
-        role: name or ARN of the role that the job takes on.
-        bucket: where everything goes.
+        instance_count: the number of instances.
+        role: name or ARN of the role that the job assumes.
+        bucket: the S3 bucket for the dataset, the code and the results.
         region: such as "us-east-1".
         profile: a profile of the AWS configuration files.
-        image: a container image.
+        image: the container image.
         spot: use spot instances.
-        max_cost: dollars that must not be passed, on demand.
+        max_cost: maximum cost in dollars, on demand.
         max_run_hours: hours after which the job is stopped.
-        max_wait_hours: on spot, hours including the waiting.
-        subnets: of a VPC.
-        security_groups: of a VPC.
+        max_wait_hours: with spot, hours including the wait for instances.
+        subnets: subnets of a VPC.
+        security_groups: security groups of a VPC.
     """
 
     gpus: int | None = None
@@ -70,22 +69,21 @@ class LaunchOptions:
     security_groups: tuple[str, ...] = ()
 
 
-def make_plan(wishes: LaunchOptions, training: Training, account: Account | None) -> Plan:
-    """Instances, time and money.
+def make_plan(options: LaunchOptions, training: Training, account: Account | None) -> Plan:
+    """Choose instances and limits, and estimate time and cost.
 
     Args:
-        wishes: of the user.
-        training: what is trained.
-        account: for live prices and names; None for a plan without an account.
+        options: the user's options.
+        training: the training to plan.
+        account: for current prices and the bucket's name; None for a plan without an account.
 
     Raises:
-        Problem: wishes that cannot be had.
+        Problem: options that are impossible or contradict each other.
     """
-    name = wishes.instance_type or DEFAULT_TYPE
-    name = name if name.startswith("ml.") else f"ml.{name}"
+    name = full_type_name(options.instance_type or DEFAULT_TYPE)
     known, price_source = known_instances(account, name)
     compute = choose_compute(
-        gpus=wishes.gpus, instance_type=name, count=wishes.instance_count, wanted=training.gpus_wanted, known=known
+        gpus=options.gpus, instance_type=name, count=options.instance_count, wanted=training.gpus_wanted, known=known
     )
     work = Work(
         train_images=training.train_images,
@@ -96,26 +94,26 @@ def make_plan(wishes: LaunchOptions, training: Training, account: Account | None
         teraflops=training.teraflops,
         parameters=training.parameters,
     )
-    region = account.region if account else wishes.region or "us-east-1"
+    region = account.region if account else options.region or "us-east-1"
     if compute.instance.region != region:
-        compute = _with_foreign_price(compute, region, refuse_cap=account is not None and wishes.max_cost is not None)
+        compute = _with_foreign_price(compute, region, refuse_cap=account is not None and options.max_cost is not None)
     hours = estimate_hours(work, compute)
     limits = choose_limits(
         hours,
         compute,
-        max_run_hours=wishes.max_run_hours,
-        max_cost=wishes.max_cost,
-        spot=wishes.spot,
-        max_wait_hours=wishes.max_wait_hours,
+        max_run_hours=options.max_run_hours,
+        max_cost=options.max_cost,
+        spot=options.spot,
+        max_wait_hours=options.max_wait_hours,
     )
-    bucket = bucket_name(wishes, account.id if account else "<account>", region)
+    bucket = bucket_name(options, account.id if account else "<account>", region)
     plan = Plan(
         compute=compute,
         work=work,
         hours=hours,
         limits=limits,
-        spot=wishes.spot,
-        image=wishes.image or resolve_image(region, compute.instance_type, IMAGE_VERSION),
+        spot=options.spot,
+        image=options.image or resolve_image(region, compute.instance_type, IMAGE_VERSION),
         places={
             "dataset": f"s3://{bucket}/{PREFIX}/datasets/<content>/",
             "checkpoints": f"s3://{bucket}/{PREFIX}/runs/<run>/checkpoints/",
@@ -126,10 +124,10 @@ def make_plan(wishes: LaunchOptions, training: Training, account: Account | None
 
 
 def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> Compute:
-    """The same instances, with a note that their price is that of another region.
+    """The same instances, with a note that the price is of another region.
 
     Raises:
-        Problem: a cost cap is to be kept, which such a price cannot promise.
+        Problem: there is a cost cap, which the price of another region cannot guarantee.
     """
     other = compute.instance.region
     if refuse_cap:
@@ -138,24 +136,24 @@ def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> C
             f"of {other} may be lower; allow pricing:GetProducts (docs/sagemaker.md) or give --max-run-hours instead."
         )
     note = (
-        f"The price is that of {other}; in {region}, all the dollars above may be others. With permission for "
-        "pricing:GetProducts, the plan has the right ones."
+        f"The price is that of {other}; in {region}, all costs above may differ. With permission for "
+        "pricing:GetProducts, the plan uses the right price."
     )
     return replace(compute, notes=(*compute.notes, note))
 
 
-def run_preflight(wishes: LaunchOptions, plan: Plan, account: Account, warn: Say) -> str:
-    """Everything that can go wrong in the account and be known now; returns the ARN of the role.
+def run_preflight(options: LaunchOptions, plan: Plan, account: Account, warn: Say) -> str:
+    """Check role, bucket and quota before the upload; returns the ARN of the role.
 
     Raises:
-        Problem: the first thing that is wrong.
+        Problem: the first check that fails.
     """
-    if wishes.role is None:
+    if options.role is None:
         raise Problem(
-            "--role is needed: name or ARN of the role that the job takes on; docs/sagemaker.md shows how to make one."
+            "--role is needed: name or ARN of the role that the job assumes; docs/sagemaker.md shows how to create one."
         )
-    role = resolve_role(account, wishes.role, warn)
-    check_bucket(account, bucket_name(wishes, account.id, account.region))
+    role = resolve_role(account, options.role, warn)
+    check_bucket(account, bucket_name(options, account.id, account.region))
     check_quota(
         account.client("service-quotas"),
         plan.compute.instance_type,
@@ -168,7 +166,7 @@ def run_preflight(wishes: LaunchOptions, plan: Plan, account: Account, warn: Say
 
 
 def planned_job(
-    wishes: LaunchOptions,
+    options: LaunchOptions,
     training: Training,
     plan: Plan,
     *,
@@ -179,7 +177,7 @@ def planned_job(
     weights: str,
     bucket: str,
 ) -> JobSpec:
-    """The job, with all addresses."""
+    """The specification of the job, with all S3 addresses."""
     place = f"s3://{bucket}/{PREFIX}/runs/{run}"
     channels = {"training": dataset, CONFIG_CHANNEL: f"{place}/config/"}
     if training.weights:
@@ -200,13 +198,13 @@ def planned_job(
             "run": run,
             PRICE_TAG: f"{plan.compute.price:.4f}",
         },
-        subnets=wishes.subnets,
-        security_groups=wishes.security_groups,
+        subnets=options.subnets,
+        security_groups=options.security_groups,
     )
 
 
 def container_job(training: Training, plan: Plan) -> Job:
-    """The plan as the container reads it."""
+    """The job description that the container reads."""
     return Job(
         arguments=training.arguments,
         hosts=plan.compute.count,
@@ -215,16 +213,16 @@ def container_job(training: Training, plan: Plan) -> Job:
     )
 
 
-def start(wishes: LaunchOptions, training: Training, plan: Plan, account: Account, role: str, say: Say) -> str:
-    """Upload what is not there yet and submit; returns the name of the job.
+def start(options: LaunchOptions, training: Training, plan: Plan, account: Account, role: str, say: Say) -> str:
+    """Upload what is not in S3 yet and submit the job; returns its name.
 
     Raises:
         Problem: AWS refused.
     """
-    bucket = bucket_name(wishes, account.id, account.region)
+    bucket = bucket_name(options, account.id, account.region)
     if not check_bucket(account, bucket):
         make_bucket(account, bucket)
-        say(f"Made bucket {bucket}: private and encrypted.")
+        say(f"Created bucket {bucket}: private and encrypted.")
     s3, owner = account.client("s3"), account.id
     dataset = read_dataset(training.data)
     sent = upload_dataset(s3, dataset, bucket, f"{PREFIX}/datasets", owner)
@@ -233,7 +231,7 @@ def start(wishes: LaunchOptions, training: Training, plan: Plan, account: Accoun
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
     archive = build_archive()
-    code_key = f"{PREFIX}/code/{sha256_of_bytes(archive)[:20]}/source.tar.gz"
+    code_key = f"{PREFIX}/code/{content_key(archive)}/source.tar.gz"
     code = upload_bytes(s3, archive, bucket, code_key, owner)
     weights = ""
     for path in training.weights.values():
@@ -244,11 +242,11 @@ def start(wishes: LaunchOptions, training: Training, plan: Plan, account: Accoun
     for name, content in ((CONFIG_FILE, training.config), (JOB_FILE, job.to_json())):
         upload_bytes(s3, content.encode(), bucket, f"{PREFIX}/runs/{run}/config/{name}", owner)
     spec = planned_job(
-        wishes, training, plan, role=role, run=run, dataset=sent.uri, code=code, weights=weights, bucket=bucket
+        options, training, plan, role=role, run=run, dataset=sent.uri, code=code, weights=weights, bucket=bucket
     )
     return submit(account, spec, bucket, f"{PREFIX}/runs/{run}/sdk")
 
 
-def bucket_name(wishes: LaunchOptions, account_id: str, region: str) -> str:
-    """The bucket: the user's, or the one that SageMaker's own tools use, which its usual roles may read."""
-    return wishes.bucket or f"sagemaker-{region}-{account_id}"
+def bucket_name(options: LaunchOptions, account_id: str, region: str) -> str:
+    """The user's bucket, or SageMaker's default one, which its usual roles may read."""
+    return options.bucket or f"sagemaker-{region}-{account_id}"

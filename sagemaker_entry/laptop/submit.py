@@ -1,4 +1,4 @@
-"""The training job: as a request one can read, and through the SDK's ModelTrainer."""
+"""The training job: as a readable request, and submitted through the SDK's ModelTrainer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sagemaker_entry.laptop.account import Account, explained
+from sagemaker_entry.laptop.account import SDK_MISSING, Account, explained
 from sagemaker_entry.laptop.plan import Compute, Limits
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import METRICS, metric_regex
 
-# `exec`: our launcher takes the place of the SDK's start script, which would keep SIGTERM to itself.
+# `exec` replaces the SDK's start script by our entry point, because the script does not forward SIGTERM.
 COMMAND = "exec python3 -m sagemaker_entry.train"
 CHECKPOINT_PATH = "/opt/ml/checkpoints"
-VOLUME_GB = 100  # for types without a disk of their own
-LONGEST_BASE = 48  # characters; the SDK appends the time, 63 is the limit
-# What the SDK reports home is nobody's business.
+VOLUME_GB = 100  # for instance types without a local disk
+LONGEST_BASE = 48  # characters; the SDK appends the time, and AWS allows 63
+# Turns off the SDK's telemetry.
 SDK_SETTINGS = {
     "SchemaVersion": "1.0",
     "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}},
@@ -32,18 +32,18 @@ class JobSpec:
     """A training job, before it has a name.
 
     Attributes:
-        base_name: what the name begins with; the SDK appends the time.
+        base_name: the beginning of the name; the SDK appends the time.
         image: the container image.
-        role: the ARN of the role it takes on.
-        compute: its instances.
-        limits: how long it may run.
+        role: the ARN of the role that the job assumes.
+        compute: the instances.
+        limits: maximum time and cost.
         channels: input channels, name to S3 address.
-        code: the S3 address of the packed code.
-        checkpoints: where the folder of the run is kept.
-        output: where the model goes.
-        tags: for the bill.
-        subnets: of a VPC, or none.
-        security_groups: of a VPC, or none.
+        code: the S3 address of the code archive.
+        checkpoints: the S3 address that the run folder is synchronised with.
+        output: the S3 address of the model.
+        tags: cost-allocation and information tags.
+        subnets: subnets of a VPC; empty without one.
+        security_groups: security groups of a VPC; empty without one.
     """
 
     base_name: str
@@ -61,23 +61,23 @@ class JobSpec:
 
     @property
     def spot(self) -> bool:
-        """Whether on spot instances."""
+        """Whether the job uses spot instances."""
         return self.limits.max_wait is not None
 
 
 def base_name(config: str, gpus: int) -> str:
-    """What the name of a job begins with: it tells what is trained, on how many GPUs."""
+    """The beginning of a job's name, made of the configuration's name and the number of GPUs."""
     cleaned = re.sub(r"[^a-zA-Z0-9]+", "-", config).strip("-") or "job"
     return f"dino-{cleaned[: LONGEST_BASE - 12]}-{gpus}gpu".replace("--", "-")
 
 
 def metric_definitions() -> list[dict[str, str]]:
-    """How SageMaker finds the figures in the log."""
+    """The regular expressions with which SageMaker finds the metrics in the log."""
     return [{"Name": name, "Regex": metric_regex(word)} for name, word in METRICS.items()]
 
 
 def as_request(spec: JobSpec) -> dict[str, Any]:
-    """The job as CreateTrainingJob takes it; the SDK adds its start script as channel `sm_drivers`, and the time."""
+    """The job as a CreateTrainingJob request, without the SDK's additions: the time, and channel `sm_drivers`."""
     stopping: dict[str, int] = {"MaxRuntimeInSeconds": spec.limits.max_run}
     if spec.limits.max_wait is not None:
         stopping["MaxWaitTimeInSeconds"] = spec.limits.max_wait
@@ -111,7 +111,7 @@ def as_request(spec: JobSpec) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Variables of the container; never a secret: anyone who may describe the job reads them."""
+    """Environment variables of the container; no secrets, since anyone who may describe the job can read them."""
     return {"PYTHONUNBUFFERED": "1"}
 
 
@@ -119,10 +119,10 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
     """Start the job; returns its name.
 
     Args:
-        account: in which.
+        account: the job's account.
         spec: the job.
-        bucket: for the SDK's start script.
-        prefix: below which the SDK puts it.
+        bucket: the bucket for the SDK's start script.
+        prefix: the folder in it.
 
     Raises:
         Problem: the SDK is not installed, or AWS refused.
@@ -133,9 +133,7 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
         from sagemaker.core.training import configs
         from sagemaker.train import ModelTrainer
     except ImportError as error:
-        raise Problem(
-            "Launching needs the SageMaker SDK: python -m pip install 'dino-lightning[sagemaker]'."
-        ) from error
+        raise Problem(f"{SDK_MISSING}.") from error
     with _quiet_sdk(), explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
         session = Session(
             boto_session=account.session,
@@ -174,7 +172,7 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
                 [MetricDefinition(name=entry["Name"], regex=entry["Regex"]) for entry in metric_definitions()]
             ).with_retry_strategy(RetryStrategy(maximum_retry_attempts=2))
             trainer.train(wait=False, logs=False)
-        except ValueError as error:  # the SDK's own checks
+        except ValueError as error:  # the SDK's own validation
             raise Problem(f"The SageMaker SDK refused the job: {' '.join(str(error).split())}") from error
     name: str = trainer._latest_training_job.training_job_name
     return name
@@ -192,7 +190,7 @@ def _sdk_channel(configs: Any, name: str, uri: str) -> Any:
 
 @contextmanager
 def _quiet_sdk() -> Iterator[None]:
-    """The SDK without its chatter, and without its check of the role: ours has been made, with fewer permissions."""
+    """Turn off the SDK's log messages and its check of the role; `resolve_role` needs fewer permissions for its own."""
     before = os.environ.get("SAGEMAKER_VALIDATE_ROLE")
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"
     loggers = [logging.getLogger(name) for name in ("sagemaker", "sagemaker.core", "sagemaker.train", "botocore")]

@@ -1,4 +1,4 @@
-"""What is to be trained: configuration and dataset, checked on the laptop exactly as training checks them."""
+"""The training: configuration and dataset, checked on the laptop exactly as `fit` checks them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ WEIGHT_OPTIONS = ("weights", "backbone_weights")
 
 @dataclass(frozen=True)
 class Training:
-    """A training run before anyone has decided where it runs.
+    """A checked training run, before the plan decides where it runs.
 
     Attributes:
-        name: of the configuration.
-        config: the configuration for the container, without the laptop's paths.
+        name: the configuration's name.
+        config: the text of the configuration for the container, without the laptop's paths.
         arguments: further options of `fit`.
-        weights: local files to send along, by the option of `fit` that names them.
+        weights: local weights files to upload, by the option of `fit` that names them.
         data: the dataset.
-        epochs: how many.
-        evaluations: in how many of them the validation split is evaluated.
+        epochs: the number of epochs.
+        evaluations: the number of epochs that end with an evaluation.
         batch_size: images per step and process.
-        gpus_wanted: processes that the configuration is made for.
+        gpus_wanted: the number of processes that the configuration is made for.
         teraflops: floating-point operations of one forward pass of one image, in 10^12.
-        parameters: trainable ones.
+        parameters: trainable parameters.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Training:
 
     @property
     def train_images(self) -> int:
-        """Images in the training split."""
+        """The number of images in the training split."""
         return len(self.data.train_set)
 
     @property
     def val_images(self) -> int:
-        """Images in the validation split."""
+        """The number of images in the validation split."""
         return len(self.data.val_set)
 
 
 def check_training(config: str, data: str | None, extra: Sequence[str]) -> Training:
-    """Read the configuration and the dataset, and refuse what training would refuse.
+    """Read the configuration and the dataset, with all checks that `fit` makes.
 
     Args:
         config: a configuration file, or the name of one that comes with the package.
@@ -78,7 +78,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         extra: further options of `fit`, each as --name=value.
 
     Raises:
-        Problem: something that training would stumble over.
+        Problem: training would fail with this configuration or dataset, or sets no number of epochs.
     """
     file = _existing_config(config)
     content = _read_config(file)
@@ -90,7 +90,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         parsed = parse_fit(["--config", str(file), *extra, *given])
         module_options, data_options = parsed["model"], parsed["data"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # repairs are counted in the summary, which is shown
+            warnings.simplefilter("ignore")  # the printed summary counts the repairs
             dataset = CocoDataModule(**data_options)
         teraflops, parameters = forward_cost(module_options, dataset)
     except expected_errors() as error:
@@ -100,7 +100,9 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
     trainer = parsed["trainer"]
     epochs = trainer["max_epochs"]
     if epochs is None or epochs < 1:
-        raise Problem(f"{file} sets no trainer.max_epochs; without it nobody can say what the run costs.")
+        raise Problem(
+            f"{file} sets no trainer.max_epochs; set it, because without it there is no estimate of what the run costs."
+        )
     every = trainer["check_val_every_n_epoch"] or 1
     weights = _local_weights(module_options)
     local = {f"data.{name}" for name in DATA_PATHS}
@@ -123,8 +125,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
 def forward_cost(model: dict[str, Any], data: CocoDataModule) -> tuple[float, int]:
     """(10^12 floating-point operations of a forward pass of one image of average size, trainable parameters).
 
-    Counted on tensors without content, so neither memory nor time is needed for the real model. Multiply and add count
-    as two.
+    Counted on fake tensors, so that the model needs neither memory nor time. A multiply-add counts as two operations.
     """
     sizes = np.array(
         [resized_size(image.size, data.image_size, data.max_size) for image in data.train_set.annotations.images]
@@ -154,7 +155,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Problem(f"--config: {file} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict) or not all(group is None or isinstance(group, dict) for group in _groups(content)):
-        raise Problem(f"--config: {file} should hold the groups data, model and trainer, each with its options.")
+        raise Problem(f"--config: {file} must contain the groups data, model and trainer, each with its options.")
     return content
 
 
@@ -163,7 +164,7 @@ def _groups(content: dict[str, Any]) -> list[Any]:
 
 
 def _without_paths(content: dict[str, Any]) -> str:
-    """The configuration without places on this machine: in the container, channels tell where things are."""
+    """The configuration without paths of this machine; in the container, the channels replace them."""
     for name in DATA_PATHS:
         (content.get("data") or {}).pop(name, None)
     model = content.get("model") or {}
@@ -174,10 +175,11 @@ def _without_paths(content: dict[str, Any]) -> str:
 
 
 def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
+    """The weights files on this machine, by option of `fit`."""
     found = {f"model.{name}": Path(model[name]) for name in WEIGHT_OPTIONS if _is_file(model.get(name))}
     weights = model.get("weights")
     if weights is not None:
-        found.pop("model.backbone_weights", None)  # the module does not use them then
+        found.pop("model.backbone_weights", None)  # DINOModule ignores it if there are weights
     if weights is not None and "model.weights" not in found and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found
@@ -188,9 +190,9 @@ def _is_file(value: object) -> bool:
 
 
 def _processes(trainer: dict[str, Any]) -> int:
-    """The processes a configuration asks for; 1 where it leaves them open."""
+    """The number of processes in a configuration; 1 where it sets none."""
     devices = trainer["devices"]
-    if isinstance(devices, str) and "," in devices:  # as "0,1", and "0," for the first alone
+    if isinstance(devices, str) and "," in devices:  # "0,1" names two devices, "0," the first one alone
         devices = [part for part in devices.split(",") if part.strip()]
     elif isinstance(devices, str) and devices.strip().isdigit():
         devices = int(devices)

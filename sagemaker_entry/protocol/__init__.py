@@ -1,1 +1,1 @@
-"""What the laptop and the container both read: the job, the dataset's manifest, lines of progress."""
+"""What the laptop and the container share: job, dataset manifest, progress lines, instance types."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PRICES_DATE = "2026-09"
 PRICES_SOURCE = "AWS list prices for SageMaker training, read between 2026-07 and 2026-09; us-east-1 unless marked"
-SPOT_DISCOUNT = (0.4, 0.7)  # what AWS calls usual for managed spot training; it varies by hour and place
+SPOT_DISCOUNT = (0.4, 0.7)  # the usual range according to AWS; it varies by hour and region
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Instance:
 
     Attributes:
         gpus: how many GPUs one instance has.
-        gpu: their kind.
-        gpu_memory: GB of each.
+        gpu: the GPU model.
+        gpu_memory: GB of each GPU.
         memory: GiB of main memory.
-        network: baseline bandwidth in Gb/s, or the full one where it does not burst.
+        network: baseline bandwidth in Gb/s, or the full bandwidth of a type that does not burst.
         price: dollars an hour for on-demand training.
-        region: where the price was read.
+        region: the region of the price.
     """
 
     gpus: int
@@ -58,3 +58,8 @@ INSTANCES = {
     "ml.g6.48xlarge": _g6(8, 768, 100, 16.688),
 }
 DEFAULT_TYPE = "ml.g5.2xlarge"
+
+
+def full_type_name(name: str) -> str:
+    """The name that SageMaker uses for an instance type: "ml.g5.2xlarge" for "g5.2xlarge"."""
+    return name if name.startswith("ml.") else f"ml.{name}"

@@ -1,6 +1,6 @@
-"""What the laptop tells the container: the configuration and the plan, as files of a channel of their own.
+"""What the laptop tells the container: the configuration and the job description, as files of their own channel.
 
-Never as hyperparameters: Amazon's start script breaks on an apostrophe in one.
+They are not passed as hyperparameters because Amazon's start script breaks on an apostrophe in one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ CONFIG_CHANNEL = "config"
 WEIGHTS_CHANNEL = "weights"
 CONFIG_FILE = "config.yaml"
 JOB_FILE = "job.json"
-REQUIREMENTS = "requirements.txt"  # beside the code: what the package needs
+REQUIREMENTS = "requirements.txt"  # beside the code: the packages to install
 
 
 @dataclass(frozen=True)
 class Job:
-    """The plan of a job.
+    """The description of a job.
 
     Attributes:
         arguments: options of `fit` beside the configuration file.
         config: the configuration file, or None.
-        hosts: how many were planned, or None where nobody planned.
-        gpus_per_host: how many were planned.
-        weights: files of the channel `weights`, by the option of `fit` that they are for.
+        hosts: the planned number of hosts, or None for a job that was not planned by `launch`.
+        gpus_per_host: the planned number of GPUs on each host, or None likewise.
+        weights: file names in the channel `weights`, by the option of `fit` that takes the file.
     """
 
     arguments: tuple[str, ...] = ()

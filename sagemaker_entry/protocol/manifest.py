@@ -1,15 +1,14 @@
-"""The dataset as it lies in S3: tar shards of the images, the annotation files, and a manifest that names them all.
+"""The dataset as stored in S3: tar shards of the images, the annotation files, and a manifest that lists them all.
 
-    manifest.json               written last: without it, nothing is there yet
-    train/annotations.json      as the user has it
-    shards/<sha256>.tar         holds train/images/..., val/images/...
+    manifest.json               written last: without it, the upload is incomplete
+    train/annotations.json      the user's file, unchanged
+    shards/<sha256>.tar         contains train/images/..., val/images/...
 
 Unpacked, it is the first layout that `CocoDataModule` looks for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -36,12 +35,12 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stored dataset consists of.
+    """The list of a stored dataset's files.
 
     Attributes:
         annotations: the annotation file of each split.
-        shards: the archives of the images.
-        images: how many image files the shards hold together.
+        shards: the tar archives of the images.
+        images: the number of image files in all shards.
     """
 
     annotations: tuple[StoredFile, ...]
@@ -50,7 +49,7 @@ class Manifest:
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
-        """Everything but the manifest itself."""
+        """All files except the manifest itself."""
         return (*self.annotations, *self.shards)
 
     def to_json(self) -> str:
@@ -62,7 +61,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            Problem: it is not one of this format.
+            Problem: the text is no manifest of this format.
         """
         try:
             content = json.loads(text)
@@ -79,23 +78,18 @@ class Manifest:
             ) from error
 
 
-def sha256_of_bytes(content: bytes) -> str:
-    """The SHA-256 of some bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Unpack a stored dataset, checking every part, into a folder that `CocoDataModule` reads.
 
-    The folder appears under its name when it is complete; one that is already there is used as it is.
+    The target folder is created when all is unpacked; one that exists already is used unchanged.
 
     Args:
-        source: the folder that holds manifest.json.
-        target: where the dataset will be.
-        on_shard: called with (shards done, shards in all).
+        source: the folder of manifest.json.
+        target: the folder to create.
+        on_shard: called with (shards unpacked, number of shards).
 
     Raises:
-        Problem: a part is missing or damaged, or the disk is too small.
+        Problem: a file is missing or damaged, or the disk is too small.
     """
     if target.is_dir():
         return
@@ -113,7 +107,7 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
         path = source / file.name
         if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.sha256:
             state = "is damaged" if path.is_file() else "is missing"
-            raise Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to upload it anew.")
+            raise Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to repeat the upload.")
         if file in manifest.annotations:
             (partial / file.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / file.name)
@@ -122,15 +116,18 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
         on_shard(done + 1, len(manifest.shards))
     unpacked = sum(path.is_file() for path in partial.glob("*/images/**/*"))
     if unpacked != manifest.images:
-        raise Problem(f"{source} should hold {manifest.images} images, but {unpacked} were unpacked; upload it anew.")
+        raise Problem(
+            f"{source} should contain {manifest.images} images, but {unpacked} were unpacked; delete the dataset's "
+            "manifest in S3 and launch again to repeat the upload."
+        )
     partial.rename(target)
 
 
 def extract_safely(archive: Path, target: Path) -> None:
-    """Extract the plain files and folders of a tar archive, and nothing that would land outside of `target`.
+    """Extract a tar archive of plain files and folders, none of them outside of `target`.
 
     Raises:
-        Problem: not a tar archive, or a member that is a link or a device, or whose name leaves the folder.
+        Problem: not a tar archive; or a member is a link or a device, or its path leads outside of the folder.
     """
     root = target.resolve()
     try:
@@ -139,7 +136,7 @@ def extract_safely(archive: Path, target: Path) -> None:
                 destination = (root / member.name).resolve()
                 if not destination.is_relative_to(root) or not (member.isfile() or member.isdir()):
                     raise Problem(
-                        f"{archive} holds {member.name!r}, which is a link, a device or outside of the folder; "
+                        f"{archive} contains {member.name!r}, which is a link, a device or outside of the folder; "
                         "it was not made by this program and is not unpacked."
                     )
                 if member.isdir():

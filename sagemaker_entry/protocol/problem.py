@@ -1,7 +1,7 @@
-"""An error of a job or a launch that the user can correct."""
+"""The error that the entry points print as one sentence, without a traceback."""
 
 from dino_lightning.errors import UserError
 
 
 class Problem(UserError):
-    """Something that the user can correct; the message is one sentence that says what and how."""
+    """Something in the job or the account that the user can correct; the message says what is wrong and what to do."""

@@ -78,7 +78,7 @@ def aws(moto_address, no_account, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every AWS call made, (operation, parameters); the calls themselves go on as they are."""
+    """Every AWS call made, (operation, parameters); the calls themselves are made unchanged."""
     made = []
     original = BaseClient._make_api_call
 

@@ -153,7 +153,7 @@ def fill(
 
 
 def restore_checkpoints(hosts: list[Host]) -> None:
-    """What SageMaker does before a job goes on: the first host's checkpoints, from S3, on all hosts."""
+    """What SageMaker does before a job resumes: the first host's checkpoints, from S3, on all hosts."""
     for host in hosts[1:]:
         shutil.rmtree(host.root / "checkpoints", ignore_errors=True)
         shutil.copytree(hosts[0].root / "checkpoints", host.root / "checkpoints")

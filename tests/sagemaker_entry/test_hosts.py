@@ -120,9 +120,9 @@ def test_the_v3_start_script_trains_on_two_hosts_and_goes_on_after_sigterm(aws, 
         restore_checkpoints(network.hosts)
         run(network.hosts, command, channels)
         assert [host.wait(300) for host in network.hosts] == [0, 0], network.hosts[0].text()[-3000:]
-        assert "going on from the checkpoint" in network.hosts[0].text()
+        assert "resuming from the checkpoint" in network.hosts[0].text()
         resumed = losses(network.hosts[0])
-    # Lightning writes a step's figures after the callback that stops, so those of the last step before are not written.
+    # Lightning writes a step's metrics after the callback that stops, so those of the last step before are not written.
     assert set(whole) - set(resumed) <= {step - 1}
     assert resumed == {number: whole[number] for number in resumed}
 

@@ -19,11 +19,11 @@ import yaml
 from dino_lightning import load_detector
 from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
+from sagemaker_entry.container.callbacks import ProgressLines
 from sagemaker_entry.container.environment import read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
 from sagemaker_entry.laptop.local_run import prepare_opt_ml
 from sagemaker_entry.protocol.job import Job
-from sagemaker_entry.protocol.progress import ProgressLines
 from sagemaker_entry.train import STRAY, child_environment, write_model
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
@@ -123,7 +123,7 @@ def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_
     before = losses(local_run)
     container = Container(local_run)
     assert container.wait() == 0, container.text[-2000:]
-    assert "going on from the checkpoint" in container.text
+    assert "resuming from the checkpoint" in container.text
     assert losses(local_run) == before
     assert (local_run / "model" / "model.json").is_file()
 
@@ -160,8 +160,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, moment):
     expected, got = losses(roots[0]), losses(roots[1])
     assert set(expected) - set(got) <= {step - 1}
     assert got == {number: expected[number] for number in got}
-    figures = [json.loads((root / "model" / "model.json").read_text())["metrics"] for root in roots]
-    assert figures[0] == figures[1]
+    metrics = [json.loads((root / "model" / "model.json").read_text())["metrics"] for root in roots]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_stop_while_requirements_are_installed(tmp_path, rooms):
@@ -181,9 +181,9 @@ def test_a_stop_while_requirements_are_installed(tmp_path, rooms):
 
 def test_lines_of_an_epoch_without_evaluation_do_not_repeat_the_last_one(capsys):
     callback = ProgressLines()
-    figures = {"train/loss_epoch": torch.tensor(2.0), "val/F1": torch.tensor(0.5)}
+    metrics = {"train/loss_epoch": torch.tensor(2.0), "val/F1": torch.tensor(0.5)}
     trainer = SimpleNamespace(
-        is_global_zero=True, callback_metrics=figures, current_epoch=0, max_epochs=4, sanity_checking=False
+        is_global_zero=True, callback_metrics=metrics, current_epoch=0, max_epochs=4, sanity_checking=False
     )
     callback.on_validation_end(trainer, None)
     callback.on_train_epoch_end(trainer, None)
@@ -288,12 +288,12 @@ def test_hosts_tell_each_other_how_they_ended(rank):
         peers.start()
     failure = Failure("It broke.", host=names[rank])
     time.sleep(2)
-    assert both[0].trouble() is None and both[1].trouble() is None
+    assert both[0].remote_failure() is None and both[1].remote_failure() is None
     import threading
 
     leaving = threading.Thread(target=both[rank].leave, args=(failure,))
     leaving.start()
-    found = both[1 - rank].wait_for_trouble()
+    found = both[1 - rank].wait_for_remote_failure()
     assert found == failure
     both[1 - rank].leave(None)
     leaving.join(20)
@@ -305,6 +305,6 @@ def test_the_leading_host_that_cannot_be_reached_is_named():
 
     peers = Peers(("127.0.0.1", "algo-2"), 1, port=9, patience=2, start_patience=1)
     peers.start()
-    found = peers.wait_for_trouble()
+    found = peers.wait_for_remote_failure()
     assert "cannot reach 127.0.0.1 at port 9" in found.message
     assert "security group" in found.message

@@ -20,14 +20,6 @@ from sagemaker_entry.laptop.preflight import (
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.conftest import TRUST
-from tests.sagemaker_entry.stubs import StubbedAccount
-
-
-@pytest.fixture
-def account():
-    made = StubbedAccount()
-    yield made
-    made.assert_all_asked()
 
 
 def never(text):
@@ -57,7 +49,7 @@ def test_a_profile_that_there_is_not(no_account):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("ExpiredToken", "have run out"),
+        ("ExpiredToken", "have expired"),
         ("InvalidClientTokenId", "does not accept the credentials"),
         ("AccessDenied", r"did not let us do it.*policy in docs/sagemaker.md"),
         ("Throttling", "could not do it: Throttling"),

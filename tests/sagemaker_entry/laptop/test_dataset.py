@@ -1,4 +1,4 @@
-"""A dataset into S3 and out again: sent once, gone on with after an interruption, checked, only what is named."""
+"""A dataset into S3 and out again: sent once, resumed after an interruption, checked, only the listed images."""
 
 import io
 import json

@@ -4,12 +4,9 @@ import datetime
 
 import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
-from botocore.stub import ANY
 
-from sagemaker_entry.laptop import job_commands as jobs
 from sagemaker_entry.laptop.follow import (
     LOG_GROUP,
-    PRICE_TAG,
     Logs,
     Progress,
     describe,
@@ -19,34 +16,10 @@ from sagemaker_entry.laptop.follow import (
     summary,
 )
 from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_figures
-from tests.sagemaker_entry.stubs import StubbedAccount
+from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_metrics
+from tests.sagemaker_entry.stubs import JOB, NOW, add_price, description
 
-NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.timezone.utc)
-JOB = "dino-rooms-2gpu-20261124110000"
 LINE = "[dino] epoch=10 epochs=50 finished train_loss=8.1250 val_loss=7.5000 val_AP=0.4123 val_AP50=0.7 val_F1=0.6512"
-
-
-@pytest.fixture
-def account():
-    made = StubbedAccount()
-    yield made
-    made.assert_all_asked()
-
-
-def description(status="InProgress", secondary="Training", hosts=2, **more):
-    return {
-        "TrainingJobName": JOB,
-        "TrainingJobArn": f"arn:aws:sagemaker:us-east-1:123456789012:training-job/{JOB}",
-        "ModelArtifacts": {"S3ModelArtifacts": "s3://b/model.tar.gz"},
-        "TrainingJobStatus": status,
-        "SecondaryStatus": secondary,
-        "AlgorithmSpecification": {"TrainingInputMode": "File"},
-        "ResourceConfig": {"InstanceType": "ml.g5.2xlarge", "InstanceCount": hosts, "VolumeSizeInGB": 100},
-        "StoppingCondition": {"MaxRuntimeInSeconds": 3600},
-        "CreationTime": NOW,
-        **more,
-    }
 
 
 def events(*messages):
@@ -68,11 +41,6 @@ def add_streams(stub, *names):
         {"logStreams": [{"logStreamName": name} for name in names]},
         {"logGroupName": LOG_GROUP, "logStreamNamePrefix": f"{JOB}/"},
     )
-
-
-def add_price(stub, price):
-    tags = [{"Key": "project", "Value": "dino-lightning"}, {"Key": PRICE_TAG, "Value": price}]
-    stub.add_response("list_tags", {"Tags": tags}, {"ResourceArn": description()["TrainingJobArn"]})
 
 
 # ------------------------------------------------------------------ logs
@@ -209,7 +177,7 @@ def test_a_network_that_stays_away_ends_in_one_sentence_with_the_way_back(accoun
     with pytest.raises(Problem) as caught:
         follow(account, JOB, say=lambda line: None, pause=10, sleep=slept.append)
     assert slept == [10, 20, 40, 80, 160]
-    for words in ("cannot be reached", "the job goes on, and so does the bill", f"attach {JOB}", f"stop {JOB}"):
+    for words in ("cannot be reached", "the job keeps running and costs money", f"attach {JOB}", f"stop {JOB}"):
         assert words in str(caught.value)
 
 
@@ -222,7 +190,7 @@ def test_missing_credentials_are_not_waited_for(account, monkeypatch):
 # ------------------------------------------------------------------ progress and money
 
 
-def test_every_metric_definition_finds_its_figure():
+def test_every_metric_definition_finds_its_value():
     import re
 
     found = {name: re.search(metric_regex(word), LINE)[1] for name, word in METRICS.items()}
@@ -234,7 +202,7 @@ def test_every_metric_definition_finds_its_figure():
         "val:F1": "0.6512",
         "epoch": "10",
     }
-    assert read_figures("Epoch=3 epochs=4 of somebody else") == {}
+    assert read_metrics("Epoch=3 epochs=4 of somebody else") == {}
 
 
 def test_the_line_of_progress_by_hand():
@@ -292,23 +260,6 @@ def test_what_is_billed_counts_at_the_end():
     assert dollars({"ResourceConfig": {"InstanceType": "ml.odd", "InstanceCount": 1}}, 10) is None
 
 
-def test_a_job_that_went_on_itself_is_resumed_with_every_tag_once(account):
-    stub = account.stub("sagemaker")
-    stopped = description("Stopped", CheckpointConfig={"S3Uri": "s3://b/runs/1/checkpoints/"})
-    request = {name: stopped[name] for name in ("AlgorithmSpecification", "CheckpointConfig")} | {
-        "RoleArn": "arn:aws:iam::123456789012:role/trainer",
-        "OutputDataConfig": {"S3OutputPath": "s3://b/runs/1/output/"},
-        "ResourceConfig": stopped["ResourceConfig"],
-        "StoppingCondition": stopped["StoppingCondition"],
-    }
-    tags = [{"Key": PRICE_TAG, "Value": "4.0000"}]
-    stub.add_response("describe_training_job", {**stopped, **request})
-    stub.add_response("list_tags", {"Tags": [{"Key": "resumes", "Value": "the first"}, *tags]})
-    expected = {**request, "TrainingJobName": ANY, "Tags": [*tags, {"Key": "resumes", "Value": JOB}]}
-    stub.add_response("create_training_job", {"TrainingJobArn": stopped["TrainingJobArn"]}, expected)
-    jobs.resume(account, JOB)
-
-
 def test_the_price_of_the_plan_is_read_where_it_can_be(account):
     stub, client = account.stub("sagemaker"), account.client("sagemaker")
     add_price(stub, "4.2500")
@@ -321,72 +272,9 @@ def test_the_price_of_the_plan_is_read_where_it_can_be(account):
     assert hourly_price(client, description()) is None
 
 
-# ------------------------------------------------------------------ jobs
-
-
-@pytest.mark.parametrize(("price", "words"), [("4.0000", "for $8.00 on demand"), (None, "for $6.06 on demand")])
-def test_resuming_says_what_it_can_cost(account, price, words):
-    stub = account.stub("sagemaker")
-    stopped = description(
-        "Stopped",
-        CheckpointConfig={"S3Uri": "s3://b/runs/1/checkpoints/"},
-        RoleArn="arn:aws:iam::123456789012:role/trainer",
-        OutputDataConfig={"S3OutputPath": "s3://b/runs/1/output/"},
-        StoppingCondition={"MaxRuntimeInSeconds": 7200},
-    )
-    stub.add_response("describe_training_job", stopped)
-    if price is None:
-        stub.add_response("list_tags", {"Tags": []})
-    else:
-        add_price(stub, price)
-    stub.add_response("create_training_job", {"TrainingJobArn": stopped["TrainingJobArn"]})
-    name, most = jobs.resume(account, JOB)
-    assert name.startswith("dino-rooms-2gpu-")
-    assert "another 2.0 hours at most" in most and words in most
-
-
 def test_a_job_that_there_is_not(account):
     account.stub("sagemaker").add_client_error(
         "describe_training_job", "ValidationException", "Requested resource not found."
     )
     with pytest.raises(Problem, match="no training job 'other'"):
         describe(account.client("sagemaker"), "other")
-
-
-def test_stopping(account):
-    stub = account.stub("sagemaker")
-    stub.add_response("describe_training_job", description())
-    stub.add_response("stop_training_job", {}, {"TrainingJobName": JOB})
-    assert "saves a checkpoint and stops" in jobs.stop(account.client("sagemaker"), JOB)
-    stub.add_response("describe_training_job", description("Stopped", "Stopped"))
-    assert "is Stopped already" in jobs.stop(account.client("sagemaker"), JOB)
-    stub.add_response("describe_training_job", description())
-    stub.add_client_error("stop_training_job", "AccessDeniedException")
-    with pytest.raises(Problem, match="sagemaker:StopTrainingJob"):
-        jobs.stop(account.client("sagemaker"), JOB)
-
-
-def test_a_job_that_goes_on_is_the_same_but_for_its_name():
-    stopped = description(
-        "Stopped",
-        "Interrupted",
-        RoleArn="arn:aws:iam::123456789012:role/trainer",
-        CheckpointConfig={"S3Uri": "s3://b/runs/1/checkpoints/", "LocalPath": "/opt/ml/checkpoints"},
-        InputDataConfig=[{"ChannelName": "training"}],
-        Environment={},
-        EnableManagedSpotTraining=True,
-    )
-    request = jobs.resume_request(stopped, NOW)
-    assert request["TrainingJobName"] == "dino-rooms-2gpu-20261124120000"
-    for name in ("CheckpointConfig", "InputDataConfig", "RoleArn", "ResourceConfig", "StoppingCondition"):
-        assert request[name] == stopped[name]
-    assert request["EnableManagedSpotTraining"] is True
-    assert "TrainingJobStatus" not in request and "Environment" not in request
-    stopped["TrainingJobName"] = request["TrainingJobName"]  # and again within the second
-    assert jobs.resume_request(stopped, NOW)["TrainingJobName"] == "dino-rooms-2gpu-20261124120001"
-    with pytest.raises(Problem, match="stop it first"):
-        jobs.resume_request(description(), NOW)
-    with pytest.raises(Problem, match="it is finished"):
-        jobs.resume_request(description("Completed"), NOW)
-    with pytest.raises(Problem, match="kept no checkpoints"):
-        jobs.resume_request(description("Failed"), NOW)

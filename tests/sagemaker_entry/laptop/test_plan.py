@@ -25,8 +25,8 @@ WORK = Work(
 )
 
 
-def compute(**wishes):
-    return choose_compute(**{"gpus": None, "instance_type": None, "count": None, "wanted": 2, **wishes})
+def compute(**options):
+    return choose_compute(**{"gpus": None, "instance_type": None, "count": None, "wanted": 2, **options})
 
 
 def test_two_a10g_are_two_g5_2xlarge_and_it_is_said():
@@ -50,7 +50,7 @@ def test_all_gpus_of_a_larger_instance_train_and_it_is_said():
 
 
 @pytest.mark.parametrize(
-    ("wishes", "words"),
+    ("options", "words"),
     [
         ({"instance_type": "ml.g5.3xlarge"}, ["no instance type ml.g5.3xlarge", "ml.g5.2xlarge"]),
         ({"gpus": 2, "instance_type": "ml.g5.2xlarge", "count": 1}, ["contradict", "1 x ml.g5.2xlarge has 1 A10G"]),
@@ -58,9 +58,9 @@ def test_all_gpus_of_a_larger_instance_train_and_it_is_said():
         ({"count": 0}, ["at least 1"]),
     ],
 )
-def test_wishes_that_cannot_be_had(wishes, words):
+def test_impossible_options(options, words):
     with pytest.raises(Problem) as caught:
-        compute(**wishes)
+        compute(**options)
     for word in words:
         assert word in str(caught.value)
 
@@ -102,9 +102,9 @@ def test_the_exchange_of_gradients_by_hand():
     assert worst == pytest.approx((300 + 12500 * (0.75 + 0.2944) + evaluations[2]) / 3600)
 
 
-def limits(**wishes):
+def limits(**options):
     plain = {"max_run_hours": None, "max_cost": None, "spot": False, "max_wait_hours": None}
-    return choose_limits((2.0, 4.0, 8.0), compute(), **{**plain, **wishes})
+    return choose_limits((2.0, 4.0, 8.0), compute(), **{**plain, **options})
 
 
 def test_limits():

@@ -1,0 +1,94 @@
+"""Lightning callbacks of a training process: the same checkpoint on all hosts, and progress lines in the log."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from dino_lightning.structures import Batch
+from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.progress import PREFIX
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class SameStart(lightning.Callback):
+    """Stops the job unless all hosts resume from the same checkpoint, or all start without one.
+
+    Args:
+        checkpoint: the one to resume from, if it exists.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Compare the checkpoint's size between the processes, before anything is loaded.
+
+        Raises:
+            Problem: this host has no checkpoint, or a smaller one than another host.
+        """
+        size = float(self.checkpoint.stat().st_size) if self.checkpoint.is_file() else 0.0
+        own = torch.tensor(size, dtype=torch.float64, device=trainer.strategy.root_device)
+        largest = float(trainer.strategy.reduce(own.clone(), reduce_op="max"))
+        if size != largest:
+            raise Problem(
+                f"This host has {'a smaller' if size else 'no'} checkpoint in {self.checkpoint.parent}, unlike others; "
+                "resume the job, so that SageMaker copies the same one to all hosts."
+            )
+
+
+class ProgressLines(lightning.Callback):
+    """Prints a progress line every 20 seconds and one with the metrics of each epoch, on global rank 0."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._images = 0
+        self._validated = False
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Print the batch number, the training loss and the images per second, at most every 20 seconds."""
+        if not trainer.is_global_zero:
+            return
+        self._images += len(batch) * trainer.world_size
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        pace = f", {self._images / (now - self._last):.1f} images/s" if self._last else ""
+        self._last, self._images = now, 0
+        self._print(
+            trainer,
+            f"batch {batch_idx + 1} of {trainer.num_training_batches} train_loss={float(outputs['loss']):.4f}{pace}",
+        )
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that this epoch was validated: `callback_metrics` keeps the values of earlier epochs."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print the metrics of the epoch; those of validation only if it was validated."""
+        if not trainer.is_global_zero:
+            return
+        names = {"train/loss_epoch": "train_loss", "val/loss": "val_loss", "val/AP": "val_AP", "val/AP50": "val_AP50",
+                 "val/F1": "val_F1"}  # fmt: skip
+        metrics = [
+            f"{word}={float(trainer.callback_metrics[name]):.4f}"
+            for name, word in names.items()
+            if name in trainer.callback_metrics and (self._validated or not name.startswith("val/"))
+        ]
+        self._validated = False
+        self._print(trainer, " ".join(["finished", *metrics]))
+
+    def _print(self, trainer: lightning.Trainer, text: str) -> None:
+        print(f"{PREFIX} epoch={trainer.current_epoch + 1} epochs={trainer.max_epochs} {text}", flush=True)
