@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,13 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dino_lightning.data.annotation_file import load_coco
+from dino_lightning.console import aligned
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
-from dino_lightning.data.classes import check_classes, classes_of
-from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
 from dino_lightning.data.loading import Loader, collate
+from dino_lightning.data.read_splits import read_splits
 from dino_lightning.data.sampling import TrainSampler
-from dino_lightning.data.splits import check_files_exist, check_images_folder, resolve_split_files, split_images
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
 from dino_lightning.data.worst_case import blank_batch, largest_canvas, most_boxes, turns
 from dino_lightning.errors import DataError
@@ -120,23 +118,19 @@ class CocoDataModule(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least_one = {
-            "batch_size": batch_size,
-            "val_batch_size": val_batch_size,
-            "image_size": image_size,
-            "max_size": max_size,
-            "fixed_size": fixed_size,
-            "pad_to_multiple": pad_to_multiple,
-        }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
-        if not cache_gigabytes > 0:
-            raise ValueError(f"cache_gigabytes is {cache_gigabytes}; it must be more than 0.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
+        _check_arguments(
+            at_least_one={
+                "batch_size": batch_size,
+                "val_batch_size": val_batch_size,
+                "image_size": image_size,
+                "max_size": max_size,
+                "fixed_size": fixed_size,
+                "pad_to_multiple": pad_to_multiple,
+            },
+            num_workers=num_workers,
+            cache_gigabytes=cache_gigabytes,
+            val_fraction=val_fraction,
+        )
         if fixed_size is None and fixed_size_mode != "pad":
             raise ValueError(f"fixed_size_mode={fixed_size_mode} needs a fixed_size.")
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
@@ -152,52 +146,21 @@ class CocoDataModule(lightning.LightningDataModule):
         self.aspect_buckets = aspect_buckets
         self._notices: Counter[str] = Counter()
 
-        files = resolve_split_files(
-            Path(root),
-            {
-                "train": (train_annotations, train_images),
-                "val": (val_annotations, val_images),
-                "test": (test_annotations, test_images),
-            },
-        )
-        try:
-            splits = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
-            for split in splits.values():
-                check_images_folder(split)
-                if on_bad_image == "error":
-                    check_files_exist(split)
-            self.classes = classes_of(splits["train"])
-            for split in splits.values():
-                check_classes(split, self.classes)
-        except DataError as error:
-            given = {
-                "root": root,
-                "train_annotations": train_annotations,
-                "train_images": train_images,
-                "val_annotations": val_annotations,
-                "val_images": val_images,
-                "test_annotations": test_annotations,
-                "test_images": test_images,
-            }
-            see = "python -m dino_lightning inspect " + " ".join(
-                f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None
-            )
-            raise DataError(f"{error} All that is wrong with the dataset: {see}") from error
-        root_category = self.classes.left_out
-        if root_category is not None:
-            rank_zero_info(
-                f"Category {root_category.id} ({root_category.name!r}) has no annotations and is the "
-                "supercategory of all others: it is not a class."
-            )
-        for split in splits.values():
-            _warn_of_repairs(split)
-        if "val" not in splits:
-            source = splits["train"]
-            splits["train"], splits["val"] = split_images(source, val_fraction, seed)
-            rank_zero_info(
-                f"No validation split found: {len(splits['val'].images)} of the {len(source.images)} images "
-                f"of {source.path} are held out for validation (val_fraction {val_fraction}, seed {seed})."
-            )
+        given = {
+            "root": root,
+            "train_annotations": train_annotations,
+            "train_images": train_images,
+            "val_annotations": val_annotations,
+            "val_images": val_images,
+            "test_annotations": test_annotations,
+            "test_images": test_images,
+        }
+        splits = read_splits(given, val_fraction=val_fraction, seed=seed, files_must_exist=on_bad_image == "error")
+        for note in splits.notes:
+            rank_zero_info(note)
+        for repair in splits.repairs:
+            rank_zero_warn(repair)
+        self.classes = splits.classes
 
         if fixed_size is not None and fixed_size_mode == "pad":
             image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
@@ -215,9 +178,9 @@ class CocoDataModule(lightning.LightningDataModule):
             on_bad_image=on_bad_image,
             cache=_image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
         )
-        self.train_set = make(splits["train"], transform=training, with_ground_truth=False)
-        self.val_set = make(splits["val"], transform=evaluation)
-        self.test_set = make(splits["test"], transform=evaluation) if "test" in splits else None
+        self.train_set = make(splits.train, transform=training, with_ground_truth=False)
+        self.val_set = make(splits.val, transform=evaluation)
+        self.test_set = None if splits.test is None else make(splits.test, transform=evaluation)
 
     @property
     def num_classes(self) -> int:
@@ -280,22 +243,15 @@ class CocoDataModule(lightning.LightningDataModule):
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""
         counts = zip(_boxes_per_label(self.train_set), _boxes_per_label(self.val_set), strict=True)
-        rows = [("category_id", "label", "name", "train boxes", "val boxes")]
+        rows = [["category_id", "label", "name", "train boxes", "val boxes"]]
         rows += [
-            (str(category_id), str(label), name, str(training), str(validation))
+            [str(category_id), str(label), name, str(training), str(validation)]
             for label, (category_id, name, (training, validation)) in enumerate(
                 zip(self.classes.category_ids, self.classes.names, counts, strict=True)
             )
         ][:TABLE_ROWS]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            f"{row[0]:>{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  "
-            f"{row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}"
-            for row in rows
-        ]
-        if self.num_classes > TABLE_ROWS:
-            lines.append(f"... and {self.num_classes - TABLE_ROWS} more")
-        return "\n".join(lines)
+        hidden = self.num_classes - TABLE_ROWS
+        return aligned(rows) + (f"\n... and {hidden} more" if hidden > 0 else "")
 
     def summary(self) -> str:
         """One line per split: what it holds and where it comes from."""
@@ -385,13 +341,23 @@ def _image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: 
         raise DataError(f"cache_dir: {folder} cannot be written to ({error}). Give another folder.") from error
 
 
-def _warn_of_repairs(split: CocoAnnotations) -> None:
-    summary = split.summary
-    if summary.degenerate or summary.clipped:
-        rank_zero_warn(
-            f"{split.path}: {summary.degenerate} boxes without area inside their image are dropped; "
-            f"{summary.clipped} boxes that stick out are clipped to it for training."
-        )
+def _check_arguments(
+    *, at_least_one: Mapping[str, int | None], num_workers: int | None, cache_gigabytes: float, val_fraction: float
+) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+    if not cache_gigabytes > 0:
+        raise ValueError(f"cache_gigabytes is {cache_gigabytes}; it must be more than 0.")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1.")
 
 
 def _boxes_per_label(dataset: CocoDetection) -> list[int]:

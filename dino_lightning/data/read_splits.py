@@ -1,0 +1,104 @@
+"""The splits of a dataset, read and checked once: annotations, classes, and what had to be repaired or held out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino_lightning.data.annotation_file import load_coco
+from dino_lightning.data.classes import Classes, check_classes, classes_of
+from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.splits import (
+    SplitFiles,
+    check_files_exist,
+    check_images_folder,
+    resolve_split_files,
+    split_images,
+)
+from dino_lightning.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a dataset consists of.
+
+    Attributes:
+        classes: the classes, from the training annotations.
+        train: the training annotations.
+        val: the validation annotations; a part of the training images where there is no split of its own.
+        test: the test annotations, if there are any.
+        notes: sentences about what was decided.
+        repairs: sentences about what was dropped or clipped.
+    """
+
+    classes: Classes
+    train: CocoAnnotations
+    val: CocoAnnotations
+    test: CocoAnnotations | None
+    notes: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
+
+
+def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: int, files_must_exist: bool) -> Splits:
+    """Find, read and check the annotation files of all splits; opens no image.
+
+    Args:
+        given: `root`, and `{train,val,test}_{annotations,images}` where they are not to be looked for.
+        val_fraction: share of the training images that becomes the validation split where there is none.
+        seed: decides which ones.
+        files_must_exist: whether every image file listed has to be there.
+
+    Raises:
+        DataError: something is wrong with the files; the message says what, where, and how to see everything.
+    """
+    files = resolve_split_files(
+        Path(given["root"] or ""),
+        {name: (given[f"{name}_annotations"], given[f"{name}_images"]) for name in ("train", "val", "test")},
+    )
+    try:
+        found, classes = _read(files, files_must_exist=files_must_exist)
+    except DataError as error:
+        options = " ".join(f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
+        inspect = f"python -m dino_lightning inspect {options}"
+        raise DataError(f"{error} All that is wrong with the dataset: {inspect}") from error
+    notes = []
+    if classes.left_out is not None:
+        notes.append(
+            f"Category {classes.left_out.id} ({classes.left_out.name!r}) has no annotations and is the "
+            "supercategory of all others: it is not a class."
+        )
+    repairs = [sentence for split in found.values() if (sentence := _repairs(split))]
+    train, val = found["train"], found.get("val")
+    if val is None:
+        source = train
+        train, val = split_images(source, val_fraction, seed)
+        notes.append(
+            f"No validation split found: {len(val.images)} of the {len(source.images)} images of {source.path} are "
+            f"held out for validation (val_fraction {val_fraction}, seed {seed})."
+        )
+    return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs))
+
+
+def _read(files: Mapping[str, SplitFiles], *, files_must_exist: bool) -> tuple[dict[str, CocoAnnotations], Classes]:
+    found = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
+    for split in found.values():
+        check_images_folder(split)
+        if files_must_exist:
+            check_files_exist(split)
+    classes = classes_of(found["train"])
+    for split in found.values():
+        check_classes(split, classes)
+    return found, classes
+
+
+def _repairs(split: CocoAnnotations) -> str:
+    """What had to be repaired in a split, in a sentence; empty if nothing."""
+    summary = split.summary
+    if not summary.degenerate and not summary.clipped:
+        return ""
+    return (
+        f"{split.path}: {summary.degenerate} boxes without area inside their image are dropped; "
+        f"{summary.clipped} boxes that stick out are clipped to it for training."
+    )
