@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 from dino_lightning.cli.arguments import RUN_DIR_VARIABLE
 from dino_lightning.floor_plans import write_rooms_dataset
@@ -50,6 +51,12 @@ def forget_earlier_runs():
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.set_num_threads(1)
+
+
+def size_of(path):
+    """(width, height) of an image file, which is closed again."""
+    with Image.open(path) as image:
+        return image.size
 
 
 @pytest.fixture(autouse=True, scope="module")

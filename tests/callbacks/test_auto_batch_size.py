@@ -63,7 +63,7 @@ def real_steps(trainer, module):
 
 def test_a_run_is_the_same_as_with_the_chosen_sizes_by_hand(rooms, monkeypatch):
     by_hand, _ = fit(rooms, "hand", "--data.batch_size=2", "--trainer.accumulate_grad_batches=2")
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", real_steps)
+    monkeypatch.setattr(auto_batch_size, "_host_probe", real_steps)
     chosen, saved = fit(rooms, "auto", "--auto_batch_size=4")
     assert len(chosen) >= 2
     assert chosen == by_hand
@@ -129,17 +129,17 @@ def test_a_resumed_run_keeps_its_batches(rooms, monkeypatch):
     def stopped(trainer, module):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", real_steps)
+    monkeypatch.setattr(auto_batch_size, "_host_probe", real_steps)
     whole, _ = fit(rooms, "whole", "--auto_batch_size=4", "--model.lr_drop_epochs=[9]", epochs=2)
     fit(rooms, "parts", "--auto_batch_size=4", "--model.lr_drop_epochs=[9]")
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", stopped)
+    monkeypatch.setattr(auto_batch_size, "_host_probe", stopped)
     assert run(["fit", "--ckpt_path", "parts/checkpoints/last.ckpt", "--trainer.max_epochs=2"]) == 0
     assert losses("parts") == whole
     assert checkpoint("parts")["callbacks"]["AutoBatchSize"]["batch_size"] == 2
 
 
 def test_another_global_batch_is_chosen_for_anew(rooms, monkeypatch):
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", real_steps)
+    monkeypatch.setattr(auto_batch_size, "_host_probe", real_steps)
     fit(rooms, "run", "--auto_batch_size=4")
     args = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_epochs=2", "--auto_batch_size=1"]
     assert run(["fit", *args]) == 0
@@ -338,7 +338,7 @@ def test_running_out_of_memory_in_training_ends_in_one_sentence(rooms, monkeypat
 
 
 def test_remedies_in_use_are_not_proposed_again(rooms, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: MemoryProbe(10**9, "", lambda batch: 1))
+    monkeypatch.setattr(auto_batch_size, "_host_probe", lambda *_: MemoryProbe(10**9, "", lambda batch: 1))
     monkeypatch.setattr(Criterion, "forward", hungry)
     args = ["--data.root", str(rooms), *TINY_ARGS, "--auto_batch_size=2", "--model.recompute_encoder=true"]
     assert run(["fit", *args, "--trainer.num_sanity_val_steps=0"]) == 1
@@ -360,7 +360,7 @@ def test_nothing_that_fits_ends_in_one_sentence(rooms, monkeypatch, capsys):
     def lost(batch):
         return torch.empty(TOO_MUCH, dtype=torch.uint8)
 
-    monkeypatch.setattr(auto_batch_size, "_host_gauge", lambda *_: MemoryProbe(1, "", lost))
+    monkeypatch.setattr(auto_batch_size, "_host_probe", lambda *_: MemoryProbe(1, "", lost))
     assert run(["fit", "--data.root", str(rooms), *TINY_ARGS, "--auto_batch_size=4"]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "Not even 1 of the largest images of" in error

@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.inference import predict_folder as predict_command
+from tests.conftest import size_of
 from tests.inference.test_detector import save_tiny
 
 CPU = ["--trainer.accelerator", "cpu", "--num_workers", "0"]
@@ -68,7 +69,7 @@ def rows(output):
 
 def coco_file(path, names, first_id=100):
     """A COCO file without annotations, as test sets have it; ids fall where names rise."""
-    sizes = {name: Image.open(path.parent / "images" / name).size for name in names}
+    sizes = {name: size_of(path.parent / "images" / name) for name in names}
     images = [
         {"id": first_id - number, "file_name": name, "width": sizes[name][0], "height": sizes[name][1]}
         for number, name in enumerate(names)

@@ -20,6 +20,7 @@ from dino_lightning.inspection.checks import Limits
 from dino_lightning.inspection.inspect import inspect_dataset
 from dino_lightning.inspection.page import as_html
 from dino_lightning.inspection.text import as_json, as_text
+from tests.conftest import size_of
 from tests.data.small_coco import annotation, write_json
 from tests.inspection.faults import FAULTS, TRAIN, VAL, write_dataset
 
@@ -64,7 +65,7 @@ def test_numbers_equal_an_independent_count(rooms):
     assert numbers["boxes_large"] == sum(side >= 96 for side in sides)
     assert numbers["box_width"]["median"] == pytest.approx(np.median([box[2] for box in boxes]))
     assert numbers["box_aspect_ratio"]["max"] == pytest.approx(max(box[2] / box[3] for box in boxes))
-    widths = [Image.open(Path(numbers["image_folder"]) / image["file_name"]).width for image in content["images"]]
+    widths = [size_of(Path(numbers["image_folder"]) / image["file_name"])[0] for image in content["images"]]
     assert numbers["image_width"] == {"min": min(widths), "median": np.median(widths), "max": max(widths)}
     area_of = {image["id"]: image["width"] * image["height"] for image in content["images"]}
     owners = [entry["image_id"] for entry in content["annotations"]]

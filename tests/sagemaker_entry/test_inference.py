@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from sagemaker_entry.container.install import constraints, install
 from sagemaker_entry.laptop.source_archive import build_archive, requirements
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.train import write_model
-from tests.conftest import TINY_SIZES
+from tests.conftest import TINY_SIZES, size_of
 
 # What the model server does with a request, without its Java front end.
 SERVER = textwrap.dedent(
@@ -122,9 +123,8 @@ def test_served_detections_equal_those_of_the_model(model_dir, rooms, tmp_path):
         assert entry["category_id"] == 1
         assert entry["score"] == pytest.approx(expected["score"], abs=1e-5)
         assert entry["bbox"] == pytest.approx(expected["bbox"], abs=1e-2)
-    from PIL import Image
 
-    assert (two[0]["width"], two[0]["height"]) == Image.open(picture).size
+    assert (two[0]["width"], two[0]["height"]) == size_of(picture)
     for (status, message), words in zip(
         answers[2:],
         (
@@ -160,7 +160,7 @@ def test_installing_never_replaces_the_images_torch(tmp_path):
     commands = []
 
     def run(command):
-        commands.append((command, open(command[-1]).read()))  # noqa: SIM115, PTH123  # gone after the call
+        commands.append((command, Path(command[-1]).read_text()))  # gone after the call
         return subprocess.CompletedProcess(command, 0, "")
 
     install(tmp_path, run)

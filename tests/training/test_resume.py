@@ -133,7 +133,8 @@ def test_predictions_that_are_not_finite_in_validation_give_a_bad_score(options,
         return output if model.training else replace(output, pred_logits=output.pred_logits * float("nan"))
 
     monkeypatch.setattr(DINO, "forward", broken)
-    seen = fit([*options, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "run")])
+    with pytest.warns(UserWarning, match="12 of 12 detections have a score or a corner that is not finite"):
+        seen = fit([*options, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "run")])
     assert seen.validations == [8, 16]
 
 

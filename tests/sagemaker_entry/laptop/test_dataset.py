@@ -14,6 +14,7 @@ from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
 from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
 from sagemaker_entry.protocol.problem import Problem
+from tests.conftest import size_of
 
 OWNER = "123456789012"
 
@@ -113,7 +114,7 @@ def test_the_place_is_the_content(plans, tmp_path):
     shutil.copytree(plans, copy)
     assert dataset_of(copy).key == before.key
     path = next((copy / "train" / "images").iterdir())
-    Image.new("RGB", Image.open(path).size).save(path)
+    Image.new("RGB", size_of(path)).save(path)
     assert dataset_of(copy).key != before.key
 
 
