@@ -84,6 +84,7 @@ class WatchProcesses(lightning.Callback):
         elif trainer.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and trainer.local_rank > 0:
             self._watchdog = RankWatchdog([], os.getppid())
         if self._watchdog is not None:
+            _retire_lightnings_observer()
             self._watchdog.start()
 
     def on_exception(
@@ -92,3 +93,10 @@ class WatchProcesses(lightning.Callback):
         """When a connection broke, give the watchdog time to find the rank that died; it then ends this process."""
         if self._watchdog is not None and any(sign in str(exception).lower() for sign in SIGNS_OF_A_LOST_PEER):
             self._watchdog.join(SECONDS_TO_FIND_OUT)
+
+
+def _retire_lightnings_observer() -> None:
+    """Leave the watching to the watchdog: Lightning's own thread ends this process by SIGKILL, without saying why."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer" and hasattr(thread, "_child_processes"):  # Lightning 2.6
+            thread._child_processes = []  # with nothing to watch, it ends
