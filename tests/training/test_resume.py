@@ -125,7 +125,7 @@ def test_a_checkpoint_of_16_mixed_resumes_in_another_precision(options, tmp_path
     assert rest.batches[-1][2] == 15
 
 
-def test_predictions_that_are_not_finite_in_validation_give_a_bad_score(options, tmp_path, monkeypatch):
+def test_predictions_that_are_not_finite_in_validation_give_a_bad_score(options, tmp_path, monkeypatch, recwarn):
     forward = DINO.forward
 
     def broken(model, *args, **kwargs):
@@ -133,9 +133,9 @@ def test_predictions_that_are_not_finite_in_validation_give_a_bad_score(options,
         return output if model.training else replace(output, pred_logits=output.pred_logits * float("nan"))
 
     monkeypatch.setattr(DINO, "forward", broken)
-    with pytest.warns(UserWarning, match="12 of 12 detections have a score or a corner that is not finite"):
-        seen = fit([*options, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "run")])
+    seen = fit([*options, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "run")])
     assert seen.validations == [8, 16]
+    assert any("12 of 12 detections have a score or a corner that is not finite" in str(w.message) for w in recwarn)
 
 
 def test_evaluation_takes_starting_weights_or_says_that_it_has_nothing(options, tmp_path, capsys):
