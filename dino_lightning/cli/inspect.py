@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command
 from dino_lightning.console import say
 from dino_lightning.errors import UsageError
 from dino_lightning.files import atomic_write
@@ -38,7 +38,8 @@ def run(args: Sequence[str]) -> int:
         options, rest = parser.parse_known_args(args)
         from dino_lightning.cli.lightning_cli import parse_fit  # takes seconds to import
 
-        return _inspect(parse_fit(rest), options.output, strict=options.strict)
+        with plain_warnings():
+            return _inspect(parse_fit(rest), options.output, strict=options.strict)
 
     return run_command(action)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command
 from dino_lightning.errors import UsageError
 from dino_lightning.files import save_figure
 
@@ -35,7 +35,8 @@ def run(args: Sequence[str]) -> int:
             rest.append(f"--seed_everything={options.seed}")
         from dino_lightning.cli.lightning_cli import parse_fit  # takes seconds to import
 
-        _preview(options, parse_fit(rest))
+        with plain_warnings():
+            _preview(options, parse_fit(rest))
         return 0
 
     return run_command(action)

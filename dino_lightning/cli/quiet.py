@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from dino_lightning.cli.command import plain_warnings
 from dino_lightning.training.module import DINOModule
 
 RANK_ZERO_LOG = "lightning.pytorch.utilities.rank_zero"  # the logger of Lightning's messages
@@ -59,17 +60,6 @@ def quiet(subcommand: str, *, resuming: bool = False) -> Iterator[None]:
         log.removeFilter(_is_wanted)
 
 
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Print warnings as one line, without file, line number and source text, which say nothing to a user."""
-    before = warnings.formatwarning
-    warnings.formatwarning = _one_line
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
 def parameter_line(module: DINOModule) -> str:
     """The size of the model in one line, in place of Lightning's table."""
     total = sum(parameter.numel() for parameter in module.model.parameters())
@@ -94,9 +84,3 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 def _is_wanted(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not any(re.match(beginning, message) for beginning in LOG_MESSAGES)
-
-
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"

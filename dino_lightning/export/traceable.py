@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.boxes import cxcywh_to_xyxy
-from dino_lightning.model.dino import DINO
-from dino_lightning.model.position_encoding import image_position_embedding
+from dino_lightning.model.dino import DINO, flatten_levels
 
 Size = int | torch.SymInt
 
@@ -60,24 +59,14 @@ class TraceableDetector(nn.Module):
         self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor
     ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
         """As `DINO` does, from sizes in a tensor."""
-        tokens, positions, masks, ratios, shapes = [], [], [], [], []
-        for index, level in enumerate(levels):
+        masks, ratios = [], []
+        for level in levels:
             rows = _is_padding(image_sizes[:, 0], height, level.shape[2])
             columns = _is_padding(image_sizes[:, 1], width, level.shape[3])
-            mask = rows[:, :, None] | columns[:, None, :]
-            position = image_position_embedding(mask, level.shape[1]).flatten(1, 2)
-            shapes.append((level.shape[2], level.shape[3]))
-            tokens.append(level.flatten(2).transpose(1, 2))
-            positions.append(position + self.model.level_embedding[index])
-            masks.append(mask.flatten(1))
+            masks.append(rows[:, :, None] | columns[:, None, :])
             ratios.append(torch.stack(((~columns).float().mean(1), (~rows).float().mean(1)), dim=-1))
-        return (
-            torch.cat(tokens, dim=1),
-            torch.cat(positions, dim=1),
-            tuple(shapes),
-            torch.stack(ratios, dim=1),
-            torch.cat(masks, dim=1),
-        )
+        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.model.level_embedding)
+        return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
 
 
 class TraceablePreprocessing(nn.Module):

@@ -19,7 +19,7 @@ class Criterion(nn.Module):
 
     Every term is a sum divided by the number of boxes in the global batch (averaged over processes), at least 1; for
     the denoising terms also by the number of groups. Runs in float32, whatever autocast says. A batch that is one of
-    several of an optimizer step is judged alone here; see `dino_lightning.training.optim.AccumulatedBoxes`.
+    several of an optimizer step is evaluated alone here; see `dino_lightning.training.optim.AccumulatedBoxes`.
 
     Args:
         matcher: the assignment; the published costs by default.
@@ -48,7 +48,7 @@ class Criterion(nn.Module):
         *,
         num_boxes: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Judge.
+        """Compute the losses of a batch.
 
         Args:
             output: what the model said.
@@ -68,11 +68,14 @@ class Criterion(nn.Module):
             logits = _with_encoder(output.pred_logits, output.encoder_logits)
             boxes = _with_encoder(output.pred_boxes, output.encoder_boxes)
             num_boxes = (mean_num_boxes(targets, boxes.device) if num_boxes is None else num_boxes).clamp(min=1.0)
+            # Every layer is matched and supervised on its own (DETR's auxiliary losses), so that each refines the one
+            # before; the encoder's proposals are one more layer (two-stage, arXiv 2010.04159 A.4).
             matches = self.matcher(logits, boxes, targets, image_ids)
             terms = _matched_losses(logits, boxes, targets, matches, num_boxes)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
             named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
             total = self._weighted(terms)
+            # Denoising queries need no matching: each knows the box that it was made from.
             if output.denoising is not None:
                 terms = _denoising_losses(output.denoising, targets, num_boxes)
                 names = _layer_suffixes(len(output.pred_logits), "_denoising")
@@ -139,6 +142,7 @@ def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tens
         targets.boxes_cxcywh[None, :, None],
         targets.valid[None, :, None],
     )
+    # Each group rebuilds all boxes, so the sum over groups is divided by their number.
     divisor = num_boxes * output.num_groups
     return {
         "loss_class": focal_loss(logits.flatten(1, 2), place, counts) / divisor,

@@ -55,21 +55,21 @@ class HungarianMatcher(nn.Module):
         Returns:
             (L, B, N, Q) float32; rows of padding hold numbers without meaning.
         """
-        classes = targets.labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
-        if classes.shape[-1] < logits.shape[-1]:  # fewer boxes than classes: take the logits of theirs alone
-            cost = self._class_cost(logits.float().gather(3, classes)).transpose(2, 3).contiguous()
-        else:
-            cost = self._class_cost(logits.float()).gather(3, classes).transpose(2, 3).contiguous()
+        cost = self.cost_class * self._class_cost(logits, targets)
         ours = boxes_cxcywh.float()[:, :, None]  # (L, B, 1, Q, 4)
         theirs = targets.boxes_cxcywh.float()[:, :, None]  # (B, N, 1, 4)
-        # In place as far as it goes: these tensors are large, and memory is what takes the time.
+        # In place as far as possible: these tensors are large, and memory traffic takes most of the time.
         one, other = torch.empty_like(cost), torch.empty_like(cost)
+
+        # cost_bbox: the L1 distance depends on the size of a box, and separates boxes that do not overlap at all.
         for coordinate in range(4):  # one at a time: no (L, B, N, Q, 4) tensor
             torch.sub(ours[..., coordinate], theirs[..., coordinate], out=one)
             cost.add_(one.abs_(), alpha=self.cost_bbox)
+
+        # cost_giou: the overlap does not depend on the size, so that small boxes count as much as large ones.
+        # Generalised IoU = intersection / union - 1 + union / hull, up to the epsilons.
         x1, y1, x2, y2 = cxcywh_to_xyxy(ours).unbind(-1)
         left, top, right, bottom = cxcywh_to_xyxy(theirs).unbind(-1)
-        # Generalised IoU = intersection / union - 1 + union / hull, up to the epsilons.
         intersection = torch.minimum(x2, right).sub_(torch.maximum(x1, left, out=one)).clamp_(min=0)
         torch.minimum(y2, bottom, out=other).sub_(torch.maximum(y1, top, out=one)).clamp_(min=0)
         intersection.mul_(other)
@@ -81,17 +81,28 @@ class HungarianMatcher(nn.Module):
         gap = torch.sub(hull, union, out=one).div_(hull.add_(OVERLAP_EPSILON))
         return cost.add_(gap, alpha=self.cost_giou)
 
-    def _class_cost(self, logits: Tensor) -> Tensor:
+    @staticmethod
+    def _class_cost(logits: Tensor, targets: Targets) -> Tensor:
+        """cost_class, (L, B, N, Q): what the focal loss would gain if the query took the box.
+
+        That is the loss of a positive less the loss of a negative, at the class of the box. The other classes cost the
+        same whichever box the query takes, so they are left out.
+        """
+        classes = targets.labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
+        fewer_boxes_than_classes = classes.shape[-1] < logits.shape[-1]
+        logits = logits.float().gather(3, classes) if fewer_boxes_than_classes else logits.float()
         probability = logits.sigmoid()
         missed = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -torch.log(probability + 1e-8)
         spurious = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -torch.log(1 - probability + 1e-8)
-        return self.cost_class * (missed - spurious)
+        cost = missed - spurious
+        cost = cost if fewer_boxes_than_classes else cost.gather(3, classes)
+        return cost.transpose(2, 3).contiguous()
 
     @torch.no_grad()
     def forward(
         self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: Sequence[int] | None = None
     ) -> Matches:
-        """Assign.
+        """Assign one query to each box: for every layer and image, the assignment of least total cost.
 
         Args:
             logits: (L, B, Q, K) class logits of L layers.
@@ -119,6 +130,6 @@ class HungarianMatcher(nn.Module):
 
 
 def to_host(cost: Tensor) -> npt.NDArray[np.float32]:
-    """The one wait for the device of a training step."""
+    """Copy the costs to the host: the one device synchronisation of a training step."""
     array: npt.NDArray[np.float32] = cost.cpu().numpy()
     return array

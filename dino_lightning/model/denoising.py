@@ -1,4 +1,10 @@
-"""Contrastive denoising: noised true boxes as extra queries (DN-DETR, arXiv 2203.01305; section 3.2 of 2203.03605)."""
+"""Contrastive denoising: noised ground-truth boxes as extra queries (DN-DETR, 2203.01305; DINO, 2203.03605, 3.2).
+
+Early in training the assignment of queries to boxes changes from step to step, and a query is pulled now to one box,
+now to another. A denoising query knows which box it belongs to, since it was made from it; so the decoder learns to
+refine boxes without waiting for a stable assignment. DINO adds negatives: the same box moved further, to be rejected.
+They teach the decoder to keep one box of several near an object, which suppresses duplicates without NMS.
+"""
 
 from __future__ import annotations
 
@@ -84,10 +90,11 @@ def noised_targets(
     Returns:
         labels (R, B, N) int64 and boxes_cxcywh (R, B, N, 4) float32.
     """
+    # Half of the ratio, as in the published code: of the labels drawn anew some are the old ones.
     labels = torch.where(noise.flip < label_noise_ratio * 0.5, noise.label, targets.labels)
     boxes = targets.boxes_cxcywh
     negative = torch.arange(noise.flip.shape[0], device=boxes.device).remainder(2).float()
-    magnitude = noise.magnitude + negative[:, None, None, None]
+    magnitude = noise.magnitude + negative[:, None, None, None]  # U(0, 1) for positives, U(1, 2) for negatives
     half_size = boxes[..., 2:].repeat(1, 1, 2) / 2
     corners = cxcywh_to_xyxy(boxes) + noise.sign * magnitude * half_size * box_noise_scale
     return labels, xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
@@ -128,8 +135,9 @@ def denoising_attention_mask(
 ) -> Tensor:
     """Who may not see whom: (T, T) bool, True = blocked, T = slots + num_unused + num_queries, in this order.
 
-    Matching queries never see denoising ones (the answer would leak); a denoising group sees itself and the
-    matching queries, not the other groups. Nobody sees the unused queries but they themselves.
+    Matching queries never see denoising ones: those hold the ground truth, and the answer would leak. A denoising group
+    sees itself and the matching queries but no other group, so that each has to rebuild its boxes from its own noise.
+    Unused queries are seen by themselves alone.
     """
     slots = 2 * num_groups * max_boxes
     index = torch.arange(slots + num_unused + num_queries, device=device)

@@ -237,26 +237,41 @@ class DINO(nn.Module):
     def _flatten(
         self, levels: Sequence[Tensor], padding_mask: Tensor
     ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
-        """Lay all levels end to end: tokens, positions, their shapes, valid ratios and padding."""
-        tokens, positions, masks, ratios = [], [], [], []
-        shapes: list[tuple[int, int]] = []
-        for index, level in enumerate(levels):
+        """Tokens (B, S, D), positions (B, S, D), shapes, valid ratios (B, L, 2) and padding (B, S) of all levels."""
+        masks, ratios = [], []
+        for level in levels:
             height, width = int(level.shape[2]), int(level.shape[3])
             mask = F.interpolate(padding_mask[:, None].float(), size=(height, width)).bool()[:, 0]
-            position = image_position_embedding(mask, level.shape[1]).flatten(1, 2)
-            shapes.append((height, width))
-            tokens.append(level.flatten(2).transpose(1, 2))
-            positions.append(position + self.level_embedding[index])
-            masks.append(mask.flatten(1))
             valid = ~mask
+            masks.append(mask)
             ratios.append(torch.stack((valid[:, 0].sum(1) / width, valid[:, :, 0].sum(1) / height), dim=-1))
-        return (
-            torch.cat(tokens, dim=1),
-            torch.cat(positions, dim=1),
-            tuple(shapes),
-            torch.stack(ratios, dim=1),
-            torch.cat(masks, dim=1),
-        )
+        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.level_embedding)
+        return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
+
+
+def flatten_levels(
+    levels: Sequence[Tensor], masks: Sequence[Tensor], level_embedding: Tensor
+) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor]:
+    """Lay all feature levels end to end, from the finest to the coarsest.
+
+    Args:
+        levels: L maps (B, D, H, W).
+        masks: L padding masks (B, H, W) bool, True = padding.
+        level_embedding: (L, D), added to the positions so that a token knows its level (arXiv 2010.04159, A.4).
+
+    Returns:
+        Tokens (B, S, D), their positions (B, S, D), the (height, width) of each level, and the padding (B, S) bool.
+    """
+    positions = [
+        image_position_embedding(mask, level.shape[1]).flatten(1, 2) + embedding
+        for level, mask, embedding in zip(levels, masks, level_embedding, strict=True)
+    ]
+    return (
+        torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
+        torch.cat(positions, dim=1),
+        tuple((level.shape[2], level.shape[3]) for level in levels),
+        torch.cat([mask.flatten(1) for mask in masks], dim=1),
+    )
 
 
 def image_padding_mask(batch: Batch) -> Tensor:

@@ -59,7 +59,7 @@ class QuerySelection(nn.Module):
         padding_mask: Tensor,
         token_indices: Tensor | None = None,
     ) -> SelectedQueries:
-        """Select.
+        """Score all tokens and take the best as proposals.
 
         Args:
             memory: (B, S, D) encoder output.
@@ -71,12 +71,14 @@ class QuerySelection(nn.Module):
         Returns:
             At most `num_queries` proposals: fewer where the image has fewer tokens.
         """
+        # A token whose cell lies in the padding, or whose box would leave the image, must not become a proposal.
         proposal_logits, usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
         tokens = self.output_norm(self.output_projection(memory.masked_fill(~usable[..., None], 0.0)))
         count = torch.sym_min(self.content_queries.num_embeddings, tokens.shape[1])  # torch.export traces this one
         with torch.autocast(device_type=memory.device.type, enabled=False):
             tokens = tokens.float()  # ranks and boxes need more than bfloat16's eight bits
             logits = self.class_head(tokens)
+            # By the best class of a token, as in two-stage Deformable DETR: which class it is does not matter here.
             indices = logits.amax(-1).topk(count, dim=1).indices if token_indices is None else token_indices
 
         def selected(values: Tensor) -> Tensor:
@@ -84,9 +86,11 @@ class QuerySelection(nn.Module):
 
         with torch.autocast(device_type=memory.device.type, enabled=False):
             box_logits = self.bbox_head(selected(tokens)) + selected(proposal_logits)
+        # Mixed selection: the place comes from the image, the content is learned. Content taken from the proposals as
+        # well would be ambiguous, since a proposal may cover several objects or a part of one (section 3.3).
         return SelectedQueries(
             content=self.content_queries.weight[:count].expand(memory.shape[0], -1, -1),
-            reference_logits=box_logits.detach(),
+            reference_logits=box_logits.detach(),  # the decoder refines proposals; it does not train their head
             logits=selected(logits),
             boxes_cxcywh=box_logits.sigmoid(),
             token_indices=indices,
