@@ -165,7 +165,7 @@ def _quiet() -> Iterator[None]:
 def _as_onnx(
     program: torch.export.ExportedProgram, inputs: tuple[str, ...], outputs: tuple[str, ...], opset: int
 ) -> Any:
-    """An `onnx.ModelProto`."""
+    """The traced program as an `onnx.ModelProto` with named inputs and outputs."""
     with torch.no_grad(), _quiet():
         exported = torch.onnx.export(
             program,

@@ -68,7 +68,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Layout:
-    """One floor.
+    """One floor of a plan: its outline and its rooms.
 
     Attributes:
         cells: the rooms.

@@ -36,7 +36,7 @@ class Window:
 
     @property
     def xyxy(self) -> tuple[int, int, int, int]:
-        """Its corners."""
+        """Corners x1, y1, x2, y2 in pixels of the whole image."""
         return self.left, self.top, self.left + self.width, self.top + self.height
 
 

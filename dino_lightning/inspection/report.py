@@ -17,7 +17,7 @@ from dino_lightning.inspection.image_facts import ImageFacts
 
 @dataclass(frozen=True)
 class SplitHealth:
-    """One split.
+    """What was found in one split.
 
     Attributes:
         name: "train", "val" or "test".

@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         padding_mask: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Decode.
+        """Refine boxes and content of the queries through all layers.
 
         Args:
             queries: (B, Q, D) content.

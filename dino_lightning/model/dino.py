@@ -153,7 +153,7 @@ class DINO(nn.Module):
         nn.init.normal_(self.level_embedding)
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> ModelOutput:
-        """Detect.
+        """Class logits and boxes of all decoder layers, of the proposals and of the denoising queries.
 
         Args:
             batch: images, with targets in training for the denoising queries.

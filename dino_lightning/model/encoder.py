@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         valid_ratios: Tensor,
         padding_mask: Tensor,
     ) -> Tensor:
-        """Encode.
+        """Let every token attend to a few points of all levels, through all layers.
 
         Args:
             tokens: (B, S, D), all levels flattened, finest first.

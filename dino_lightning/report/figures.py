@@ -37,7 +37,7 @@ STYLES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot.
+    """A plot of the report.
 
     Attributes:
         source: a data URI.

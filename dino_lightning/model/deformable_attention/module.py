@@ -69,7 +69,7 @@ class MultiScaleDeformableAttention(nn.Module):
         spatial_shapes: tuple[tuple[int, int], ...],
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Gather the values that each query attends to, weighted and projected.
 
         Args:
             query: (B, Q, D), position already added.
