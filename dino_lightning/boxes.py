@@ -46,17 +46,37 @@ def paired_generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     Returns:
         (...) values in [-1, 1]; identical boxes give a little less than 1, and 0 where they have no area.
     """
+    intersection, union = _intersection_and_union(boxes1_xyxy, boxes2_xyxy)
     x11, y11, x12, y12 = boxes1_xyxy.unbind(-1)
     x21, y21, x22, y22 = boxes2_xyxy.unbind(-1)
-    inter_width = (torch.minimum(x12, x22) - torch.maximum(x11, x21)).clamp(min=0)
-    inter_height = (torch.minimum(y12, y22) - torch.maximum(y11, y21)).clamp(min=0)
-    intersection = inter_width * inter_height
-    union = (x12 - x11) * (y12 - y11) + (x22 - x21) * (y22 - y21) - intersection
     hull_width = (torch.maximum(x12, x22) - torch.minimum(x11, x21)).clamp(min=0)
     hull_height = (torch.maximum(y12, y22) - torch.minimum(y11, y21)).clamp(min=0)
     hull = hull_width * hull_height
     iou = intersection / (union + OVERLAP_EPSILON)
     return iou - (hull - union) / (hull + OVERLAP_EPSILON)
+
+
+def _intersection_and_union(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    x11, y11, x12, y12 = boxes1_xyxy.unbind(-1)
+    x21, y21, x22, y22 = boxes2_xyxy.unbind(-1)
+    inter_width = (torch.minimum(x12, x22) - torch.maximum(x11, x21)).clamp(min=0)
+    inter_height = (torch.minimum(y12, y22) - torch.maximum(y11, y21)).clamp(min=0)
+    intersection = inter_width * inter_height
+    return intersection, (x12 - x11) * (y12 - y11) + (x22 - x21) * (y22 - y21) - intersection
+
+
+def paired_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """IoU of boxes taken pairwise by broadcasting.
+
+    Args:
+        boxes1_xyxy: (..., 4) corners in any one unit.
+        boxes2_xyxy: (..., 4) corners in the same unit, of a shape that broadcasts against the first.
+
+    Returns:
+        (...) values in [0, 1]; 0 where neither has an area.
+    """
+    intersection, union = _intersection_and_union(boxes1_xyxy, boxes2_xyxy)
+    return intersection / (union + OVERLAP_EPSILON)
 
 
 def inverse_sigmoid(values: Tensor, epsilon: float = 1e-3) -> Tensor:

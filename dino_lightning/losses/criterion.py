@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou
-from dino_lightning.losses.focal import focal_loss
+from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou, paired_iou
+from dino_lightning.losses.class_losses import CLASS_LOSSES, ClassLoss, class_loss
 from dino_lightning.losses.matcher import HungarianMatcher, Matches
 from dino_lightning.structures import DenoisingOutput, ModelOutput, Targets
 
@@ -26,6 +26,10 @@ class Criterion(nn.Module):
         weight_class: weight of `loss_class`.
         weight_bbox: weight of `loss_bbox`.
         weight_giou: weight of `loss_giou`.
+        class_loss: one of `class_losses.CLASS_LOSSES`; `focal` is the published one.
+
+    Raises:
+        ValueError: there is no class loss of that name.
     """
 
     def __init__(
@@ -35,9 +39,13 @@ class Criterion(nn.Module):
         weight_class: float = 1.0,
         weight_bbox: float = 5.0,
         weight_giou: float = 2.0,
+        class_loss: ClassLoss = "focal",
     ) -> None:
         super().__init__()
+        if class_loss not in CLASS_LOSSES:
+            raise ValueError(f"class_loss={class_loss!r}: choose one of {', '.join(CLASS_LOSSES)}.")
         self.matcher = matcher or HungarianMatcher()
+        self.class_loss = class_loss
         self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
 
     def forward(
@@ -71,13 +79,13 @@ class Criterion(nn.Module):
             # Every layer is matched and supervised on its own (DETR's auxiliary losses), so that each refines the one
             # before; the encoder's proposals are one more layer (two-stage, arXiv 2010.04159 A.4).
             matches = self.matcher(logits, boxes, targets, image_ids)
-            terms = _matched_losses(logits, boxes, targets, matches, num_boxes)
+            terms = _matched_losses(logits, boxes, targets, matches, num_boxes, self.class_loss)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
             named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
             total = self._weighted(terms)
             # Denoising queries need no matching: each knows the box that it was made from.
             if output.denoising is not None:
-                terms = _denoising_losses(output.denoising, targets, num_boxes)
+                terms = _denoising_losses(output.denoising, targets, num_boxes, self.class_loss)
                 names = _layer_suffixes(len(output.pred_logits), "_denoising")
                 for term, values in terms.items():
                     named.update({f"{term}{suffix}": values[i] for i, suffix in enumerate(names)})
@@ -113,23 +121,36 @@ def _box_losses(boxes: Tensor, wanted: Tensor, counts: Tensor) -> tuple[Tensor, 
     return (distance * counts).flatten(1).sum(1), (gap * counts).flatten(1).sum(1)
 
 
+@torch.no_grad()
+def _quality(boxes: Tensor, wanted: Tensor) -> Tensor:
+    """(L, ..., 4) boxes_cxcywh and their targets -> (L, ...) IoU, 0-1, a constant to the gradient."""
+    return paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted)).expand(boxes.shape[:-1])
+
+
 def _matched_losses(
-    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor
+    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor, kind: ClassLoss
 ) -> dict[str, Tensor]:
     """The three terms of L layers, each (L,)."""
     layers, batch, queries, num_classes = logits.shape
     image = torch.arange(batch, device=logits.device)[:, None] * queries
     slot = (image + matches.queries) * num_classes + targets.labels
     found = boxes.gather(2, matches.queries[..., None].expand(-1, -1, -1, 4))
-    l1, giou = _box_losses(found, targets.boxes_cxcywh.expand(layers, -1, -1, -1), matches.matched)
+    wanted = targets.boxes_cxcywh.expand(layers, -1, -1, -1)
+    l1, giou = _box_losses(found, wanted, matches.matched)
+    quality = None if kind == "focal" else _quality(found, wanted).flatten(1)
+    surprise = class_loss(
+        kind, logits.flatten(1, 2), slot.flatten(1), matches.matched.flatten(1), quality, images=batch
+    )
     return {
-        "loss_class": focal_loss(logits.flatten(1, 2), slot.flatten(1), matches.matched.flatten(1)) / num_boxes,
+        "loss_class": surprise / num_boxes,
         "loss_bbox": l1 / num_boxes,
         "loss_giou": giou / num_boxes,
     }
 
 
-def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
+def _denoising_losses(
+    output: DenoisingOutput, targets: Targets, num_boxes: Tensor, kind: ClassLoss
+) -> dict[str, Tensor]:
     """The three terms of L layers, each (L,): positives rebuild their box, everything else is background."""
     logits, boxes = output.pred_logits.float(), output.pred_boxes.float()
     layers, batch, slots, num_classes = logits.shape
@@ -137,15 +158,13 @@ def _denoising_losses(output: DenoisingOutput, targets: Targets, num_boxes: Tens
     positive = torch.arange(batch * slots, device=logits.device).view(grouped[1:])[:, :, 0]  # (B, G, N)
     place = (positive * num_classes + targets.labels[:, None]).flatten().expand(layers, -1)
     counts = targets.valid[:, None].expand_as(positive).flatten().expand(layers, -1)
-    l1, giou = _box_losses(
-        boxes.view(*grouped, 4)[:, :, :, 0],
-        targets.boxes_cxcywh[None, :, None],
-        targets.valid[None, :, None],
-    )
+    found, wanted = boxes.view(*grouped, 4)[:, :, :, 0], targets.boxes_cxcywh[None, :, None]
+    l1, giou = _box_losses(found, wanted, targets.valid[None, :, None])
+    quality = None if kind == "focal" else _quality(found, wanted).flatten(1)
     # Each group rebuilds all boxes, so the sum over groups is divided by their number.
     divisor = num_boxes * output.num_groups
     return {
-        "loss_class": focal_loss(logits.flatten(1, 2), place, counts) / divisor,
+        "loss_class": class_loss(kind, logits.flatten(1, 2), place, counts, quality, images=batch) / divisor,
         "loss_bbox": l1 / divisor,
         "loss_giou": giou / divisor,
     }

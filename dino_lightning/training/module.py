@@ -20,6 +20,7 @@ from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eva
 from dino_lightning.detections import Detections
 from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, mean_num_boxes
+from dino_lightning.losses.class_losses import ClassLoss
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.structures import Batch
@@ -69,6 +70,10 @@ class DINOModule(lightning.LightningModule):
         lr_schedule: `step` drops the learning rate at given epochs, `cosine` takes it to 0 along half a cosine.
         lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs.
         lr_drop_factor: the factor of each drop.
+        class_loss: the loss of the class scores. `focal` is the published one; `quality_focal`, `varifocal`, `ia_bce`,
+            `position_supervised` and `matchability` have targets that follow the IoU of the box, and learn faster from
+            few images and classes, see `dino_lightning.losses.class_losses`.
+        class_loss_weight: weight of the class loss in the sum.
         freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
             shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
@@ -102,6 +107,8 @@ class DINOModule(lightning.LightningModule):
         lr_schedule: Literal["step", "cosine"] = "step",
         lr_drop_epochs: list[int] | None = None,
         lr_drop_factor: float = 0.1,
+        class_loss: ClassLoss = "focal",
+        class_loss_weight: float = 1.0,
         freeze: list[str] | None = None,
         compile: bool = False,
         max_detections: int = 300,
@@ -120,7 +127,7 @@ class DINOModule(lightning.LightningModule):
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)
         self._frozen = freeze_parts(self.model, freeze or [])
-        self.criterion = Criterion()
+        self.criterion = Criterion(class_loss=class_loss, weight_class=class_loss_weight)
         self.metric = CocoMetric()
         self.class_results: list[ClassResult] = []
         self.evaluation: Evaluation | None = None  # of the last validate or test, on the first process
