@@ -109,7 +109,7 @@ class _Background(torch.autograd.Function):
         surprise = torch.neg(logits).sigmoid_().clamp_(min=SMALLEST).log_().neg_()
         torch.maximum(surprise, logits, out=surprise)  # from 85 on, where the sigmoid has no digits left
         power = probability * probability if gamma == 2 else probability**gamma
-        summed = torch.linalg.vecdot(power, surprise)
+        summed: Tensor = torch.linalg.vecdot(power, surprise)
         if ctx.needs_input_grad[0]:
             # p^gamma (gamma (1 - p) surprise + p)
             slope = surprise.addcmul_(probability, surprise, value=-1)

@@ -33,7 +33,7 @@ def by_the_formula(name, logits, positive, counts, quality, images):
                 weight, gamma = (0.75, 2) if name == "varifocal" else (1, 1.5) if name == "matchability" else (1, 2)
                 total = total + weight * p**gamma * bce(x, 0.0)
                 continue
-            q, fixed = float(quality[layer, row]), float(p)
+            q, fixed = float(quality[layer, row]), float(p.detach())
             first = row // per_image * per_image
             here = slice(first, first + per_image)
             best = max(float((quality[layer, here] * counts[layer, here]).max()), SMALLEST_TARGET)
