@@ -174,3 +174,40 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(options, tmp_path):
     execute("fit", [*options, "--trainer.max_epochs=1", "--run_dir", str(tmp_path / "run")], [Killing()])
     assert left == [True]
     assert {path.name for path in folder.glob("*") if path.name.startswith(("tmp", "other"))} == {p.name for p in kept}
+
+
+# What a checkpoint holds, by the names of before the classes were renamed and the modules moved into rooms. A run that
+# was started then resumes from these; so none of them may change.
+STORED_CALLBACKS = {"EMA", "RunReport", "AutoBatchSize", "ModelCheckpoint"}
+STORED_ENTRIES = {
+    "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
+    "lr_schedulers", "hparams_name", "hyper_parameters", "raw_state_dict", "score_threshold", "noise_seed",
+    "epoch_loss",
+}  # fmt: skip
+
+
+def test_a_checkpoint_under_the_names_of_earlier_versions_resumes(options, tmp_path):
+    """Exactly those entries are kept of it, so that nothing can be read under a newer name."""
+    more = [*options, "--ema_decay=0.9", "--auto_batch_size=2", "--data.batch_size=1"]
+    whole = fit([*more, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "whole")])
+    fit([*more, "--trainer.max_epochs=2", "--run_dir", str(tmp_path / "run")], before_step=whole.batches[-1][2])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    callbacks = {key: value for key, value in content["callbacks"].items() if key.split("{")[0] in STORED_CALLBACKS}
+    assert {key.split("{")[0] for key in callbacks} == STORED_CALLBACKS
+    older = {name: content[name] for name in content if name in STORED_ENTRIES} | {"callbacks": callbacks}
+    assert older.keys() == STORED_ENTRIES
+    with atomic_write(last) as temporary:
+        torch.save(older, temporary)
+    rest = fit(["--run_dir", str(tmp_path / "run"), "--ckpt_path", "last"])
+    assert rest.batches == whole.batches[-len(rest.batches) :]
+    finished = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "run")
+    ]
+    losses = [
+        [(row["epoch"], row["train/loss_step"]) for row in each["callbacks"]["RunReport"]["history"]]
+        for each in finished
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    for key, value in finished[0]["state_dict"].items():
+        assert torch.equal(value, finished[1]["state_dict"][key]), key
