@@ -2,7 +2,7 @@
 
 One legend of shape letters for the whole package: B batch, S tokens, Q queries, L levels (or decoder layers, said
 where), P points, H heads, D dim, K classes, N boxes. Counts and sizes stay on the host as Python ints, so that no
-part has to wait for the device to learn a shape.
+part has to synchronise with the device to learn a shape.
 """
 
 from __future__ import annotations

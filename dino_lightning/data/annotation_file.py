@@ -1,7 +1,7 @@
 """Reading COCO annotation files: checked, and turned into arrays.
 
 Whatever is wrong with a file is said here, in one sentence that names the file and the entry; nothing after
-this module has to check annotations again. `read_coco` goes on after a faulty entry and collects what is wrong;
+this module has to check annotations again. `read_coco` continues after a faulty entry and collects what is wrong;
 `load_coco` is for training, which should not begin on such a file.
 """
 
@@ -271,7 +271,7 @@ def _parse_annotations(
     boxes_xyxy = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
     sizes = np.array([image.size for image in images], dtype=np.float64)[owners]
     limits = sizes[:, [1, 0, 1, 0]]
-    inside = np.clip(boxes_xyxy, 0, limits).astype(np.float32)  # judged in the precision that training uses
+    inside = np.clip(boxes_xyxy, 0, limits).astype(np.float32)  # checked in the precision that training uses
     usable = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     sticks_out = ((boxes_xyxy < -CLIP_TOLERANCE) | (boxes_xyxy > limits + CLIP_TOLERANCE)).any(axis=1)
     counts = np.bincount(owners, minlength=len(images))

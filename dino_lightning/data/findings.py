@@ -1,7 +1,7 @@
 """What can be wrong with a dataset: one name, one severity and one piece of advice for each kind.
 
 An error is what `fit` refuses at its defaults (on_bad_image=error), no more and no less. So copies of training images
-in the validation split, which make its figures worthless, are a warning: the training as such is sound.
+in the validation split, which make its metrics worthless, are a warning: the training as such is sound.
 `inspect --strict` fails for warnings too.
 """
 
@@ -96,7 +96,7 @@ KINDS: dict[str, Kind] = {
     "beyond-evaluation": Kind(
         "warning",
         "more boxes in an image than evaluation counts",
-        "It keeps the best detections of each image, and COCO's figures count 100 of each class, so recall cannot be "
+        "It keeps the best detections of each image, and COCO's metrics count 100 of each class, so recall cannot be "
         "full. Raise model.max_detections where an image has more boxes than that, or cut the images into tiles.",
     ),
     "area-malformed": Kind(
@@ -131,7 +131,7 @@ KINDS: dict[str, Kind] = {
         "not all images were compared for likeness",
         "Too many of them look alike at a small size. Exact copies were found all the same.",
     ),
-    "category-missing": Kind("note", "training classes without a box in this split", "They get no figures here."),
+    "category-missing": Kind("note", "training classes without a box in this split", "They get no metrics here."),
     "root-category": Kind(
         "note",
         "a category that is no class",

@@ -23,7 +23,7 @@ MAX_DEATHS = 3  # of worker processes in one epoch
 class Loader(DataLoader[Sample]):
     """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders).
 
-    Where a worker process is killed, usually by the system when memory runs out, all of them are started anew. No
+    Where a worker process is killed, usually by the system when memory runs out, all of them are restarted. No
     batch is lost by it: batches follow from indices and seeds, so another process makes the same.
 
     Raises:
@@ -41,7 +41,7 @@ class Loader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
         self._given, self._first = self._first, 0
         if self._order is not None:
-            if self._order.epoch == self._last_epoch:  # nobody counts the epochs (Lightning does): do it here
+            if self._order.epoch == self._last_epoch:  # without Lightning, which counts the epochs, count them here
                 self._order.set_epoch(self._order.epoch + 1)
             self._last_epoch = self._order.epoch
         deaths = 0
@@ -62,7 +62,7 @@ class Loader(DataLoader[Sample]):
                         "out. Lower data.num_workers; where images are very large, use data.cache_dir."
                     ) from error
                 warnings.warn(
-                    f"A loader process was killed ({error}). All of them are started anew; no batch is lost.",
+                    f"A loader process was killed ({error}). All of them are restarted; no batch is lost.",
                     stacklevel=2,
                 )
 

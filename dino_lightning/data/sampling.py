@@ -1,8 +1,8 @@
-"""The order of the training images and the randomness of each: both follow from a seed, so a run can be gone on with.
+"""The order of the training images and the randomness of each: both follow from a seed, so that a run can be resumed.
 
 Nothing is drawn from a generator whose state would have to be stored: the order depends on seed and epoch, the
-augmentation of an image on seed, epoch and image. A run that stopped in the middle of an epoch sees, when it goes on,
-exactly the batches that it would have seen, whatever the number of loader workers.
+augmentation of an image on seed, epoch and image. A run that stopped in the middle of an epoch sees exactly the same
+batches when it is resumed, whatever the number of loader workers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TrainSampler(DistributedSampler[Draw]):
         super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=True, seed=seed % 2**32)
         self.batch_size = batch_size
         self.elongations = None if aspect_ratios is None else np.abs(np.log(np.asarray(aspect_ratios)))
-        self.skip = 0  # samples already seen in the epoch that is gone on with
+        self.skip = 0  # samples already seen in the epoch that is resumed
 
     def __iter__(self) -> Iterator[Draw]:
         skip, self.skip = self.skip, 0

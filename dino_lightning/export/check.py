@@ -74,7 +74,7 @@ def compare_with_module(
     the two queries find changes a little. So proposals are compared by the scores at each rank, and detections with the
     module's own from the same proposals.
 
-    A file that resizes by itself is judged in two steps: its resized pixels beside those of evaluation, and its
+    A file that resizes by itself is checked in two steps: its resized pixels beside those of evaluation, and its
     detections beside those of the module in the very same pixels. Rounding makes some pixels differ by one, which no
     eye sees, but which can exchange two proposals of nearly the same score, deep down in their list.
 

@@ -70,20 +70,22 @@ def write_model_directory(
 
 
 def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) -> dict[str, Any]:
-    """Classes, preprocessing, threshold and figures of a checkpoint, for people and other programs.
+    """Classes, preprocessing, threshold and metrics of a checkpoint, for people and other programs.
 
-    The figures are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
+    The metrics are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
     the epoch is over.
     """
     settings = checkpoint["hyper_parameters"]
     names = settings["class_names"] or []
     ids = settings["category_ids"] or list(range(len(names)))
-    figures: dict[str, float] = {}
+    metrics_of_epoch: dict[str, float] = {}
     if metrics.is_file():
         with metrics.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
-                    figures = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+                    metrics_of_epoch = {
+                        name: float(value) for name, value in row.items() if name.startswith("val/") and value
+                    }
     return {
         "format": "dino_lightning model 1",
         "weights": MODEL_FILE,
@@ -101,5 +103,5 @@ def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) ->
             "stretched_to_a_square_of": settings.get("stretch_to"),
             "normalisation": "inside the model",
         },
-        "metrics": figures,
+        "metrics": metrics_of_epoch,
     }

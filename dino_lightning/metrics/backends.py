@@ -20,7 +20,7 @@ MAX_DETECTIONS = 100  # COCO's own: the best 100 of each class in each image
 
 
 class EvaluatedImage(NamedTuple):
-    """Everything known about one image, on the host: its D detections and N true boxes."""
+    """Everything known about one image, on the host: its D detections and N ground-truth boxes."""
 
     boxes_xyxy: npt.NDArray[np.float32]  # (D, 4) pixels
     scores: npt.NDArray[np.float32]  # (D,)
@@ -35,7 +35,7 @@ def average_precision(
 
     Returns:
         precision (10, 101, K, 4) for IoU 0.50:0.95, recall 0:1, classes, areas all / small / medium / large;
-        recall (10, K, 4) likewise. Both at 100 detections, and -1 where there is no true box.
+        recall (10, K, 4) likewise. Both at 100 detections, and -1 where there is no ground-truth box.
     """
     coco_class, eval_class = _load_backend(backend)
     with _without_garbage_collection(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

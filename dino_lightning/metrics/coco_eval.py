@@ -26,7 +26,7 @@ from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, 
 from dino_lightning.metrics.results import ClassResult, Evaluation
 from dino_lightning.structures import GroundTruth
 
-NOTHING_TO_MEASURE = -1.0  # COCO's own: no true box to measure against
+NOTHING_TO_MEASURE = -1.0  # COCO's own: no ground-truth box to measure against
 
 
 class _Result(NamedTuple):
@@ -50,10 +50,10 @@ class CocoMetric(Metric):
     - with more than one class `AP_class/<name>`, `AP50_class/<name>` and `F1_class/<name>`, the last at the
       class's own best threshold.
 
-    A value with nothing to measure is -1.0, as in COCO: AP and AR without a true box (of that size), F1 and
-    its companions without a true box; so with no boxes at all every value is -1.0. Detections of a class
-    without true boxes still count as wrong in the common F1. With true boxes and no detection F1 is 0.0, and
-    so is its threshold.
+    A value with nothing to measure is -1.0, as in COCO: AP and AR without a ground-truth box (of that size), F1 and
+    its companions without a ground-truth box; so with no boxes at all every value is -1.0. Detections of a class
+    without ground-truth boxes still count as wrong in the common F1. With ground-truth boxes and no detection F1 is
+    0.0, and so is its threshold.
 
     Args:
         class_names: the name of each label. By default the names that the detections carry; if they carry
@@ -297,7 +297,7 @@ def _mean(values: npt.NDArray[np.float64]) -> float:
 
 
 def _best(curve: PrecisionRecallCurve, num_boxes: int) -> OperatingPoint:
-    """The curve's best point, or -1 throughout without a true box."""
+    """The curve's best point, or -1 throughout without a ground-truth box."""
     return curve.best if num_boxes else OperatingPoint(*[NOTHING_TO_MEASURE] * 4)
 
 

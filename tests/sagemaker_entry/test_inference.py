@@ -128,7 +128,7 @@ def test_served_detections_equal_those_of_the_model(model_dir, rooms, tmp_path):
     for (status, message), words in zip(
         answers[2:],
         (
-            "'text/plain' is not known",
+            "'text/plain' is not supported",
             "cannot be decoded",
             "not a base64-encoded image",
             "must look like",

@@ -38,13 +38,14 @@ class Container:
         kept = {name: value for name, value in os.environ.items() if name not in STRAY and not name.startswith("SM_")}
         environment = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "job", "OMP_NUM_THREADS": "1"}
         self.log = root / "log.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sagemaker_entry.train"],
-            env={**environment, **variables},
-            cwd=folder,
-            stdout=self.log.open("a"),
-            stderr=subprocess.STDOUT,
-        )
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sagemaker_entry.train"],
+                env={**environment, **variables},
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def wait(self, timeout=200):
         return self.process.wait(timeout)

@@ -10,7 +10,7 @@ places nor the weights nor the samples ever exist in memory; the backward pass w
   sm_86 wanted 168 to 255 registers and spilled; as a loop it wants about 50 for bfloat16.
 - Everything that is one number for each query stays in one layout: a table of all weights would have another, and cost
   a trip through shared memory for each point.
-- Maps may have any size without compiling anew: sizes are plain arguments that the compiler may not specialise on.
+- Maps may have any size without another compilation: sizes are plain arguments that the compiler may not specialise on.
 - Places and sums are float32 whatever the inputs are. The gradient of the maps is summed by float32 atomics: those of
   bfloat16 are emulated before sm_90. The compiler lets 32 lanes add to 32 neighbours; from sm_90, to four each.
 - Nothing is autotuned: the backward pass adds to its output.
