@@ -50,12 +50,9 @@ class Host:
             f"hostname {self.name} && cd /opt/ml && exec {shlex.join(command)}"
         )
         full = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc"]
-        self.process = subprocess.Popen(
-            [*full, "--kill-child", "sh", "-c", inside],
-            env=environment,
-            stdout=self.log.open("a"),
-            stderr=subprocess.STDOUT,
-        )
+        command = [*full, "--kill-child", "sh", "-c", inside]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def signal(self, number: int) -> None:
         """Send a signal to process 1, as the container runtime does."""
