@@ -20,7 +20,7 @@ MAX_DETECTIONS = 100  # COCO's own: the best 100 of each class in each image
 
 
 class EvaluatedImage(NamedTuple):
-    """Everything known about one image, on the host: its D detections and N true boxes."""
+    """Everything known about one image, on the host: its D detections and N ground-truth boxes."""
 
     boxes_xyxy: npt.NDArray[np.float32]  # (D, 4) pixels
     scores: npt.NDArray[np.float32]  # (D,)
@@ -31,11 +31,11 @@ class EvaluatedImage(NamedTuple):
 def average_precision(
     images: Sequence[EvaluatedImage], num_classes: int, backend: Backend
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """COCO's own evaluation of the images, silenced.
+    """COCO's own evaluation of the images, without its printed output.
 
     Returns:
         precision (10, 101, K, 4) for IoU 0.50:0.95, recall 0:1, classes, areas all / small / medium / large;
-        recall (10, K, 4) likewise. Both at 100 detections, and -1 where there is no true box.
+        recall (10, K, 4) likewise. Both at 100 detections, and -1 where there is no ground-truth box.
     """
     coco_class, eval_class = _load_backend(backend)
     with _without_garbage_collection(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
@@ -82,7 +82,7 @@ def _load_backend(backend: Backend) -> tuple[Callable[..., Any], Callable[..., A
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Pause the search for cycles: a million small dictionaries set it off again and again, for nothing."""
+    """Pause the garbage collector: a million small dictionaries trigger it repeatedly, and it frees nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
