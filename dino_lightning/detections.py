@@ -1,4 +1,4 @@
-"""What was found in one image: printed, drawn, and handed to other programs."""
+"""The detections of one image: printed, drawn, and converted for other programs."""
 
 from __future__ import annotations
 
@@ -189,9 +189,9 @@ class Detections:
 
 
 def save_page(page: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all."""
+    """Write an image atomically: the file is complete or absent."""
     with atomic_write(path) as temporary:
-        page.save(temporary, quality=90)  # which formats without losses pass over
+        page.save(temporary, quality=90)  # lossless formats ignore the quality
 
 
 def _printable(text: str) -> str:

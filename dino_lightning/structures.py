@@ -2,7 +2,7 @@
 
 One legend of shape letters for the whole package: B batch, S tokens, Q queries, L levels (or decoder layers, said
 where), P points, H heads, D dim, K classes, N boxes. Counts and sizes stay on the host as Python ints, so that no
-part has to synchronise with the device to learn a shape.
+part needs a device synchronisation to learn a shape.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class GroundTruth:
 
 
 class Notice(NamedTuple):
-    """Something that went wrong with the data and was got over; said once for each kind, and counted.
+    """A problem with the data that did not stop the run; reported once for each kind, and counted.
 
     Attributes:
-        kind: what it has in common with others.
+        kind: groups the notices that are reported and counted together.
         message: one sentence.
     """
 
@@ -99,7 +99,7 @@ class Batch:
         original_sizes: (height, width) in pixels of each image file, before resizing.
         targets: the boxes to learn from, or None.
         ground_truth: the annotations to evaluate against, or None.
-        notices: what went wrong with its images and was got over.
+        notices: problems with its images that did not stop the run.
     """
 
     images: Tensor
@@ -237,7 +237,7 @@ class Batch:
 
 
 def _copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Only copies towards a GPU may run on their own: a host tensor would be read before it is filled."""
+    """Copy asynchronously to a GPU only: a copy to the host could be read before it is complete."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -273,7 +273,7 @@ def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:
 
 @dataclass(frozen=True)
 class DenoisingOutput:
-    """What the decoder made of the denoising queries, with the layout that ties them to the targets.
+    """The decoder's output for the denoising queries, and how they correspond to the targets.
 
     Slot `(2 g + s) * max_boxes + j` holds, for group g, box j of each image: noised slightly (s = 0, positive) or
     strongly (s = 1, negative). Slots past an image's count are queries without a box.
@@ -293,7 +293,7 @@ class DenoisingOutput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Everything the detector says about a batch; all decoder layers stacked.
+    """The detector's output for a batch; all decoder layers stacked.
 
     Attributes:
         pred_logits: (L, B, Q, K) class logits of the L decoder layers, the last one final.

@@ -1,8 +1,8 @@
 """Reading COCO annotation files: checked, and turned into arrays.
 
 Whatever is wrong with a file is said here, in one sentence that names the file and the entry; nothing after
-this module has to check annotations again. `read_coco` continues after a faulty entry and collects what is wrong;
-`load_coco` is for training, which should not begin on such a file.
+this module has to check annotations again. `read_coco` continues after a faulty entry and collects all problems;
+`load_coco` is for training, which must not start on such a file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, 
 from dino_lightning.data.findings import KINDS
 from dino_lightning.errors import DataError
 
-MAX_ID = 2**63  # what 64 bits hold
-MAX_COORDINATE = 1e12  # beyond any image; NaN and infinity fail the comparison with it
-MAX_SIDE = 2**31 - 1  # pixels; no image format has room for more
+MAX_ID = 2**63  # the ids must fit into int64
+MAX_COORDINATE = 1e12  # larger than any image; NaN and infinity fail the comparison with it
+MAX_SIDE = 2**31 - 1  # pixels; no image format allows more
 LONGEST_VALUE = 100  # characters of a faulty value that a message repeats
 
 Report = Callable[[Problem], None]
@@ -131,13 +131,13 @@ def _parse_categories(path: Path, entries: list[dict[str, Any]], report: Report)
         if not isinstance(name, str) or not name.strip():
             message = f"{path}: category {category_id} has no name. Give each category a name."
             report(Problem("entry-malformed", message))
-            name = f"category {category_id}"  # its annotations are not to blame
+            name = f"category {category_id}"  # its annotations are still usable
         categories[category_id] = Category(category_id, name.strip(), str(entry.get("supercategory", "")))
     return tuple(categories[category_id] for category_id in sorted(categories))
 
 
 def parse_images(path: Path, entries: list[dict[str, Any]], report: Report) -> tuple[tuple[ImageEntry, ...], set[int]]:
-    """The images, and the ids of those left out."""
+    """The valid images in the order of the file, and the ids of the invalid ones, which are left out."""
     if not entries:
         report(Problem("file-unreadable", f"{path}: lists no images."))
     images: dict[int, ImageEntry] = {}
@@ -182,7 +182,7 @@ def _safe_file_name(path: Path, what: str, name: object) -> str:
     """The file name with forward slashes; refuses one that would be read from outside the image folder."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{path}: {what} has no file_name.")
-    # ClassifiedDetection by both systems' rules: files written on Windows are read here, and the other way round.
+    # Checked by the rules of both systems: files written on Windows are read on Linux, and vice versa.
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
         raise UnsafeNameError(
@@ -215,7 +215,7 @@ def _parse_annotations(
         problem: tuple[str, str] | None = None
         # The type tests also keep True, 1.0 and lists (which cannot be hashed) from passing as the id 1.
         if type(image_id) is int and image_id in faulty_images:
-            continue  # that has been said
+            continue  # already reported for the image
         if type(image_id) is not int or image_id not in index_of_image:
             problem = (
                 "unknown-image",
@@ -300,7 +300,7 @@ def _id_or_none(value: object) -> int | None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number, and not one so large that it cannot be computed with."""
+    """Whether a value is a finite number with an absolute value below `MAX_COORDINATE`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
@@ -319,6 +319,6 @@ def _integer(path: Path, what: str, entry: dict[str, Any], key: str) -> int:
 
 
 def _kind(value: object) -> str:
-    """What JSON calls a value."""
+    """The JSON type of a value, as a message names it."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

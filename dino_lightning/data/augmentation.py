@@ -42,8 +42,8 @@ SHORT_SIDES = tuple(range(480, 801, 32))
 SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 CROP_SIDES = (384, 600)
 
-MOST_ROTATION = 15.0  # degrees; at more than that, boxes round rotated boxes say little
-SIZES = ("image_size", "max_size", "canvas")  # fields that are no options
+MOST_ROTATION = 15.0  # degrees; beyond that, boxes around rotated boxes are too loose
+SIZES = ("image_size", "max_size", "canvas")  # fields that are not options
 
 
 def train_transform(
@@ -104,7 +104,7 @@ class CocoAugmentation:
         _check(self, "min_scale", 0.05, 1.0)
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
-        """Apply to one image."""
+        """The augmented image with its boxes, in pixels of that image."""
         if chance(self.flip):
             example = flip_horizontal(example)
         if chance(self.crop):
@@ -125,10 +125,10 @@ class CocoAugmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class PlansAugmentation:
-    """For drawings: cropped between the boxes, scaled, mirrored, turned, slightly rotated, inked and scanned anew.
+    """For drawings: crops that keep boxes mostly whole, scaling, flips, turns, slight rotation, ink and scanner noise.
 
-    Colours stay as they are: where a plan has any, they carry meaning. No line vanishes: at training size most are a
-    pixel or two wide, so the thinner ones get paler instead.
+    Colours are not changed: where a plan has any, they carry meaning. No line vanishes: at training size most lines
+    are one or two pixels wide, so thinning makes the narrowest ones paler instead.
 
     Attributes:
         image_size: largest short side in pixels, of the image before the crop.
@@ -179,7 +179,7 @@ class PlansAugmentation:
         _check_switch(self, "quarter_turns")
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
-        """Apply to one image."""
+        """The augmented image with its boxes, in pixels of that image."""
         example = self._placed(example)
         weight = float(torch.rand(()))
         if weight < self.thicken:
@@ -198,7 +198,7 @@ class PlansAugmentation:
         return example
 
     def _placed(self, example: LabelledImage) -> LabelledImage:
-        """The geometry: cropped first and resized once, so that a crop fills a canvas with all that the file has."""
+        """The geometric part: crop first and resize once, so that a crop keeps the full resolution of the file."""
         smallest, largest = (max(1, round(scale * self.image_size)) for scale in (self.min_scale, 1.0))
         whole, scaled = example.size, resized_size(example.size, integer(smallest, largest), self.max_size)
         if chance(self.crop):
@@ -237,7 +237,7 @@ class FlipsAugmentation:
         _check_switch(self, "quarter_turns")
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
-        """Apply to one image."""
+        """The augmented image with its boxes, in pixels of that image."""
         example = mirrored_and_turned(example, self.flip, self.quarter_turns)
         return resize_by_rule(example, self.image_size, self.max_size, self.canvas)
 

@@ -31,20 +31,20 @@ HEADER = struct.Struct("<8sIIII")  # magic, stored height and width, height and 
 MAGIC = b"DINOIMG1"
 WORTHWHILE = 1.5  # an image with fewer pixels than this times the stored ones is as fast to decode
 ENTRIES_BETWEEN_SCANS = 64
-FORGOTTEN_SECONDS = 3600  # a temporary file older than this has lost its writer
+FORGOTTEN_SECONDS = 3600  # the writer of a temporary file older than this is gone
 
 
 class ImageCache:
     """Down-scaled images in a folder of limited size.
 
-    Entries of earlier runs are thrown out when the room is needed, the longest unused first; entries of this run are
-    not: with more images than room, each epoch would throw out what the next one needs.
+    Entries of earlier runs are evicted when the space is needed, the least recently used first. Entries of this run are
+    not: with more images than space, each epoch would evict what the next one needs.
 
     Args:
         folder: where the entries lie; made if missing.
         image_size: short side of the stored images in pixels.
         max_size: limit of their long side in pixels.
-        max_bytes: limit of all entries together. Several processes may pass it by a few dozen images.
+        max_bytes: limit of all entries together. Several processes may exceed it by a few dozen images.
 
     Attributes:
         problem: why no further images are stored, for the user; None while all is well.
@@ -128,7 +128,7 @@ class ImageCache:
         return torch.from_numpy(pixels).permute(2, 0, 1), (file_height, file_width)
 
     def _store(self, entry: Path, image: Tensor, size: tuple[int, int]) -> None:
-        """Write an entry if there is room; a disk that refuses ends the storing, not the training."""
+        """Write an entry if there is room; an error of the disk ends the caching, not the training."""
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         length = HEADER.size + pixels.nbytes
         temporary: str | None = None
@@ -158,7 +158,7 @@ class ImageCache:
                 Path(temporary).unlink(missing_ok=True)
 
     def _make_room(self, length: int) -> bool:
-        """Whether an entry of `length` bytes fits, if need be after entries of earlier runs are thrown out."""
+        """Whether an entry of `length` bytes fits, after evicting entries of earlier runs where necessary."""
         if self._until_scan > 0 and self._bytes + length <= self.max_bytes:
             self._until_scan -= 1
             return True

@@ -53,7 +53,7 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class AnnotationSummary:
-    """What an annotation file holds, and what had to be repaired.
+    """What an annotation file holds, and what was dropped or clipped.
 
     Attributes:
         images: images listed, with boxes or without.

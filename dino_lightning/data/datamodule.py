@@ -64,8 +64,8 @@ class CocoDataModule(lightning.LightningDataModule):
             "letterbox": the long side always fills it; "stretch": all of it is filled, proportions are given up, in
             evaluation too.
         pad_to_multiple: round height and width of a batch up to a multiple of this.
-        aspect_buckets: put training images of like shape into a batch, which then is padded less and trained on
-            faster; where the augmentation turns images, it turns those of a batch to one orientation.
+        aspect_buckets: put training images of similar shape into a batch, which needs less padding and trains
+            faster; where the augmentation turns images, all of a batch get the same orientation.
         cache_dir: folder in which images much larger than `image_size` are kept scaled down, so that they are decoded
             once and not in every epoch; may be shared by processes and runs. Augmentation then starts from the
             smaller image.
@@ -224,7 +224,7 @@ class CocoDataModule(lightning.LightningDataModule):
     def worst_case_batch(self, batch_size: int, num_boxes: int | None = None) -> Batch:
         """A training batch as large as any that the loader can give: its images black, its boxes alike.
 
-        Told from the annotation file and the options; no image is opened.
+        Computed from the annotation file and the options; no image is opened.
 
         Args:
             batch_size: how many images.

@@ -24,7 +24,7 @@ from dino_lightning.errors import DataError
 from dino_lightning.structures import GroundTruth, Notice
 
 UNREADABLE = "unreadable"  # kind of notice
-FEW_IMAGES = 200  # read before a progress bar would be of use
+FEW_IMAGES = 200  # read so quickly that a progress bar is of no use
 Draw = Sequence[int]  # index and seed, and in a batch of one orientation whether that is landscape
 
 
@@ -39,7 +39,7 @@ class Sample:
         image_id: the id in the annotation file.
         original_size: (height, width) in pixels of the image file as displayed.
         ground_truth: the annotations to evaluate against, or None.
-        notices: what went wrong on the way and was got over.
+        notices: problems with the image that did not stop the run.
     """
 
     image: Tensor
@@ -125,7 +125,7 @@ class CocoDetection(Dataset[Sample]):
         if self.cache is not None and self.cache.problem is not None:
             notices.append(Notice("cache", self.cache.problem))
         boxes_xyxy, labels = self._boxes_and_labels(index)
-        if image.shape[1:] != size:  # it came scaled down from the cache
+        if image.shape[1:] != size:  # the cache returned it scaled down
             boxes_xyxy *= boxes_xyxy.new_tensor([image.shape[2] / size[1], image.shape[1] / size[0]] * 2)
         truth = ground_truth(self.annotations, self._labels, index) if self.with_ground_truth else None
         return self._transformed(index, LabelledImage(image, boxes_xyxy, labels, landscape=landscape), truth, notices)
@@ -188,7 +188,7 @@ class CocoDetection(Dataset[Sample]):
             The ids of the images left out by this call.
 
         Raises:
-            DataError: not one image can be read.
+            DataError: no image can be read.
         """
         if self._all_readable:
             return []

@@ -1,7 +1,7 @@
 """What can be wrong with a dataset: one name, one severity and one piece of advice for each kind.
 
 An error is what `fit` refuses at its defaults (on_bad_image=error), no more and no less. So copies of training images
-in the validation split, which make its metrics worthless, are a warning: the training as such is sound.
+in the validation split, which make its metrics meaningless, are a warning: training itself works.
 `inspect --strict` fails for warnings too.
 """
 
@@ -18,8 +18,8 @@ class Kind(NamedTuple):
     """A kind of finding.
 
     Attributes:
-        severity: an error keeps training from starting; a warning trains, but not on what the user thinks; a note
-            is good to know.
+        severity: an error keeps training from starting; with a warning it starts, but not on the data the user
+            expects; a note is for information.
         title: what was found, in a few words.
         advice: what it means and what to do.
     """
@@ -111,12 +111,12 @@ KINDS: dict[str, Kind] = {
     "leak": Kind(
         "warning",
         "images that are also in another split",
-        "Results on them measure memory, not skill. Take them out of one of the splits.",
+        "Metrics on them measure memorisation, not generalisation. Take them out of one of the splits.",
     ),
     "leak-near": Kind(
         "warning",
-        "images nearly the same as one in another split",
-        "Scaled or saved again? Then results on them measure memory, not skill.",
+        "near-duplicates of an image in another split",
+        "Scaled or saved again? Then metrics on them measure memorisation, not generalisation.",
     ),
     "duplicate-category-name": Kind(
         "warning", "categories of the same name", "They are learnt as different classes. Merge them."
@@ -125,7 +125,7 @@ KINDS: dict[str, Kind] = {
         "warning", "categories without a box to train on", "A class that cannot be learnt. Remove it, or add examples."
     ),
     "animated": Kind("warning", "animated or multi-page images", "Only the first frame or page is read."),
-    "near-duplicate": Kind("note", "images nearly the same as another", "Scaled or saved again? Keep one of them."),
+    "near-duplicate": Kind("note", "near-duplicates of another image", "Scaled or saved again? Keep one of them."),
     "near-unfinished": Kind(
         "note",
         "not all images were compared for likeness",
@@ -156,7 +156,7 @@ class Case:
     """One instance of a finding.
 
     Attributes:
-        detail: what is particular about it.
+        detail: what distinguishes this case from the others of its kind.
         image_id: the image concerned.
         annotation_id: the annotation concerned.
         file_name: the image file, as the annotations name it.
@@ -184,5 +184,5 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """How bad it is."""
+        """The severity of its kind: "error", "warning" or "note"."""
         return KINDS[self.kind].severity

@@ -1,8 +1,8 @@
 """Image files decoded the way a viewer shows them: 8-bit RGB, upright, on white.
 
 Plain JPEG files go through torchvision's decoder, which is faster and gives the same pixels; everything else, and
-whatever it refuses, goes through Pillow, whose word is final. Not so PNG files: torchvision 0.29 ends the process on
-a damaged one.
+whatever it refuses, goes through Pillow. PNG files always go through Pillow: torchvision 0.29 ends the process on a
+damaged one.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def _decode_jpeg(content: bytes) -> Tensor | None:
     with open_image(io.BytesIO(content)) as image:
         if image.mode not in ("L", "RGB") or image.getexif().get(EXIF_ORIENTATION, 1) != 1:
             return None
-    encoded = torch.frombuffer(
-        bytearray(content), dtype=torch.uint8
-    )  # a copy: torch warns of bytes, which are constant
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # a copy: torch warns about read-only buffers
     try:
         pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB)
     except RuntimeError:
@@ -150,10 +148,10 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> npt.NDArray[np.uint8
 
 
 def to_pixels(image: ImageLike) -> Tensor:
-    """Any image -> (3, H, W) uint8 RGB.
+    """An image of any supported kind -> (3, H, W) uint8, RGB, 0-255.
 
-    One that Pillow has opened becomes what its file would, but is not turned by its EXIF orientation: its pixels are
-    what its owner counts in.
+    An opened Pillow image is converted as its file would be, but not rotated by its EXIF orientation: boxes are
+    given in the pixels of the image object that the caller holds.
     """
     if isinstance(image, str | Path):
         return read_image(Path(image))

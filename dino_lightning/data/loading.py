@@ -1,4 +1,4 @@
-"""A loader that knows its place in the epoch and outlives its worker processes."""
+"""A loader that saves its position in the epoch and survives the death of its worker processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Loader(DataLoader[Sample]):
     """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders).
 
     Where a worker process is killed, usually by the system when memory runs out, all of them are restarted. No
-    batch is lost by it: batches follow from indices and seeds, so another process makes the same.
+    batch is lost: batches follow from indices and seeds, so a new process makes the same ones.
 
     Raises:
         DataError: more than three worker processes of one epoch were killed.
@@ -32,7 +32,7 @@ class Loader(DataLoader[Sample]):
 
     def __init__(self, dataset: Dataset[Sample], *, sampler: Any = None, **arguments: Any) -> None:
         super().__init__(dataset, sampler=sampler, **arguments)
-        # None in evaluation. Lightning's overfit_batches gives a sampler of its own; then there is no place to keep
+        # None in evaluation, and with Lightning's overfit_batches, whose own sampler has no position to save.
         self._order = sampler if isinstance(sampler, TrainSampler) else None
         self._given = 0
         self._first = 0
@@ -41,7 +41,7 @@ class Loader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
         self._given, self._first = self._first, 0
         if self._order is not None:
-            if self._order.epoch == self._last_epoch:  # without Lightning, which counts the epochs, count them here
+            if self._order.epoch == self._last_epoch:  # the caller did not set the epoch (Lightning does): set it here
                 self._order.set_epoch(self._order.epoch + 1)
             self._last_epoch = self._order.epoch
         deaths = 0
@@ -54,7 +54,7 @@ class Loader(DataLoader[Sample]):
             except (RuntimeError, OSError, EOFError) as error:
                 if self.num_workers == 0 or not _tells_of_a_death(error):
                     raise
-                self._iterator = None  # the processes that are left end with it
+                self._iterator = None  # this also ends the remaining processes
                 deaths += 1
                 if deaths > MAX_DEATHS:
                     raise DataError(
@@ -76,13 +76,13 @@ class Loader(DataLoader[Sample]):
         return iterator if self._order is not None else islice(iterator, given, None)
 
     def state_dict(self) -> dict[str, int]:
-        """The seed, the epoch, and the batches of it that were given."""
+        """The seed, the epoch, and the number of its batches that were given."""
         if self._order is None:
             return {}
         return {"seed": self._order.seed, "epoch": self._order.epoch, "batches": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that were given; after the last one, with the next epoch."""
+        """Resume after the batches that were given; with the next epoch if the epoch was complete."""
         if self._order is None or not state_dict:
             return
         finished = state_dict["batches"] >= len(self)
@@ -92,19 +92,19 @@ class Loader(DataLoader[Sample]):
 
 
 def _tells_of_a_death(error: BaseException) -> bool:
-    """Whether a worker process is gone; errors of the dataset come from a worker that lives."""
+    """Whether the error means that a worker process died; an error of the dataset comes from a living worker."""
     message = str(error)
     if message.startswith("DataLoader worker (pid"):
         return True
-    # A batch that it had finished lies in memory that it was to hand over.
+    # Its last finished batch may be in shared memory that was never handed over.
     lost_on_the_way = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
     return lost_on_the_way and ("Original Traceback" not in message or "in pin memory thread" in message)
 
 
 def _leave_deaths_to_the_loader() -> None:
-    """Take away torch's signal handler, which reports a dead worker wherever the main thread happens to be.
+    """Remove torch's signal handler, which raises the error of a dead worker wherever the main thread is.
 
-    That may be the middle of a training step. Without it, the loader finds out itself when it waits for a batch.
+    That may be in the middle of a training step. Without it, the loader notices when it waits for the next batch.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return
@@ -114,7 +114,7 @@ def _leave_deaths_to_the_loader() -> None:
 
 
 def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None, pad_to_multiple: int = 1) -> Batch:
-    """Put samples into one batch.
+    """Pad samples to one canvas size and stack them into a batch.
 
     Args:
         samples: what `CocoDetection` gave.

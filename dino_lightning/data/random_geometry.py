@@ -1,4 +1,4 @@
-"""Random draws, and the moves of an image that are made up of several.
+"""Random draws, and geometric augmentations that combine several of them.
 
 All draws come from torch's global generator, which `CocoDetection` seeds for each image, so a run can be repeated.
 """
@@ -20,7 +20,7 @@ CROP_TRIES = 10
 
 
 def careful_crop(example: LabelledImage, *, min_crop: float = 0.5, min_visible: float = 0.6) -> LabelledImage:
-    """Crop at random such that each box stays mostly visible or vanishes, and at least one stays.
+    """Crop at random so that each box stays mostly visible or leaves the crop entirely, and at least one stays.
 
     A half-cut room is a wrong example of a room. A window that shows some of a box, but less than `min_visible` of
     its area, is drawn again, up to 10 times; then the image stays whole.
@@ -37,7 +37,7 @@ def careful_crop(example: LabelledImage, *, min_crop: float = 0.5, min_visible: 
 
 
 def mirrored_and_turned(example: LabelledImage, flip: float, turn: bool) -> LabelledImage:
-    """One of the eight ways to lay down a square, at random; of the four that give the wanted orientation, if any."""
+    """One of the eight flips and quarter turns at random, or of the four with the required orientation, if any."""
     if chance(flip):
         example = flip_horizontal(example)
     if chance(flip):
@@ -52,7 +52,7 @@ def mirrored_and_turned(example: LabelledImage, flip: float, turn: bool) -> Labe
 
 
 def random_crop(example: LabelledImage, height: int, width: int) -> LabelledImage:
-    """A window of this size, anywhere."""
+    """A crop of (height, width) pixels at a random position."""
     top, left = integer(0, example.size[0] - height), integer(0, example.size[1] - width)
     return crop(example, top, left, height, width)
 
@@ -68,10 +68,10 @@ def integer(low: int, high: int) -> int:
 
 
 def uniform(low: float, high: float) -> float:
-    """A random number between the two."""
+    """A random number, uniform in [low, high)."""
     return low + (high - low) * float(torch.rand(()))
 
 
 def choice(values: tuple[int, ...]) -> int:
-    """One of them."""
+    """One of the values at random, all equally likely."""
     return values[integer(0, len(values) - 1)]

@@ -27,7 +27,7 @@ class Splits:
     Attributes:
         classes: the classes, from the training annotations.
         train: the training annotations.
-        val: the validation annotations; a part of the training images where there is no split of its own.
+        val: the validation annotations; held out from the training images where the dataset has no validation split.
         test: the test annotations, if there are any.
         notes: sentences about what was decided.
         repairs: sentences about what was dropped or clipped.
@@ -45,7 +45,7 @@ def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: i
     """Find, read and check the annotation files of all splits; opens no image.
 
     Args:
-        given: `root`, and `{train,val,test}_{annotations,images}` where they are not to be looked for.
+        given: `root`, and `{train,val,test}_{annotations,images}` where they are not searched for by convention.
         val_fraction: share of the training images that becomes the validation split where there is none.
         seed: decides which ones.
         files_must_exist: whether every image file listed has to be there.

@@ -1,8 +1,8 @@
-"""The order of the training images and the randomness of each: both follow from a seed, so that a run can be resumed.
+"""The order of the training images and the random draws for each: both follow from a seed, so a run can be resumed.
 
 Nothing is drawn from a generator whose state would have to be stored: the order depends on seed and epoch, the
-augmentation of an image on seed, epoch and image. A run that stopped in the middle of an epoch sees exactly the same
-batches when it is resumed, whatever the number of loader workers.
+augmentation of an image on seed, epoch and image. A run that is resumed in the middle of an epoch sees exactly the
+batches that it would have seen without the stop, whatever the number of loader workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dino_lightning.data.dataset import Draw
 
-BATCHES_IN_A_POOL = 32  # batches of like images are made up from as many batches' images
+BATCHES_IN_A_POOL = 32  # images are sorted by elongation within this many batches at a time
 
 
 def derive_seed(*parts: int) -> int:
@@ -30,10 +30,10 @@ def derive_seed(*parts: int) -> int:
 class TrainSampler(DistributedSampler[Draw]):
     """Shuffled (index, seed) pairs of one process of a run; the order depends on seed and epoch alone.
 
-    With `aspect_ratios`, images of like shape come together, so that a batch is padded little: of each 32 batches'
-    images, taken at random, the batches are made up by aspect ratio and then come in random order. The same batch of
-    all processes is cut from one piece, and each process has the same number of batches. Seeds then come with a
-    third number, the orientation of the batch (see `LabelledImage.landscape`).
+    With `aspect_ratios`, a batch has images of similar shape, so that it needs little padding: the shuffled images are
+    taken 32 batches at a time, sorted by elongation and cut into batches, which are then shuffled. All processes get
+    similar shapes in the same step, and the same number of batches. Seeds then come with a third number, the
+    orientation of the batch (see `LabelledImage.landscape`).
 
     Args:
         dataset: what to draw from.
@@ -64,7 +64,7 @@ class TrainSampler(DistributedSampler[Draw]):
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]  # has a length
-        order = np.resize(order, self.total_size)  # as many for each process: the first come again
+        order = np.resize(order, self.total_size)  # the same number for each process: the first images are repeated
         if self.elongations is not None:
             order = self._by_shape(order, self.elongations, generator)
         for place, index in islice(enumerate(order[self.rank :: self.num_replicas].tolist()), skip, None):
@@ -77,12 +77,12 @@ class TrainSampler(DistributedSampler[Draw]):
     def _by_shape(
         self, order: npt.NDArray[np.int64], elongations: npt.NDArray[np.float64], generator: torch.Generator
     ) -> npt.NDArray[np.int64]:
-        """The same indices, so ordered that each batch of all processes together has images of like shape."""
+        """The same indices, reordered so that the batches of one step have images of similar shape on all processes."""
         size = self.batch_size * self.num_replicas
         pieces = []
         for start in range(0, len(order), BATCHES_IN_A_POOL * size):
             pool = order[start : start + BATCHES_IN_A_POOL * size]
-            whole = len(pool) // size * size  # what makes no whole batch stays last, where it may be dropped
+            whole = len(pool) // size * size  # an incomplete batch stays last, where it may be dropped
             pool, rest = pool[:whole], pool[whole:]
             batches = pool[np.argsort(elongations[pool], kind="stable")].reshape(-1, size)
             pieces += [batches[torch.randperm(len(batches), generator=generator).numpy()].reshape(-1), rest]

@@ -1,4 +1,4 @@
-"""Ink, paper and scanner: what happens to a drawing between the pen and the file. Boxes stay where they are.
+"""Augmentations that imitate ink, paper and scanner. They leave the boxes unchanged.
 
 Pixels are bytes, and their products fit into 16 bits: nothing here is computed in floating point.
 """
@@ -36,7 +36,7 @@ def thin(example: LabelledImage) -> LabelledImage:
 
 
 def fade(example: LabelledImage) -> LabelledImage:
-    """Bring everything nearer to white."""
+    """Reduce the contrast with white by a random factor."""
     contrast = round(128 * _between(PALEST_INK, 1.0))
     darkness = example.image.to(torch.int16).sub_(WHITE).mul_(contrast).bitwise_right_shift_(7)
     return replace(example, image=darkness.add_(WHITE).to(torch.uint8))
@@ -72,7 +72,7 @@ def blur(example: LabelledImage) -> LabelledImage:
 
 
 def save_as_jpeg(example: LabelledImage) -> LabelledImage:
-    """Compress and decode."""
+    """Add JPEG artefacts: compress at a random quality and decode."""
     buffer = io.BytesIO()
     to_page(example.image).save(buffer, "JPEG", quality=int(torch.randint(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, ())))
     return replace(example, image=decode_bytes(buffer.getvalue(), "an augmented image"))

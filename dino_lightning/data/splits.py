@@ -104,7 +104,7 @@ def resolve_split_files(root: Path, explicit: Mapping[str, tuple[str | None, str
 def choose_image_folder(annotations: Path, candidates: Sequence[Path]) -> Path:
     """Of the candidates that exist, the one in which most of the first files listed in `annotations` lie.
 
-    The first one if they are equal in that, so the order of the candidates matters.
+    Ties go to the first one, so the order of the candidates matters.
     """
     folders = [folder for folder in candidates if folder.is_dir()]
     if len(folders) <= 1:
@@ -206,7 +206,7 @@ def _existing(root: Path, given: str, argument: str) -> Path:
 
 
 def check_images_folder(split: CocoAnnotations) -> None:
-    """Raise `DataError` if the image folder is plainly a wrong one: not one of the first files is there."""
+    """Raise `DataError` if the image folder is obviously wrong: none of the first files listed is there."""
     probed = range(min(len(split.images), FILES_TO_PROBE))
     if not any(is_file(split.image_path(index)) for index in probed):
         others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
@@ -217,14 +217,14 @@ def check_images_folder(split: CocoAnnotations) -> None:
 
 
 def check_files_exist(split: CocoAnnotations) -> None:
-    """Raise `DataError` if a listed image file is absent; each folder is looked through once."""
+    """Raise `DataError` if a listed image file is absent; each folder is listed once."""
     present: dict[Path, set[str]] = {}
     absent = []
     for index in range(len(split.images)):
         path = split.image_path(index)
         if path.parent not in present:
             present[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-        # asked twice where a name is not in the list: the file system may not tell capitals from small letters
+        # checked again where a name is not in the listing: the file system may be case-insensitive
         if path.name not in present[path.parent] and not is_file(path):
             absent.append(index)
     if absent:

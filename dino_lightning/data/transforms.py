@@ -109,12 +109,12 @@ def resize(example: LabelledImage, size: tuple[int, int]) -> LabelledImage:
 def resize_pixels(image: Tensor, size: tuple[int, int]) -> Tensor:
     """(3, h, w) uint8 -> (3, height, width) uint8, bilinear with antialiasing.
 
-    The layout in memory decides on the speed, by a factor of ten, and on nothing else.
+    The memory layout changes the speed by a factor of ten, but not the result.
     """
     height, width = size
     if image.stride(1) < image.stride(2):
-        # Turned by a quarter, so resized as it lies in memory; in two steps, or the sides would be rounded in the
-        # other order and the result be different in the last bit.
+        # A quarter turn swapped the strides, so resize the transposed image; one side at a time, because torchvision
+        # rounds between the two sides, and the other order would change the last bit.
         return resize_pixels(resize_pixels(image.mT, (width, image.shape[1])), (width, height)).mT
     channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     resized: Tensor = functional.resize(channels_last, [height, width], antialias=True)
@@ -157,7 +157,7 @@ def quarter_turns(example: LabelledImage, turns: int) -> LabelledImage:
 def crop(
     example: LabelledImage, top: int, left: int, height: int, width: int, *, min_visible: float = 0.0
 ) -> LabelledImage:
-    """Cut out a window.
+    """Crop to a window and clip the boxes to it.
 
     Args:
         example: what to cut from.
@@ -201,7 +201,7 @@ def to_page(image: Tensor) -> Image.Image:
 
 
 def from_page(page: Image.Image) -> Tensor:
-    """The reverse of `to_page`."""
+    """A Pillow image, mode "L" or "RGB" -> (3, h, w) uint8; the reverse of `to_page`."""
     pixels = torch.from_numpy(np.array(page))
     return pixels.expand(3, -1, -1).contiguous() if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -229,7 +229,7 @@ class Resize:
     canvas: Canvas | None = None
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
-        """Apply to one image."""
+        """The resized image with its boxes, in pixels of that image."""
         return resize_by_rule(example, self.image_size, self.max_size, self.canvas)
 
 

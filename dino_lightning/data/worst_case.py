@@ -1,4 +1,4 @@
-"""The batch that takes the most memory, told from the annotation file and the options; no image is opened."""
+"""The batch that takes the most memory, computed from the annotation file and the options; no image is opened."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def largest_sizes(transform: Transform | None, size: Size) -> list[Size]:
     if transform is None:
         return [size]
     if not isinstance(transform, Resize | FlipsAugmentation | PlansAugmentation | CocoAugmentation):
-        raise TypeError(f"Nobody has said how large {type(transform).__name__} makes an image.")
+        raise TypeError(f"The largest image that {type(transform).__name__} can make is not known.")
     # the largest scale gives the largest image; a crop of plans is scaled as the whole image is
     sizes = [resized_size(size, transform.image_size, transform.max_size)]
     if isinstance(transform, CocoAugmentation) and transform.crop > 0:

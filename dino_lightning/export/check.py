@@ -1,4 +1,4 @@
-"""Is what was exported the same as the module? Run both, on several sizes of images and batches, and compare."""
+"""Check an exported file against the module: run both on batches of several sizes and compare the detections."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Compared(NamedTuple):
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs by more than is allowed."""
+        """Whether all differences are within the tolerances."""
         return (
             self.boxes <= BOX_TOLERANCE
             and max(self.scores, self.proposals) <= SCORE_TOLERANCE
@@ -67,19 +67,19 @@ class Compared(NamedTuple):
 def compare_with_module(
     module: DINOModule, detect: Run, prepare: Run | None = None, batches: Sequence[Sequence[Tensor]] | None = None
 ) -> list[Compared]:
-    """Compare on each batch.
+    """The differences between an exported file and its module, one row per batch.
 
     The encoder's proposals become queries by their rank. Among 900 of them some have scores that are the same but for
     the last digits; these change places from one way of computing to the next, as from one GPU to another, and what
     the two queries find changes a little. So proposals are compared by the scores at each rank, and detections with the
     module's own from the same proposals.
 
-    A file that resizes by itself is checked in two steps: its resized pixels beside those of evaluation, and its
-    detections beside those of the module in the very same pixels. Rounding makes some pixels differ by one, which no
-    eye sees, but which can exchange two proposals of nearly the same score, deep down in their list.
+    A file that resizes by itself is checked in two steps: its resized pixels against those of evaluation, and its
+    detections against those of the module on the same pixels. Rounding makes some pixels differ by one, which is
+    invisible, but can swap two low-ranked proposals of nearly the same score.
 
     Args:
-        module: what is right, in evaluation mode.
+        module: the reference, in evaluation mode.
         detect: what was exported.
         prepare: the first part of it, for one that takes images as they are; None for one that takes prepared ones.
         batches: images, each (3, H, W) uint8, of one size in a batch if there is `prepare`. Drawn ones by default.

@@ -23,7 +23,10 @@ from dino_lightning.training.module import DINOModule
 
 OUTPUTS = ("boxes", "scores", "labels", "tokens")
 INPUTS = {"inside": ("images",), "outside": ("images", "image_sizes", "original_sizes")}
-NAMES = {"images": ("batch", "channels", "height", "width"), "tokens": ("batch", "queries")}  # of open sizes
+NAMES = {
+    "images": ("batch", "channels", "height", "width"),
+    "tokens": ("batch", "queries"),
+}  # of dynamic dimensions
 PREPARED = ("prepared_images", "prepared_sizes", "sizes")  # what the preprocessing gives to the detector
 MISSING = 'Exporting to ONNX needs more packages: pip install "dino-lightning[export]".'
 DESCRIPTION_FILE = "dino_lightning.json"  # within a .pt2 file
@@ -32,7 +35,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 def describe_module(module: DINOModule, preprocessing: str) -> dict[str, Any]:
-    """What a user of the exported file has to know; goes into its metadata."""
+    """What a user of the exported file needs to know; stored in its metadata."""
     settings = module.hparams
     names = settings["class_names"] or [str(label) for label in range(settings["num_classes"])]
     return {
@@ -150,7 +153,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's remarks on its own parts are of no use to whoever exports."""
+    """Silence the exporter's warnings about its own internals, which the user cannot act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -185,7 +188,7 @@ def _as_onnx(
 
 
 def _name_dimensions(model: Any) -> None:
-    """Call the open sizes what they are."""
+    """Give the dynamic dimensions of inputs and outputs readable names, as in `NAMES`."""
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
         names = NAMES.get(value.name, ("batch", "detections"))

@@ -1,4 +1,4 @@
-"""A model directory, as a SageMaker job leaves it: all it takes to use the model, and nothing huge."""
+"""A model directory, as a SageMaker job writes it: all that is needed to use the model, without the training state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT_ENTRIES = (
     "global_step",
     "pytorch-lightning_version",
 )
-PICTURES_AND_TABLES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections.png")
+RESULT_FILES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections.png")
 
 
 def write_model_directory(
@@ -54,7 +54,7 @@ def write_model_directory(
     (partial / DESCRIPTION_FILE).write_text(
         json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
     )
-    for name in PICTURES_AND_TABLES:
+    for name in RESULT_FILES:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, partial / name)
     for name, content in code.items():
@@ -69,7 +69,7 @@ def write_model_directory(
     partial.rmdir()
 
 
-def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) -> dict[str, Any]:
+def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: bool) -> dict[str, Any]:
     """Classes, preprocessing, threshold and metrics of a checkpoint, for people and other programs.
 
     The metrics are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
@@ -78,14 +78,12 @@ def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) ->
     settings = checkpoint["hyper_parameters"]
     names = settings["class_names"] or []
     ids = settings["category_ids"] or list(range(len(names)))
-    metrics_of_epoch: dict[str, float] = {}
-    if metrics.is_file():
-        with metrics.open(newline="") as file:
+    metrics: dict[str, float] = {}
+    if metrics_file.is_file():
+        with metrics_file.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
-                    metrics_of_epoch = {
-                        name: float(value) for name, value in row.items() if name.startswith("val/") and value
-                    }
+                    metrics = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
     return {
         "format": "dino_lightning model 1",
         "weights": MODEL_FILE,
@@ -103,5 +101,5 @@ def describe(checkpoint: Mapping[str, Any], metrics: Path, *, complete: bool) ->
             "stretched_to_a_square_of": settings.get("stretch_to"),
             "normalisation": "inside the model",
         },
-        "metrics": metrics_of_epoch,
+        "metrics": metrics,
     }

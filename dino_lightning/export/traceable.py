@@ -29,7 +29,7 @@ class TraceableDetector(nn.Module):
     def forward(
         self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detect.
+        """The detections of a batch as tensors, and the tokens that became queries.
 
         Args:
             images: (B, 3, H, W) float32, normalised, each image top left in the canvas.
@@ -38,7 +38,8 @@ class TraceableDetector(nn.Module):
 
         Returns:
             boxes_xyxy (B, N, 4) float32 in pixels of the original images, scores (B, N) float32 and labels (B, N)
-            int64, best first. N is `max_detections`, or queries times classes where that is less.
+            int64, best first, and tokens (B, Q) int64, the encoder token of each query. N is `max_detections`, or
+            queries times classes where that is less.
         """
         model = self.model
         levels = model.neck(model.backbone(images))
@@ -73,7 +74,7 @@ class TraceablePreprocessing(nn.Module):
     """From images as they are to what `TraceableDetector` takes: resized by the rule of evaluation, and normalised.
 
     Args:
-        model: the detector; of it only mean and deviation of the pixels are used.
+        model: the detector; only its pixel mean and standard deviation are used.
         image_size: short side in pixels that images are resized to.
         max_size: limit of the long side.
         stretch_to: side of the square that images are stretched to instead, or None.
@@ -91,7 +92,7 @@ class TraceablePreprocessing(nn.Module):
         """(B, 3, H, W) uint8 RGB, images of one size -> the three arguments of `TraceableDetector`."""
         batch, _, height, width = images.shape
         new_height, new_width = self._resized(height, width)
-        # Across, rounded to bytes, then down: as the resizing of bytes goes in evaluation.
+        # Width first, rounded to bytes, then height: the order in which evaluation resizes uint8 images.
         pixels = images.float()
         for size in ((height, new_width), (new_height, new_width)):
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)  # type: ignore[arg-type]
@@ -105,7 +106,7 @@ class TraceablePreprocessing(nn.Module):
             return self.stretch_to, self.stretch_to
         short, long = torch.sym_min(height, width), torch.sym_max(height, width)
         doubled = 2 * self.max_size * short + long
-        limit = doubled // (2 * long)  # max_size * short / long, rounded; of two as near, to the even one:
+        limit = doubled // (2 * long)  # max_size * short / long, rounded, ties to even:
         limit = limit - (1 - torch.sym_min(1, doubled % (2 * long))) * (limit % 2)
         short_side = torch.sym_min(self.image_size, torch.sym_max(1, limit))
         return short_side * height // short, short_side * width // short

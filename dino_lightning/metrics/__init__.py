@@ -1,4 +1,4 @@
-"""What is measured in evaluation: COCO average precision, and F1 over the score threshold."""
+"""The metrics of evaluation: COCO average precision, and F1 over the score threshold."""
 
 from dino_lightning.metrics.backends import EvaluatedImage
 from dino_lightning.metrics.coco_eval import CocoMetric

@@ -31,7 +31,7 @@ class EvaluatedImage(NamedTuple):
 def average_precision(
     images: Sequence[EvaluatedImage], num_classes: int, backend: Backend
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """COCO's own evaluation of the images, silenced.
+    """COCO's own evaluation of the images, without its printed output.
 
     Returns:
         precision (10, 101, K, 4) for IoU 0.50:0.95, recall 0:1, classes, areas all / small / medium / large;
@@ -82,7 +82,7 @@ def _load_backend(backend: Backend) -> tuple[Callable[..., Any], Callable[..., A
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Pause the search for cycles: a million small dictionaries set it off again and again, for nothing."""
+    """Pause the garbage collector: a million small dictionaries trigger it repeatedly, and it frees nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """COCO average precision and F1 as a torchmetrics metric that gathers once and evaluates once.
 
 The evaluation itself is pycocotools' or its C++ rewrite faster-coco-eval (same numbers, several times
-faster). What is ours is the bookkeeping around it: results stay on the host, keyed by image id, so that the
+faster). This module adds the bookkeeping around it: results stay on the host, keyed by image id, so that the
 images which a `DistributedSampler` repeats to fill the last batch count once; ranks exchange everything in
 one gather; rank 0 evaluates while the others wait.
 """
@@ -26,11 +26,11 @@ from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, 
 from dino_lightning.metrics.results import ClassResult, Evaluation
 from dino_lightning.structures import GroundTruth
 
-NOTHING_TO_MEASURE = -1.0  # COCO's own: no ground-truth box to measure against
+NOTHING_TO_MEASURE = -1.0  # COCO's convention: there is no ground-truth box
 
 
 class _Result(NamedTuple):
-    """What an evaluation gives."""
+    """The metrics by name, and the row of each class."""
 
     values: dict[str, float]
     classes: list[ClassResult]
@@ -50,10 +50,10 @@ class CocoMetric(Metric):
     - with more than one class `AP_class/<name>`, `AP50_class/<name>` and `F1_class/<name>`, the last at the
       class's own best threshold.
 
-    A value with nothing to measure is -1.0, as in COCO: AP and AR without a ground-truth box (of that size), F1 and
-    its companions without a ground-truth box; so with no boxes at all every value is -1.0. Detections of a class
-    without ground-truth boxes still count as wrong in the common F1. With ground-truth boxes and no detection F1 is
-    0.0, and so is its threshold.
+    A value that cannot be computed is -1.0, as in COCO: AP and AR without a ground-truth box (of that size), and
+    the four F1 values without any ground-truth box; so with no boxes at all every value is -1.0. Detections of a
+    class without ground-truth boxes still count as false positives in the common F1. With ground-truth boxes and no
+    detection F1 is 0.0, and so is its threshold.
 
     Args:
         class_names: the name of each label. By default the names that the detections carry; if they carry
@@ -94,7 +94,7 @@ class CocoMetric(Metric):
     def update(
         self, detections: Sequence[Detections], ground_truth: Sequence[GroundTruth], image_ids: Sequence[int]
     ) -> None:
-        """Take in a batch. An image id that was seen before is passed over.
+        """Add a batch. An image id that was seen before is ignored.
 
         Detections with a score or a corner that is not finite are left out, with a warning: a diverged model
         should score badly, not stop the run.
@@ -115,7 +115,7 @@ class CocoMetric(Metric):
         self._result = self._evaluation = None
         if not len(detections):
             return
-        # Joined first, so that a device is waited for three times a batch and not three times an image.
+        # Concatenated first: three device synchronisations per batch instead of three per image.
         boxes_xyxy = _to_host(torch.cat([one.boxes_xyxy for one in detections]).float())
         scores = _to_host(torch.cat([one.scores for one in detections]).float())
         labels = _to_host(torch.cat([one.labels for one in detections]).long())
@@ -162,9 +162,9 @@ class CocoMetric(Metric):
         return list(self._result.classes)
 
     def evaluated(self) -> Evaluation | None:
-        """What the last `compute` rests on, on rank 0; None on the other ranks, which have not seen all images.
+        """The last `compute` with its images and matches, on rank 0; None on the others, which saw only a part.
 
-        The metric lets go of it at the next `update` or `reset`.
+        The metric releases it at the next `update` or `reset`.
 
         Raises:
             RuntimeError: nothing computed since the last `update` or `reset`.
@@ -185,7 +185,7 @@ class CocoMetric(Metric):
         raise TypeError("Call update() for each batch and compute() once at the end.")
 
     def _check_labels(self, *labels: npt.NDArray[np.int64]) -> None:
-        """Fail early, and with the label, where COCO's evaluation would leave a class out without a word."""
+        """Fail early, and with the label, where COCO's evaluation would silently leave a class out."""
         names = self.class_names or self._detections_names
         for some in labels:
             if some.size and (some.min() < 0 or (names is not None and some.max() >= len(names))):
@@ -291,7 +291,7 @@ def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
-    """The mean of what could be measured, or -1."""
+    """The mean of the values that could be computed, or -1 if there are none."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else NOTHING_TO_MEASURE
 

@@ -1,9 +1,9 @@
-"""Precision, recall and F1 over the score threshold, from one matching of detections to ground-truth boxes.
+"""Precision, recall and F1 over the score threshold, from one matching of detections to ground truth.
 
 The matching is COCO's (the order of pycocotools' `evaluateImg`): within an image and a class, detections in
-descending score each take the free ground-truth box they overlap best. A crowd region is never used up, and a
-detection that fits nothing but a crowd region counts neither as right nor as wrong. COCO's average precision
-says how good the ranking is; these curves say which score threshold to use, and what to expect there.
+descending score each take the unmatched ground-truth box they overlap best. A crowd region can be matched
+repeatedly, and a detection that matches only a crowd region is neither a true nor a false positive. COCO's average
+precision measures the ranking; these curves give precision, recall and F1 at each score threshold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PrecisionRecallCurve:
         Args:
             scores: (D,) of the detections that count, in any order.
             is_true_positive: (D,) whether the detection is right.
-            num_boxes: the ground-truth boxes there are to find.
+            num_boxes: the number of ground-truth boxes.
         """
         order = np.argsort(-scores, kind="stable")
         descending = scores[order].astype(np.float64)
@@ -92,7 +92,7 @@ class Matches:
     Attributes:
         scores: (D,) float, 0-1.
         labels: (D,) int, contiguous labels 0..K-1.
-        is_true_positive: (D,) bool, the detection took a ground-truth box.
+        is_true_positive: (D,) bool, the detection was matched to a ground-truth box.
         is_ignored: (D,) bool, the detection fits only a crowd region and counts neither way.
         num_boxes: (K,) int, ground-truth boxes of each class, crowd regions left out.
     """
@@ -129,13 +129,13 @@ def match_images(
     *,
     iou_threshold: float = 0.5,
 ) -> Matches:
-    """Match the detections of many images to the ground truth.
+    """Match the detections of many images to their ground truth.
 
     Args:
         images: per image boxes_xyxy (D, 4) in pixels, scores (D,), labels (D,) and the truth. At most 100
             detections for each class, where the result is to go with COCO's average precision.
         num_classes: K; labels are 0..K-1.
-        iou_threshold: a detection is right if it overlaps its ground-truth box at least this much.
+        iou_threshold: lowest IoU at which a detection is a true positive.
     """
     # The first entries give the concatenation a type where there is no image.
     scores: list[Floats] = [np.zeros(0, np.float32)]
@@ -164,17 +164,17 @@ def match_images(
 def match_detections(
     boxes_xyxy: Floats, scores: Floats, labels: Ints, truth: GroundTruth, *, iou_threshold: float = 0.5
 ) -> tuple[Bools, Bools]:
-    """Match the detections of one image, each class by itself.
+    """Match the detections of one image to its ground truth, each class by itself.
 
     Args:
         boxes_xyxy: (D, 4) corners in pixels.
         scores: (D,) in any order; of equal scores the earlier detection chooses first.
         labels: (D,) class of each detection.
         truth: the ground-truth boxes and crowd regions, in the same pixels and labels.
-        iou_threshold: a detection is right if it overlaps its ground-truth box at least this much.
+        iou_threshold: lowest IoU at which a detection is a true positive.
 
     Returns:
-        is_true_positive (D,) bool: took a ground-truth box. is_ignored (D,) bool: fits nothing but a crowd region.
+        is_true_positive (D,) bool: matched to a ground-truth box. is_ignored (D,) bool: matches only a crowd region.
     """
     taken, is_ignored = assign_detections(boxes_xyxy, scores, labels, truth, iou_threshold=iou_threshold)
     return taken >= 0, is_ignored
@@ -183,10 +183,10 @@ def match_detections(
 def assign_detections(
     boxes_xyxy: Floats, scores: Floats, labels: Ints, truth: GroundTruth, *, iou_threshold: float = 0.5
 ) -> tuple[npt.NDArray[np.int64], Bools]:
-    """As `match_detections`, and which ground-truth box each detection took.
+    """As `match_detections`, and which ground-truth box each detection was matched to.
 
     Returns:
-        taken (D,) int64: the place of the box in `truth`, -1 where there is none. is_ignored (D,) bool: fits nothing
+        taken (D,) int64: the index of the box in `truth`, -1 where there is none. is_ignored (D,) bool: fits nothing
         but a crowd region.
     """
     taken = np.full(len(scores), -1, np.int64)

@@ -1,4 +1,4 @@
-"""What an evaluation gives."""
+"""The results of an evaluation: per class, and with the images and matches behind them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation with all that it rests on: the images of all ranks, each once, and their matches.
+    """An evaluation with its inputs: the images of all ranks, each once, and how their detections were matched.
 
     Attributes:
         image_ids: ids of the I images, ascending.
-        images: their detections and ground-truth boxes, in that order.
+        images: their detections and ground truth, in the same order.
         class_names: of the K labels.
         values: what `CocoMetric.compute` returned.
         classes: what `CocoMetric.per_class` returned.
-        matches: all detections matched at `iou_threshold`.
+        matches: all detections, matched at `iou_threshold`.
         iou_threshold: the overlap from which a detection is right in F1, precision and recall.
         precision: (10, 101, K, 4) float64, COCO's precision for IoU 0.50:0.95, recall 0:1, classes, areas all / small /
             medium / large; -1 where there is no ground-truth box.

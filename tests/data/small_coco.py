@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def write_split(annotations: Path, images: Path, count: int = 3, first_id: int =
     write_json(annotations, content)
     write_images(images, content)
     return content
+
+
+def put(path: str, value: Any) -> Callable[[Any], None]:
+    """Set `images.0.id`-like paths, or delete where the value is the ellipsis."""
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+
+    def change(document: Any) -> None:
+        entry = document
+        for parent in parents:
+            entry = entry[parent]
+        if value is ...:
+            del entry[last]
+        else:
+            entry[last] = value
+
+    return change

@@ -86,7 +86,7 @@ def test_images_that_are_hardly_larger_are_not_stored(tmp_path):
     assert entries(tmp_path / "cache") == []
 
 
-def test_a_changed_file_is_read_anew(root, tmp_path):
+def test_a_changed_file_is_read_again(root, tmp_path):
     cache = image_cache(tmp_path / "cache")
     path = root / "images/1.png"
     before, _ = cache.read(path)

@@ -11,7 +11,7 @@ import torch
 
 from dino_lightning.data import CocoDataModule, CocoDetection, check_classes, classes_of, load_coco
 from dino_lightning.errors import DataError
-from tests.data.small_coco import annotation, document, write_images, write_json
+from tests.data.small_coco import annotation, document, put, write_images, write_json
 
 HUGE = 10**30
 
@@ -82,54 +82,38 @@ def test_an_image_without_boxes_stays(tmp_path):
     assert dataset[1].ground_truth.boxes_xyxy.shape == (0, 4)
 
 
-def change(path: str, value: Any):
-    """A mutation that sets `images.0.id`-like paths, or deletes where the value is the ellipsis."""
-
-    def mutate(content: dict[str, Any]) -> None:
-        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-        entry: Any = content
-        for parent in parents:
-            entry = entry[parent]
-        if value is ...:
-            del entry[last]
-        else:
-            entry[last] = value
-
-    return mutate
-
-
 @pytest.mark.parametrize(
     ("mutate", "sentence"),
     [
-        (change("images", ...), "has no 'images'."),
-        (change("annotations", ...), "has no 'annotations'."),
-        (change("categories", ...), "has no 'categories'."),
-        (change("annotations", {"a": 1}), "'annotations' must be a list, not an object."),
-        (change("images.1", "x.jpg"), "entry 1 of 'images' must be an object, not a string."),
-        (change("images", []), "lists no images."),
-        (change("categories", []), "lists no categories."),
-        (change("images.2.id", 1), "image id 1 is listed twice."),
-        (change("images.0.id", "7"), "'id' of image number 0 is '7', a string; it must be an integer."),
-        (change("images.0.width", ...), "'width' of image 1 is missing; it must be an integer."),
-        (change("images.0.height", 0), "image 1 has width 40 and height 0."),
-        (change("images.1.file_name", ...), "image 2 has no file_name."),
-        (change("categories.1.id", 1), "category id 1 is listed twice."),
-        (change("categories.1.id", "bath"), "'id' of category number 1 is 'bath', a string;"),
-        (change("categories.1.id", True), "'id' of category number 1 is True, true or false;"),
-        (change("categories.1.name", ...), "category 2 has no name."),
-        (change("annotations.3.image_id", 77), "annotation 5 has image_id 77, which no image has."),
-        (change("annotations.3.image_id", [1]), "annotation 5 has image_id [1], which no image has."),
-        (change("annotations.3.category_id", 9), "annotation 5 has category_id 9, which no category has."),
-        (change("annotations.3.category_id", True), "annotation 5 has category_id True, which no category"),
-        (change("annotations.3.bbox", ...), "annotation 5 has no bbox; it needs four finite numbers"),
-        (change("annotations.3.bbox", [1, 2, 3]), "annotation 5 has bbox [1, 2, 3]; it needs four"),
-        (change("annotations.3.bbox", [1, 2, 3, "4"]), "annotation 5 has bbox [1, 2, 3, '4']; it needs"),
-        (change("annotations.3.bbox", [1, 2, 3, float("nan")]), "annotation 5 has bbox [1, 2, 3, nan];"),
-        (change("annotations.3.bbox", [1, 2, float("inf"), 4]), "annotation 5 has bbox [1, 2, inf, 4];"),
-        (change("annotations.3.bbox", [1, 2, 10**400, 4]), "annotation 5 has bbox [1, 2, 1000"),
-        (change("annotations.3.iscrowd", 2), "annotation 5 has iscrowd 2; it must be 0 or 1."),
+        (put("images", ...), "has no 'images'."),
+        (put("annotations", ...), "has no 'annotations'."),
+        (put("categories", ...), "has no 'categories'."),
+        (put("annotations", {"a": 1}), "'annotations' must be a list, not an object."),
+        (put("images.1", "x.jpg"), "entry 1 of 'images' must be an object, not a string."),
+        (put("images", []), "lists no images."),
+        (put("categories", []), "lists no categories."),
+        (put("images.2.id", 1), "image id 1 is listed twice."),
+        (put("images.0.id", "7"), "'id' of image number 0 is '7', a string; it must be an integer."),
+        (put("images.0.width", ...), "'width' of image 1 is missing; it must be an integer."),
+        (put("images.0.height", 0), "image 1 has width 40 and height 0."),
+        (put("images.1.file_name", ...), "image 2 has no file_name."),
+        (put("categories.1.id", 1), "category id 1 is listed twice."),
+        (put("categories.1.id", "bath"), "'id' of category number 1 is 'bath', a string;"),
+        (put("categories.1.id", True), "'id' of category number 1 is True, true or false;"),
+        (put("categories.1.name", ...), "category 2 has no name."),
+        (put("annotations.3.image_id", 77), "annotation 5 has image_id 77, which no image has."),
+        (put("annotations.3.image_id", [1]), "annotation 5 has image_id [1], which no image has."),
+        (put("annotations.3.category_id", 9), "annotation 5 has category_id 9, which no category has."),
+        (put("annotations.3.category_id", True), "annotation 5 has category_id True, which no category"),
+        (put("annotations.3.bbox", ...), "annotation 5 has no bbox; it needs four finite numbers"),
+        (put("annotations.3.bbox", [1, 2, 3]), "annotation 5 has bbox [1, 2, 3]; it needs four"),
+        (put("annotations.3.bbox", [1, 2, 3, "4"]), "annotation 5 has bbox [1, 2, 3, '4']; it needs"),
+        (put("annotations.3.bbox", [1, 2, 3, float("nan")]), "annotation 5 has bbox [1, 2, 3, nan];"),
+        (put("annotations.3.bbox", [1, 2, float("inf"), 4]), "annotation 5 has bbox [1, 2, inf, 4];"),
+        (put("annotations.3.bbox", [1, 2, 10**400, 4]), "annotation 5 has bbox [1, 2, 1000"),
+        (put("annotations.3.iscrowd", 2), "annotation 5 has iscrowd 2; it must be 0 or 1."),
         (
-            change("annotations.3", {"image_id": 77}),
+            put("annotations.3", {"image_id": 77}),
             "annotation number 3 (without id) has image_id 77, which no image has.",
         ),
     ],
@@ -255,10 +239,10 @@ def test_the_unused_root_category_of_roboflow_is_no_class(tmp_path):
 @pytest.mark.parametrize(
     "mutate",
     [
-        change("annotations.0.category_id", 0),  # it is used
-        change("categories.2.supercategory", "none"),  # it is not the root of all
-        change("categories.0.supercategory", "building"),
-        change("categories.0.id", 3),
+        put("annotations.0.category_id", 0),  # it is used
+        put("categories.2.supercategory", "none"),  # it is not the root of all
+        put("categories.0.supercategory", "building"),
+        put("categories.0.id", 3),
     ],
 )
 def test_any_other_category_stays_a_class(tmp_path, mutate):

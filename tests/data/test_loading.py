@@ -1,4 +1,4 @@
-"""Loaders go on when processes die and files vanish."""
+"""Loaders continue when processes die and files vanish."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def test_no_batch_is_lost_when_a_worker_is_killed(root, training):
                     batches[kill].append(batch)
                     if kill and number == 0:
                         os.kill(worker_ids(loader)[epoch], signal.SIGKILL)
-        told = [str(warning.message) for warning in caught if "restarted" in str(warning.message)]
+        told = [str(warning.message) for warning in caught if "are restarted" in str(warning.message)]
         assert len(told) == (2 if kill else 0)
     assert len(batches[True]) == len(batches[False])
     for one, other in zip(batches[False], batches[True], strict=True):
@@ -69,7 +69,7 @@ class KilledNow(Recorder):
         return super().training_step(batch, number)
 
 
-@pytest.mark.filterwarnings("ignore:.*restarted")
+@pytest.mark.filterwarnings("ignore:.*are restarted")
 def test_a_worker_killed_in_a_training_step_does_not_end_the_run(root, tmp_path):
     module = KilledNow()
     quiet_trainer(tmp_path).fit(module, data_module(root))
@@ -81,7 +81,7 @@ class Killer(CocoDetection):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.filterwarnings("ignore:.*restarted")
+@pytest.mark.filterwarnings("ignore:.*are restarted")
 def test_workers_that_are_killed_again_and_again_end_the_run_in_a_sentence(root):
     data = data_module(root)
     data.train_set.__class__ = Killer

@@ -1,4 +1,4 @@
-"""Order and randomness of the training images: repeatable, and to be gone on with in the middle of an epoch."""
+"""Order and randomness of the training images: repeatable, and resumable in the middle of an epoch."""
 
 import pytest
 import torch

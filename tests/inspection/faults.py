@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from tests.data.small_coco import annotation, write_split
+from tests.data.small_coco import annotation, put, write_split
 
 HUGE = 10**400
 LONG_NAME = "x" * 300 + ".png"  # longer than file systems allow
@@ -70,22 +70,6 @@ def break_dataset(root: Path, *faults: Fault) -> None:
     for fault in faults:
         if fault.files is not None:
             fault.files(root)
-
-
-def put(path: str, value: Any) -> Callable[[Any], None]:
-    """Set `images.0.id`-like paths, or delete where the value is the ellipsis."""
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-
-    def change(document: Any) -> None:
-        entry = document
-        for parent in parents:
-            entry = entry[parent]
-        if value is ...:
-            del entry[last]
-        else:
-            entry[last] = value
-
-    return change
 
 
 def add(key: str, entry: Any) -> Callable[[Any], None]:

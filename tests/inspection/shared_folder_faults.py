@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.data.small_coco import annotation, write_split
-from tests.inspection.faults import ROOT_CATEGORY, add, animated, chunk, each, image_file, png, put, saved, turned
+from tests.data.small_coco import annotation, put, write_split
+from tests.inspection.faults import ROOT_CATEGORY, add, animated, chunk, each, image_file, png, saved, turned
 
 Change = Callable[[Path], None]
 

@@ -28,7 +28,7 @@ COCO_KEYS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 def random_dataset(seed, *, num_images=6, num_classes=3, max_boxes=6, max_extra=6, ties=True, crowds=True):
-    """Perturbed truth, repeats, strays; empty images on either side; the last class never has a true box."""
+    """Perturbed truth, repeats, strays; empty images on either side; the last class never has a ground-truth box."""
     rng = np.random.default_rng(seed)
     ids = [int(i) for i in rng.choice(10**6, size=num_images, replace=False) + 2**40]
     detections, truths = [], []
@@ -433,7 +433,7 @@ def run_rank(rank, folder, data):
             metric.update(named, truths, ids)
         seen[f"all on rank {loaded}"] = (metric.compute(), metric.per_class())
 
-    # A failure on rank 0 reaches both, and both can go on.
+    # A failure on rank 0 reaches both, and both can continue.
     metric = CocoMetric(class_names=CLASS_NAMES)
     metric.update(detections[mine], truths[mine], ids[mine])
     if rank == 0:
