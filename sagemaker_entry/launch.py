@@ -97,18 +97,18 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     )
     from sagemaker_entry.laptop.submit import as_request
 
-    wishes = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
-    account = _account(wishes, needed=not options.dry_run)
-    plan = make_plan(wishes, training, account)
+    wanted = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
+    account = _account(wanted, needed=not options.dry_run)
+    plan = make_plan(wanted, training, account)
     print(plan.table(), flush=True)
     if account is None or options.dry_run:
-        bucket = bucket_name(wishes, account.id if account else "<account>", account.region if account else "<region>")
+        bucket = bucket_name(wanted, account.id if account else "<account>", account.region if account else "<region>")
         place = f"s3://{bucket}/{PREFIX}"
         spec = planned_job(
-            wishes,
+            wanted,
             training,
             plan,
-            role=wishes.role or "<role>",
+            role=wanted.role or "<role>",
             run="<run>",
             dataset=f"{place}/datasets/<content>/",
             code=f"{place}/code/<content>/source.tar.gz",
@@ -119,14 +119,14 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
             f"Dry run: nothing was uploaded or started. The request would be:\n{json.dumps(as_request(spec), indent=2)}"
         )
         return 0
-    role = run_preflight(wishes, plan, account, _warn)
+    role = run_preflight(wanted, plan, account, _warn)
     print(
         f"Account {account.id}, {account.region}: credentials, role, bucket, quota and image are in order.", flush=True
     )
     if not options.yes and not _agreed(f"Upload and start, for ${plan.limits.max_cost:,.2f} at most?"):
         print("Nothing was uploaded or started.")
         return 1
-    job = start(wishes, training, plan, account, role, lambda text: print(text, flush=True))
+    job = start(wanted, training, plan, account, role, lambda text: print(text, flush=True))
     page = f"https://{account.region}.console.aws.amazon.com/sagemaker/home?region={account.region}#/jobs/{job}"
     print(f"\nStarted {job}\n{page}", flush=True)
     if options.detach:
@@ -135,12 +135,12 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     return _attach(account, job)
 
 
-def _account(wishes: LaunchOptions, *, needed: bool) -> Account | None:
+def _account(wanted: LaunchOptions, *, needed: bool) -> Account | None:
     """The account; None for a dry run of somebody who has no credentials yet."""
     from sagemaker_entry.laptop.account import Account, NoAccount
 
     try:
-        account = Account(wishes.region, wishes.profile)
+        account = Account(wanted.region, wanted.profile)
         _ = account.id
     except NoAccount as problem:
         if needed:

@@ -23,7 +23,6 @@ PROGRAM = "python -m dino_lightning"
 BAD_INPUT, WRONG_OPTION = 1, 2
 SIGNAL_EXIT_CODE = 128  # plus the signal's number: how shells say that a signal ended a process
 INTERRUPTED, TERMINATED = SIGNAL_EXIT_CODE + signal.SIGINT, SIGNAL_EXIT_CODE + signal.SIGTERM
-EXIT_CODES = "Exit code: 0, 1 for bad input, 2 for a wrong option, 130 when interrupted, 143 after SIGTERM."
 
 
 class Terminated(BaseException):
@@ -119,7 +118,7 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
         interrupted: what to say after Ctrl-C and SIGTERM; empty for nothing.
 
     Returns:
-        The exit code: of the action, or as `EXIT_CODES` says.
+        The exit code of the action; 1 for bad input, 2 for a wrong option, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         with _terminated_by_signal():

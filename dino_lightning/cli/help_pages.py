@@ -77,8 +77,7 @@ def help_page(command: str, args: Sequence[str]) -> str | None:
         command: `fit`, `validate` or `test`.
         args: its options.
     """
-    asked = next((place for place, arg in enumerate(args) if arg in ("-h", "--help")), None)
-    if asked is None or list(args[asked + 1 : asked + 2]) == ["all"]:
+    if not {"-h", "--help"} & set(args) or asks_for_all(args):
         return None
     return (HERE / PAGES[command]).read_text(encoding="utf-8").replace("COMMAND", command).rstrip()
 

@@ -36,9 +36,8 @@ def run(args: Sequence[str]) -> int:
     """Predict; returns the exit code."""
     state = {"deleted": False}  # earlier results, by --overwrite
 
-    def resuming() -> str:
-        how = "repeat it without --overwrite to resume" if state["deleted"] else "the same command resumes from here"
-        return f"Interrupted; {how}."
+    def how_to_resume() -> str:
+        return "repeat it without --overwrite to resume" if state["deleted"] else "the same command resumes from here"
 
     def action() -> int:
         parser = _parser()
@@ -56,7 +55,7 @@ def run(args: Sequence[str]) -> int:
             summary = predict_folder(checkpoint, wanted, on_start=lambda: state.update(deleted=options.overwrite))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"The GPU's memory is full; lower --batch_size. What is finished is kept: {resuming()}"
+                f"The GPU's memory is full; lower --batch_size. What is finished is kept: {how_to_resume()}."
             ) from error
         except OSError as error:
             raise UsageError(f"{options.output}: cannot be written ({error.strerror or error}).") from error
@@ -65,7 +64,7 @@ def run(args: Sequence[str]) -> int:
         _report(options.output, summary)
         return 1 if summary.failed else 0
 
-    return run_command(action, interrupted=resuming)
+    return run_command(action, interrupted=lambda: f"Interrupted; {how_to_resume()}.")
 
 
 def _parser() -> CommandParser:
