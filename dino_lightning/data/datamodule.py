@@ -17,6 +17,7 @@ from dino_lightning.console import aligned
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
+from dino_lightning.data.drawn_plans import MOST_DRAWN_ROOMS, WithDrawnPlans
 from dino_lightning.data.loading import Loader, collate
 from dino_lightning.data.read_splits import read_splits
 from dino_lightning.data.sampling import TrainSampler
@@ -75,6 +76,7 @@ class CocoDataModule(lightning.LightningDataModule):
             before its first batch, and leaves the unreadable ones out. One that cannot be read any more later is
             an empty page that counts for nothing; how many there were is said at the end.
         seed: decides which images `val_fraction` takes.
+        drawn_plans: floor plans to draw afresh for every epoch and train on beside the images, for datasets of rooms.
 
     Attributes:
         classes: the classes, by label.
@@ -116,6 +118,7 @@ class CocoDataModule(lightning.LightningDataModule):
         val_fraction: float = 0.1,
         on_bad_image: Literal["error", "skip"] = "error",
         seed: int = 0,
+        drawn_plans: int = 0,
     ) -> None:
         super().__init__()
         _check_arguments(
@@ -136,6 +139,9 @@ class CocoDataModule(lightning.LightningDataModule):
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
+
+        if drawn_plans < 0 or (drawn_plans and aspect_buckets):
+            raise ValueError("drawn_plans must not be negative, and it does not go with aspect_buckets.")
 
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
@@ -179,6 +185,7 @@ class CocoDataModule(lightning.LightningDataModule):
             cache=_image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
         )
         self.train_set = make(splits.train, transform=training, with_ground_truth=False)
+        self.drawn_plans = None if not drawn_plans else WithDrawnPlans(self.train_set, count=drawn_plans)
         self.val_set = make(splits.val, transform=evaluation)
         self.test_set = None if splits.test is None else make(splits.test, transform=evaluation)
 
@@ -219,7 +226,8 @@ class CocoDataModule(lightning.LightningDataModule):
     @property
     def most_boxes(self) -> int:
         """The most boxes to learn from that any training image has."""
-        return most_boxes(self.train_set.annotations)
+        drawn = 0 if self.drawn_plans is None else MOST_DRAWN_ROOMS
+        return max(most_boxes(self.train_set.annotations), drawn)
 
     def worst_case_batch(self, batch_size: int, num_boxes: int | None = None) -> Batch:
         """A training batch as large as any that the loader can give: its images black, its boxes alike.
@@ -262,8 +270,9 @@ class CocoDataModule(lightning.LightningDataModule):
             if dataset is not None
         )
 
-    def _loader(self, dataset: CocoDetection, batch_size: int, *, training: bool = False) -> Loader:
-        self._leave_out_unreadable(dataset)
+    def _loader(self, images: CocoDetection, batch_size: int, *, training: bool = False) -> Loader:
+        self._leave_out_unreadable(images)
+        dataset = self.drawn_plans if training and self.drawn_plans is not None else images
         processes, processes_here = 1, 1
         if self.trainer is not None:
             processes, processes_here = self.trainer.world_size, self.trainer.num_devices
@@ -283,7 +292,7 @@ class CocoDataModule(lightning.LightningDataModule):
         seed, rank = torch.initial_seed(), 0
         if self.trainer is not None:
             seed, rank = self.trainer.strategy.broadcast(seed), self.trainer.global_rank
-        ratios = [image.size[1] / image.size[0] for image in dataset.annotations.images]
+        ratios = [image.size[1] / image.size[0] for image in images.annotations.images]
         sampler = TrainSampler(
             dataset,
             processes=processes,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SAMPLES_AT_A_TIME = 32_768  # of which the corners are computed: more do not fit into the cache of a core
+
 
 def deformable_attention(
     value: Tensor,
@@ -70,11 +72,10 @@ class _Gathered(torch.autograd.Function):
         ctx: Any, value: Tensor, grids: Tensor, weights: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         maps = value.transpose(1, 2).flatten(0, 1)
-        corners = [_corners(grid, spatial_shapes) for grid in grids]
-        cells, shares = (torch.stack(parts) for parts in zip(*corners, strict=True))
+        cells, shares = _corners(grids, spatial_shapes)
         ctx.save_for_backward(grids, weights, maps, cells, shares)
         ctx.spatial_shapes, ctx.num_heads = spatial_shapes, value.shape[2]
-        return torch.stack([_bag(*of_head) for of_head in zip(maps, cells, shares, weights, strict=True)])
+        return _bags(maps, cells, shares, weights)
 
     @staticmethod
     @once_differentiable
@@ -100,54 +101,69 @@ class _Gathered(torch.autograd.Function):
         return value, torch.stack(by_grid, dim=2), by_weight, None
 
 
-def _corners(grid: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """(Q, L, P, 2) places, -1..1 -> (Q, L, P, 4) int32 cells around them, and the share of each in the sample.
+def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """(N, Q, L, P, 2) places, -1..1 -> (N, Q, L, P, 4) int32 cells around them, and the share of each in the sample.
 
-    For one head of one image, so that what is computed on the way stays in the cache.
+    Some heads at a time, so that what is computed on the way stays in the cache.
 
     A corner outside its map, or of a place that is not finite, is cell 0; outside, with a share of 0.
     """
-    cells = torch.empty(*grid.shape[:-1], 4, dtype=torch.int32)
-    shares = torch.empty(*grid.shape[:-1], 4, dtype=grid.dtype)
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        x, y = ((grid[:, level, :, axis] + 1) * (size / 2) - 0.5 for axis, size in enumerate((width, height)))
+    cells = torch.empty(*grids.shape[:-1], 4, dtype=torch.int32)
+    shares = torch.empty(*grids.shape[:-1], 4, dtype=grids.dtype)
+    height, width = torch.tensor(spatial_shapes, dtype=grids.dtype).T[..., None]  # (L, 1) each
+    areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes)], dtype=torch.int32)
+    start = areas.cumsum(0, dtype=torch.int32)[:-1, None]
+    heads = max(SAMPLES_AT_A_TIME // grids[0, ..., 0].numel(), 1)
+    for first in range(0, len(grids), heads):
+        some = slice(first, first + heads)
+        x = (grids[some, ..., 0] + 1) * (width / 2) - 0.5
+        y = (grids[some, ..., 1] + 1) * (height / 2) - 0.5
         column, row = x.floor(), y.floor()
         right, below = x - column, y - row
         corner = 0
         for down, upright in ((0, 1 - below), (1, below)):
             line = row + down
             within = (line >= 0) & (line < height)
-            first, upright = torch.where(within, line * width, 0.0), upright * within
+            before, upright = torch.where(within, line * width, 0.0), upright * within
             for along, share in ((0, 1 - right), (1, right)):
                 place = column + along
                 inside = (place >= 0) & (place < width) & within
-                cells[:, level, :, corner] = torch.where(inside, first + place, 0.0).to(torch.int32) + start
-                torch.mul(share * inside, upright, out=shares[:, level, :, corner])
+                cells[some, ..., corner] = torch.where(inside, before + place, 0.0).to(torch.int32) + start
+                torch.mul(share * inside, upright, out=shares[some, ..., corner])
                 corner += 1
-        start += height * width
     return cells, shares
 
 
-def _bag(image: Tensor, cells: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
-    """(S, D) map, (Q, L, P, 4) cells and shares, (Q, L, P) weights, all of one head -> (Q, D) sums."""
-    counts = (shares * weights[..., None]).flatten(1)
-    return F.embedding_bag(cells.flatten(1), image, mode="sum", per_sample_weights=counts)
+def _bags(maps: Tensor, cells: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
+    """(N, S, D) maps, (N, Q, L, P, 4) cells and shares, (N, Q, L, P) weights -> (N, Q, D) sums."""
+    counts = (shares * weights[..., None]).flatten(2)
+    sums = F.embedding_bag(
+        _rows(cells, maps).flatten(0, 1), maps.flatten(0, 1), mode="sum", per_sample_weights=counts.flatten(0, 1)
+    )
+    return sums.view(*counts.shape[:2], -1)
+
+
+def _rows(cells: Tensor, maps: Tensor) -> Tensor:
+    """(N, Q, L, P, 4) cells of each of (N, S, D) maps -> (N, Q, L * P * 4) int32 rows of all maps laid end to end."""
+    rows, cells_per_map = cells.flatten(2), maps.shape[1]
+    if len(maps) * cells_per_map > torch.iinfo(torch.int32).max:
+        rows = rows.long()
+    return rows + torch.arange(len(maps), dtype=rows.dtype)[:, None, None] * cells_per_map
 
 
 def _row_products(grad: Tensor, maps: Tensor, cells: Tensor) -> Tensor:
     """(N, Q, D) gradients, (N, S, D) maps, (N, Q, L, P, 4) cells -> their scalar products, shaped as the cells."""
-    rows = cells.flatten(2)
-    queries, corners = rows.shape[1:]
-    starts = torch.arange(0, queries * corners, corners, dtype=torch.int32)
-    bags = torch.arange(queries, dtype=torch.int32).repeat_interleave(corners)
-    products = [
-        torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad[index], maps[index], rows[index].flatten(), starts, bags, 0
-        )
-        for index in range(len(maps))
-    ]
-    return torch.stack(products).view(cells.shape)
+    rows = _rows(cells, maps)
+    corners, bags = rows.shape[2], rows.shape[0] * rows.shape[1]
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad.flatten(0, 1),
+        maps.flatten(0, 1),
+        rows.flatten(),
+        torch.arange(0, bags * corners, corners, dtype=rows.dtype),
+        torch.arange(bags, dtype=rows.dtype).repeat_interleave(corners),
+        0,
+    )
+    return products.view(cells.shape)
 
 
 def gathered_deformable_attention(
@@ -174,11 +190,7 @@ def gathered_deformable_attention(
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)
     weights = attention_weights.transpose(1, 2).flatten(0, 1)
     maps = value.transpose(1, 2).flatten(0, 1)
-    bags = [
-        _bag(image, *_corners(grid, spatial_shapes), weight)
-        for image, grid, weight in zip(maps, grids, weights, strict=True)
-    ]
-    return _by_query(torch.stack(bags), batch)
+    return _by_query(_bags(maps, *_corners(grids, spatial_shapes), weights), batch)
 
 
 def sampling_locations(
