@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dino_lightning.training.recipe import LONGEST_AVERAGE, average_decay, planned_steps
 from dino_lightning.training.resume import AVERAGED_WEIGHTS, RAW_WEIGHTS
 
 
@@ -30,7 +31,8 @@ class EMA(lightning.Callback):
     training the module holds what was evaluated.
 
     Args:
-        decay: the final decay, between 0 and 1; 0.9997 in the published DINO recipes with an average.
+        decay: the final decay, between 0 and 1; 0.9997 in the published DINO recipes with an average. None: chosen at
+            the start, with `tau`, so that the average reaches back over a fifth of the run's steps.
         tau: the number of updates after which the decay is 63 % of `decay`; 0 for a constant decay.
         evaluate: evaluate the average, during training and in `validate` and `test` of such a checkpoint; if False,
             evaluate the raw weights and only keep the average.
@@ -39,12 +41,13 @@ class EMA(lightning.Callback):
         ValueError: a decay outside 0-1, or a negative tau.
     """
 
-    def __init__(self, *, decay: float = 0.9997, tau: float = 2000.0, evaluate: bool = True) -> None:
-        if not 0 < decay < 1:
+    def __init__(self, *, decay: float | None = 0.9997, tau: float = 2000.0, evaluate: bool = True) -> None:
+        if decay is not None and not 0 < decay < 1:
             raise ValueError(f"ema_decay={decay} must be between 0 and 1, e.g. 0.9997.")
         if tau < 0:
             raise ValueError(f"ema_tau={tau} must be at least 0; 0 makes the decay constant.")
         self.decay, self.tau, self.evaluate = decay, tau, evaluate
+        self._decay, self._tau = LONGEST_AVERAGE if decay is None else decay, tau
         self.updates = 0
         self._live: list[Tensor] = []  # the module's own tensors
         self._other: list[Tensor] = []  # their averages, or the raw weights while the averages are in the module
@@ -75,6 +78,11 @@ class EMA(lightning.Callback):
                 "EMA does not work with half-precision weights: each update would be rounded away; use precision "
                 "bf16-mixed or 16-mixed."
             )
+        if self.decay is None:
+            steps = planned_steps(trainer, getattr(trainer, "datamodule", None))
+            self._decay, self._tau = average_decay(steps)
+        else:
+            self._decay, self._tau = self.decay, self.tau
         if self._loaded is None:
             self.updates = 0
         self._averages_live = False
@@ -110,9 +118,9 @@ class EMA(lightning.Callback):
 
     def _update(self, *_: Any) -> None:
         self.updates += 1
-        rise = 1 - math.exp(-self.updates / self.tau) if self.tau else 1.0
+        rise = 1 - math.exp(-self.updates / self._tau) if self._tau else 1.0
         with torch.no_grad():
-            torch._foreach_lerp_(self._other, self._live, 1 - self.decay * rise)
+            torch._foreach_lerp_(self._other, self._live, 1 - self._decay * rise)
 
     # ------------------------------------------------------------------ evaluating
 

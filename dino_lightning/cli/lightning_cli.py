@@ -40,10 +40,11 @@ from dino_lightning.cli.run_options import (
 from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
-from dino_lightning.report import Source, as_text, find_report, load_report, write_report
+from dino_lightning.report import Source, as_text, dominating_error, find_report, load_report, write_report
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.precision import default_precision
+from dino_lightning.training.recipe import advice_on_few_steps, choose_recipe, describe, planned_steps
 from dino_lightning.training.resume import changed_options
 from dino_lightning.weights.loading import load_initial_weights
 
@@ -157,12 +158,29 @@ class DINOCLI(LightningCLI):
         self._introduce()
         assert isinstance(self.model, DINOModule)
         say(f"{parameter_line(self.model)}\n")
+        self._tell_the_length()
         if self.config.fit.ckpt_path is not None:
             self.model.has_weights = True  # the Trainer tells so only after the module is set up
             before = options_of(Path(self.config.fit.ckpt_path))
             changes = [] if before is None else changed_options(before, self.config.fit.as_dict())
             if changes:
                 say("Changed since the checkpoint was written:\n  " + "\n  ".join(changes) + "\n")
+
+    def _tell_the_length(self) -> None:
+        """How many steps the run takes, which recipe follows from that, and whether they are too few."""
+        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
+        steps = planned_steps(self.trainer, self.datamodule)
+        if steps is None:
+            return
+        images, epochs = self.datamodule.images_per_epoch, self.trainer.max_epochs
+        times = f" x {epochs} epochs" if epochs is not None and epochs > 0 else ""
+        say(f"{images:,} images{times}: {steps:,} optimizer steps.")
+        name = self.model.hparams["recipe"]
+        recipe = choose_recipe(name, steps).with_choices(self.model.hparams)
+        say(describe(name, recipe, steps))
+        if (advice := advice_on_few_steps(steps, epochs)) is not None:
+            say(advice)
+        say("")
 
     def _introduce(self) -> None:
         data = self.datamodule
@@ -173,6 +191,9 @@ class DINOCLI(LightningCLI):
         """Show what came out and where it is."""
         checkpoints = self.run_dir / "checkpoints"
         say(f"\n{self.report.table()}\n")
+        assert isinstance(self.model, DINOModule)
+        if self.model.evaluation is not None:
+            say(f"{dominating_error(self.model.evaluation, threshold=self.model.score_threshold)}\n")
         places = [
             ("best checkpoint", checkpoints / "best.ckpt"),
             ("last checkpoint", checkpoints / "last.ckpt"),

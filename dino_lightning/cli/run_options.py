@@ -44,7 +44,8 @@ def asked_for(options: Any, *, fitting: bool) -> list[Callback]:
     callbacks: list[Callback] = []
     if options.auto_batch_size and fitting:
         callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.ckpt_path))
-    if options.ema_decay:
+    by_recipe = options.ema_decay is None and options.model.recipe != "published"
+    if options.ema_decay or by_recipe:
         callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
     if options.early_stopping_patience and fitting:
         patience = int(options.early_stopping_patience)
@@ -119,7 +120,8 @@ def add_own_options(parser: LightningArgumentParser) -> None:
         "--ema_decay",
         type=float | None,
         default=None,
-        help="Keep an exponential moving average of the weights with this decay, such as 0.9997; 0: none.",
+        help="Keep an exponential moving average of the weights with this decay, such as 0.9997; 0: none. "
+        "By default none with model.recipe published; otherwise one that reaches back over a fifth of the run.",
     )
     parser.add_argument(
         "--ema_tau", type=float, default=2000.0, help="After how many steps the decay is at 63 percent; 0: at once."

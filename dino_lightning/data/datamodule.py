@@ -224,6 +224,11 @@ class CocoDataModule(lightning.LightningDataModule):
         return self.test_dataloader()
 
     @property
+    def images_per_epoch(self) -> int:
+        """Training images of an epoch, drawn plans too."""
+        return len(self.train_set if self.drawn_plans is None else self.drawn_plans)
+
+    @property
     def most_boxes(self) -> int:
         """The most boxes to learn from that any training image has."""
         drawn = 0 if self.drawn_plans is None else MOST_DRAWN_ROOMS

@@ -7,13 +7,14 @@ from typing import Any
 
 from dino_lightning.files import atomic_write
 from dino_lightning.metrics import Evaluation
+from dino_lightning.report.advice import dominating_error
 from dino_lightning.report.compare import JSON_NAME, compare, find_report, load_report
 from dino_lightning.report.page import as_html
 from dino_lightning.report.pictures import pictures
 from dino_lightning.report.summary import Source, summarise
 from dino_lightning.report.tables import as_csv, as_json, as_text
 
-__all__ = ["JSON_NAME", "Source", "as_text", "find_report", "load_report", "write_report"]
+__all__ = ["JSON_NAME", "Source", "as_text", "dominating_error", "find_report", "load_report", "write_report"]
 
 
 def write_report(

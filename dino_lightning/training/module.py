@@ -33,6 +33,7 @@ from dino_lightning.training.optim import (
     freeze_parts,
     parameter_groups,
 )
+from dino_lightning.training.recipe import RecipeName, choose_recipe, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
 from dino_lightning.training.step_metrics import StepMetrics
 from dino_lightning.weights.loading import (
@@ -63,17 +64,24 @@ class DINOModule(lightning.LightningModule):
         backbone_layer_decay: layer-wise decay: the factor between the learning rates of a backbone stage and the next.
         weight_decay: AdamW's decoupled weight decay.
         group_rule: how parameters are grouped, see `dino_lightning.training.optim.parameter_groups`.
-        clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins.
+        recipe: what decides the options below that are not given. `published`: the settings of the paper's long runs;
+            `short`: what learns faster from few images, see `dino_lightning.training.recipe`; `auto`: `short` for
+            fewer than 10,000 optimizer steps.
+        clip_grad_norm: total gradient norm to clip to, 0 for no clipping; the Trainer's own setting wins. By the
+            recipe: 0.1 as published, 1 in short runs.
         max_non_finite_steps: how many steps in a row may be skipped because their predictions or gradients are not
             finite, before training stops.
-        warmup_steps: number of optimizer steps of linear learning-rate warm-up.
+        warmup_steps: number of optimizer steps of linear learning-rate warm-up; 0 as published, a twentieth of a short
+            run.
         lr_schedule: `step` drops the learning rate at given epochs, `cosine` takes it to 0 along half a cosine.
-        lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs.
+        lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs, in short
+            runs after 4/5.
         lr_drop_factor: the factor of each drop.
-        class_loss: the loss of the class scores. `focal` is the published one; `quality_focal`, `varifocal`, `ia_bce`,
-            `position_supervised` and `matchability` have targets that follow the IoU of the box, and learn faster from
-            few images and classes, see `dino_lightning.losses.class_losses`.
-        class_loss_weight: weight of the class loss in the sum.
+        class_loss: the loss of the class scores. `focal` is the published one, short runs have `quality_focal`; it and
+            `varifocal`, `ia_bce`, `position_supervised` and `matchability` have targets that follow the IoU of the box,
+            and learn faster from few images and classes, see `dino_lightning.losses.class_losses`.
+        class_loss_weight: weight of the class loss in the sum; 1 as published, 2 in short runs.
+        box_noise_scale: how far corners of denoising boxes move, in half box sizes; 1 as published, 0.4 in short runs.
         freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
             shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
@@ -101,14 +109,16 @@ class DINOModule(lightning.LightningModule):
         backbone_layer_decay: float = 1.0,
         weight_decay: float = 1e-4,
         group_rule: GroupRule = "default",
-        clip_grad_norm: float = 0.1,
+        recipe: RecipeName = "published",
+        clip_grad_norm: float | None = None,
         max_non_finite_steps: int = 3,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         lr_schedule: Literal["step", "cosine"] = "step",
         lr_drop_epochs: list[int] | None = None,
         lr_drop_factor: float = 0.1,
-        class_loss: ClassLoss = "focal",
-        class_loss_weight: float = 1.0,
+        class_loss: ClassLoss | None = None,
+        class_loss_weight: float | None = None,
+        box_noise_scale: float | None = None,
         freeze: list[str] | None = None,
         compile: bool = False,
         max_detections: int = 300,
@@ -127,7 +137,7 @@ class DINOModule(lightning.LightningModule):
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)
         self._frozen = freeze_parts(self.model, freeze or [])
-        self.criterion = Criterion(class_loss=class_loss, weight_class=class_loss_weight)
+        self._follow_recipe(None)
         self.metric = CocoMetric()
         self.class_results: list[ClassResult] = []
         self.evaluation: Evaluation | None = None  # of the last validate or test, on the first process
@@ -153,9 +163,17 @@ class DINOModule(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self._take_from_data(data)
+        if stage == "fit":
+            self._follow_recipe(planned_steps(self.trainer, data))
         if stage == "fit" and not self.has_weights:
             self._load_initial_weights(num_images=len(getattr(data, "train_set", ())))
             self.has_weights = True
+
+    def _follow_recipe(self, steps: int | None) -> None:
+        """Settle what the recipe decides, for a run of so many steps."""
+        self.recipe = choose_recipe(self.hparams["recipe"], steps).with_choices(self.hparams)
+        self.model.box_noise_scale = self.recipe.box_noise_scale
+        self.criterion = Criterion(class_loss=self.recipe.class_loss, weight_class=self.recipe.class_loss_weight)
 
     def _take_from_data(self, data: Any) -> None:
         count = getattr(data, "num_classes", None)
@@ -190,7 +208,7 @@ class DINOModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self._fused)
         schedule = RateSchedule(
             optimizer,
-            warmup_steps=self.hparams["warmup_steps"],
+            warmup_steps=self.recipe.warmup_steps,
             milestones=self._milestones(),
             gamma=self.hparams["lr_drop_factor"],
             cosine_steps=1 if self.hparams["lr_schedule"] == "cosine" else None,  # set in `on_train_start`
@@ -241,7 +259,7 @@ class DINOModule(lightning.LightningModule):
 
     def _milestones(self) -> list[int]:
         given = self.hparams["lr_drop_epochs"]
-        return drop_epochs(self.trainer.max_epochs) if given is None else list(given)
+        return drop_epochs(self.trainer.max_epochs, self.recipe.lr_drop_share) if given is None else list(given)
 
     def configure_gradient_clipping(
         self,
@@ -258,7 +276,7 @@ class DINOModule(lightning.LightningModule):
         if self._accumulated.batches:
             factor = self._accumulated.correction() * self.trainer.accumulate_grad_batches
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
-        limit = self.hparams["clip_grad_norm"] if gradient_clip_val is None else gradient_clip_val
+        limit = self.recipe.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
@@ -371,8 +389,7 @@ class DINOModule(lightning.LightningModule):
     def _log_metric(self, stage: str) -> dict[str, float]:
         results = self.metric.compute()
         self.class_results = self.metric.per_class()
-        # not in training, where it would only take memory until the next validation
-        self.evaluation = None if self.trainer.state.fn == TrainerFn.FITTING else self.metric.evaluated()
+        self.evaluation = self.metric.evaluated()
         self.metric.reset()
         shown = {f"{stage}/AP", f"{stage}/F1"}
         for name, value in results.items():

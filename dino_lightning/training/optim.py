@@ -131,11 +131,11 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def drop_epochs(max_epochs: int | None) -> list[int]:
+def drop_epochs(max_epochs: int | None, share: float = 11 / 12) -> list[int]:
     """The default epochs of learning-rate drops: one, after 11/12 of the epochs, as in the published 12-epoch runs."""
     if max_epochs is None or max_epochs < 2:
         return []
-    return [max(1, round(max_epochs * 11 / 12))]
+    return [max(1, round(max_epochs * share))]
 
 
 class RateSchedule(LRScheduler):

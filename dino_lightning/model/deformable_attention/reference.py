@@ -155,7 +155,7 @@ def _row_products(grad: Tensor, maps: Tensor, cells: Tensor) -> Tensor:
     """(N, Q, D) gradients, (N, S, D) maps, (N, Q, L, P, 4) cells -> their scalar products, shaped as the cells."""
     rows = _rows(cells, maps)
     corners, bags = rows.shape[2], rows.shape[0] * rows.shape[1]
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad.flatten(0, 1),
         maps.flatten(0, 1),
         rows.flatten(),

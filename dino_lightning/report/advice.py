@@ -1,0 +1,49 @@
+"""The kind of error that costs an evaluation most, and one thing to try against it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dino_lightning.metrics import Evaluation
+from dino_lightning.report.errors import ERROR_KINDS, classify_image
+from dino_lightning.report.tables import REASON_WORDS
+
+_AGAINST_MISSED = {
+    "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
+    "localization": "train longer, or at a larger data.image_size",
+    "low_score": "train longer: objects are found, but their scores rise last",
+    "unseen": "train at a larger data.image_size, and see whether such objects occur among the training images",
+}
+_AGAINST = {
+    "duplicate": "train longer, or with --model.recipe short, whose class loss tells the best of several boxes",
+    "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
+    "localization": "train longer, or at a larger data.image_size",
+    "both": "see whether the annotations of such objects are complete and of the right class",
+    "background": "look whether objects without an annotation are found; otherwise add images without objects",
+}
+
+
+def dominating_error(evaluation: Evaluation, *, threshold: float) -> str:
+    """Counts of all kinds of errors at a score threshold and, of the most frequent kind, what to try; two lines.
+
+    Args:
+        evaluation: images and detections.
+        threshold: lowest score of the detections that count.
+    """
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    boxes = 0
+    for image in evaluation.images:
+        classified = classify_image(image, threshold=threshold, iou_threshold=evaluation.iou_threshold)
+        counts.update({kind: classified.count(kind) for kind in ERROR_KINDS})
+        reasons.update(missed.reason for missed in classified.missed)
+        boxes += classified.num_boxes
+    most = max(ERROR_KINDS, key=lambda kind: counts[kind])
+    if not boxes or not counts[most]:
+        return f"No errors at a score of {threshold:.2f}."
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in ERROR_KINDS if counts[kind])
+    first = f"Errors at a score of {threshold:.2f}, of {boxes} boxes in {len(evaluation.images)} images: {listed}."
+    if most != "missed":
+        return f"{first}\nMost are {most}; try this: {_AGAINST[most]}."
+    reason, count = reasons.most_common(1)[0]
+    return f"{first}\nMost are missed, {count} of them {REASON_WORDS[reason]}; try this: {_AGAINST_MISSED[reason]}."
