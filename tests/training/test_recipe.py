@@ -1,0 +1,100 @@
+"""Which recipe a run follows, and what `fit` says of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dino_lightning import DINOModule
+from dino_lightning.__main__ import run
+from dino_lightning.training.recipe import (
+    PUBLISHED,
+    SHORT_RUN,
+    TOO_FEW_STEPS,
+    advice_on_few_steps,
+    average_decay,
+    choose_recipe,
+    planned_steps,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = {"num_classes": 1, "backbone": "resnet10", "hidden_dim": 16, "num_heads": 2, "num_encoder_layers": 1,
+         "num_decoder_layers": 1, "ffn_dim": 16, "num_queries": 5, "backbone_weights": None}  # fmt: skip
+
+
+def test_without_a_choice_a_module_trains_as_published():
+    module = DINOModule(**SMALL)
+    assert module.recipe == PUBLISHED
+    assert module.criterion.class_loss == "focal" and module.criterion.weights["loss_class"] == 1.0
+    assert module.model.box_noise_scale == 1.0
+
+
+def test_what_is_given_wins_over_the_recipe():
+    module = DINOModule(**SMALL, recipe="short", box_noise_scale=0.7, class_loss="varifocal")
+    assert (module.recipe.class_loss, module.recipe.class_loss_weight) == ("varifocal", 2.0)
+    assert module.recipe.clip_grad_norm == 1.0
+    assert module.model.box_noise_scale == 0.7
+    assert module.criterion.class_loss == "varifocal"
+
+
+@pytest.mark.parametrize(("steps", "short"), [(SHORT_RUN - 1, True), (SHORT_RUN, False), (None, False)])
+def test_auto_follows_the_number_of_steps(steps, short):
+    assert (choose_recipe("auto", steps) != PUBLISHED) == short
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match="recipe is 'best'; choose published, short or auto"):
+        DINOModule(**SMALL, recipe="best")
+
+
+def test_warm_up_and_average_grow_with_the_run():
+    assert choose_recipe("auto", 100).warmup_steps < choose_recipe("auto", 1000).warmup_steps
+    decays = [average_decay(steps)[0] for steps in (10, 100, 1000, 10_000)]
+    assert decays == sorted(decays) and decays[0] > 0 and decays[-1] < 1
+    assert average_decay(900)[0] == pytest.approx(1 - 1 / 180)
+
+
+def trainer(**changes):
+    return SimpleNamespace(
+        **{"max_epochs": 3, "max_steps": -1, "world_size": 1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0}
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 30),  # 43 images in batches of 4: the last, smaller one is dropped
+        ({"world_size": 2}, 15),
+        ({"accumulate_grad_batches": 4}, 9),
+        ({"limit_train_batches": 6}, 18),
+        ({"limit_train_batches": 0.5}, 15),
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": -1}, None),
+    ],
+)
+def test_steps_of_a_run(changes, steps):
+    assert planned_steps(trainer(**changes), SimpleNamespace(images_per_epoch=43, batch_size=4)) == steps
+
+
+def test_few_steps_come_with_the_epochs_that_are_enough():
+    assert advice_on_few_steps(TOO_FEW_STEPS, 10) is None
+    assert "--trainer.max_epochs 60 " in advice_on_few_steps(100, 10)
+
+
+def test_fit_says_how_long_it_is_which_recipe_follows_and_what_is_wrong(rooms, tmp_path, capsys):
+    args = ["fit", "--config", str(CONFIGS / "rooms_demo.yaml"), "--data.root", str(rooms), "--run_dir", str(tmp_path)]
+    args += ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--model.num_queries", "20"]
+    assert run([*args, "--trainer.log_every_n_steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert " x 1 epochs: " in said and "Recipe: short (fewer than 10,000 steps): quality_focal" in said
+    assert " steps are few for this kind of detector" in said
+    assert "Errors at a score of " in said and "try this: " in said
+    with (tmp_path / "metrics.csv").open() as file:
+        assert any(row["train/loss_step"] for row in csv.DictReader(file))
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "raw_state_dict" in checkpoint  # the weights were averaged
