@@ -15,6 +15,7 @@ NAMES = {
     "ddp": "two processes compared with one",
     "latency": "milliseconds from a batch to its boxes, compared with other detectors",
     "race": "AP, AP50 and F1 over minutes of training, compared with other detectors",
+    "pretrain": "weights that know floor plans, from drawn ones alone",
     "converge": "seconds to an AP50 of 0.85 on drawn floor plans",
 }
 

@@ -42,6 +42,7 @@ from dino_lightning.weights.loading import (
     load_initial_weights,
     start_backbone_from,
 )
+from dino_lightning.weights.shipped import names_for_rooms
 
 
 class DINOModule(lightning.LightningModule):
@@ -54,9 +55,11 @@ class DINOModule(lightning.LightningModule):
         num_classes: K, classes with contiguous labels 0..K-1.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
-        weights: initial weights: a file or URL (https:// or s3://, with #sha256=... at the end to verify it) of a
-            DINO checkpoint, published or ours, or of a backbone alone; or the name of torchvision weights for the
-            backbone. Class heads are matched by name.
+        weights: initial weights: the name of weights that come with this package (`rooms_small`), or a file or URL
+            (https:// or s3://, with #sha256=... at the end to verify it) of a DINO checkpoint, published or ours, or
+            of a backbone alone; or the name of torchvision weights for the backbone. Class heads are matched by name.
+        weights_for_rooms: as `weights`, which win over it, for datasets that have a class of rooms; null to leave it
+            out. Rooms of any kind start from the class `room` of those weights.
         backbone_weights: the same for the backbone alone; null for random ones. Not used with `weights` or when
             resuming.
         lr: learning rate of everything outside the backbone.
@@ -103,6 +106,7 @@ class DINOModule(lightning.LightningModule):
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         weights: str | None = None,
+        weights_for_rooms: str | None = None,
         backbone_weights: str | None = "IMAGENET1K_V1",
         lr: float = 1e-4,
         backbone_lr: float = 1e-5,
@@ -188,8 +192,13 @@ class DINOModule(lightning.LightningModule):
 
     def _load_initial_weights(self, num_images: int) -> None:
         whole, backbone = self.hparams["weights"], self.hparams["backbone_weights"]
-        if whole is not None:
-            rank_zero_info(load_initial_weights(self.model, whole, self.hparams["class_names"]))
+        of_rooms, names = self.hparams["weights_for_rooms"], self.hparams["class_names"]
+        room_names = None if of_rooms is None or whole is not None else names_for_rooms(names or ())
+        if room_names is not None:
+            rank_zero_info(load_initial_weights(self.model, of_rooms, room_names))
+            rank_zero_info("--model.weights_for_rooms null starts without them.")
+        elif whole is not None:
+            rank_zero_info(load_initial_weights(self.model, whole, names))
         elif backbone is not None:
             rank_zero_info(start_backbone_from(self.model, backbone).line())
             for advice in advice_on_a_pretrained_backbone(num_images):

@@ -16,6 +16,7 @@ from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights.download import interprocess_lock, is_address, local_file
 from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
+from dino_lightning.weights.shipped import shipped_file
 from dino_lightning.weights.sizes import differences
 
 FEW_IMAGES = 5000  # below this, training from scratch is not worth it
@@ -73,8 +74,9 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
 
     Args:
         model: changed in place.
-        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, or the name of
-            torchvision weights of the model's backbone, such as `IMAGENET1K_V2`.
+        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, the name of
+            weights that come with this package (`SHIPPED`), or of torchvision weights of the model's backbone, such as
+            `IMAGENET1K_V2`.
         class_names: names of the model's labels, if known.
 
     Raises:
@@ -82,7 +84,7 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
     """
     if _is_torchvision_name(place):
         return start_backbone_from(model, place)
-    return load_weights(model, local_file(place), class_names)
+    return load_weights(model, shipped_file(place) or local_file(place), class_names)
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:
@@ -184,7 +186,9 @@ def _load_detector(
 ) -> LoadReport:
     own, state = model.state_dict(), found.state
     others = [key for key in own if key not in CLASS_ENTRIES]
-    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state]
+    # counts of batches, which a backbone with frozen norms does not have
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state and key not in counters]
     unknown = [key for key in state if key not in own]
     reshaped = [key for key in own if key in state and not _fits(key, state[key], own[key])]
     if missing or unknown or reshaped:
@@ -199,7 +203,7 @@ def _load_detector(
         if key in CLASS_ENTRIES:
             own[key], outcome = _class_entry(state[key], own[key], rows, model.num_classes)
             counts[_CLASS_PART, outcome] += 1
-        else:
+        elif key in state:
             own[key] = state[key]
             counts[_part(key), "loaded"] += 1
     counts.update((_part(key), "ignored") for key in found.ignored)

@@ -21,6 +21,7 @@ from dino_lightning.weights.published_layout import (
     from_published,
     wrong_indices,
 )
+from dino_lightning.weights.shipped import shipped_file
 
 _MODULE_PREFIX = "model."  # where a DINOModule keeps its DINO
 _WRAPPERS = ("state_dict", "model")  # keys under which training programs store the weights
@@ -91,11 +92,14 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def find_model(path: str | Path) -> Path:
-    """The model file that a path means: itself, or that of a folder.
+    """The model file that a path means: itself, or that of a folder; or that of weights that come with this package.
 
     Raises:
         CheckpointError: a folder without a model, or with several ONNX files and nothing else.
     """
+    shipped = shipped_file(path)
+    if shipped is not None:
+        return shipped
     path = Path(path)
     if not path.is_dir():
         return path

@@ -20,6 +20,7 @@ from dino_lightning.cli.config_files import config_path
 from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.weights.loading import needs_download
+from dino_lightning.weights.shipped import SHIPPED
 from sagemaker_entry.protocol.problem import Problem
 
 DATA_PATHS = (
@@ -180,7 +181,8 @@ def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
     weights = model.get("weights")
     if weights is not None:
         found.pop("model.backbone_weights", None)  # DINOModule ignores it if there are weights
-    if weights is not None and "model.weights" not in found and not needs_download(weights):
+    comes_along = weights in SHIPPED  # in the package, and so in the container, too
+    if weights is not None and "model.weights" not in found and not comes_along and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found
 

@@ -1,0 +1,104 @@
+"""Weights that come with the package: found by name, checked, and used where a class is a room."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dino_lightning import DINOModule, load_detector
+from dino_lightning.errors import CheckpointError
+from dino_lightning.weights import shipped
+from dino_lightning.weights.loading import load_initial_weights
+from dino_lightning.weights.reading import read_checkpoint
+
+SIZES = {"backbone": "resnet10", "hidden_dim": 16, "num_heads": 2, "num_encoder_layers": 1, "num_decoder_layers": 1,
+         "ffn_dim": 16, "num_queries": 5, "backbone_weights": None, "num_feature_levels": 3}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A tiny detector of rooms, trained with batch norms and shipped as `tiny`; gives the module it was."""
+    torch.manual_seed(3)
+    module = DINOModule(num_classes=1, class_names=["room"], category_ids=[1], backbone_norm="batch", **SIZES)
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "score_threshold": 0.4,
+        "pytorch-lightning_version": "2.6.0",
+    }
+    checksum = shipped.write_for_shipping(checkpoint, tmp_path / "tiny.pt")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setitem(shipped.SHIPPED, "tiny", shipped.ShippedWeights("tiny.pt", checksum, "A test."))
+    return module
+
+
+def test_a_detector_by_name_has_classes_threshold_and_the_norms_of_training(tiny):
+    detector = load_detector("tiny")
+    assert list(detector.class_names) == ["room"]
+    assert detector.model.score_threshold == 0.4
+    images = torch.rand(1, 3, 64, 64)
+    theirs, ours = (module.model.backbone.eval()(images) for module in (tiny, detector.model))
+    for one, other in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)  # of 16-bit numbers
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_they_start_a_training_with_either_norm(tiny, norm):
+    module = DINOModule(num_classes=1, backbone_norm=norm, **SIZES)
+    load_initial_weights(module.model, "tiny", ["room"])
+    torch.testing.assert_close(
+        module.model.decoder.class_head.weight, tiny.model.decoder.class_head.weight, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_file_that_was_changed_is_not_read(tiny, tmp_path):
+    (tmp_path / "tiny.pt").write_bytes((tmp_path / "tiny.pt").read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="is not the file of tiny that was shipped"):
+        load_detector("tiny")
+    (tmp_path / "tiny.pt").unlink()
+    with pytest.raises(CheckpointError, match="the weights tiny of this package, is missing"):
+        load_detector("tiny")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["Room"], ["room"]),
+        (["rooms"], ["room"]),
+        (["room-floorplan"], ["room"]),
+        (["door", "Kitchen", "living_room"], ["door", "room", "room"]),
+        (["mushroom"], None),
+        (["RBC", "WBC"], None),
+        ([], None),
+    ],
+)
+def test_which_classes_are_rooms(names, expected):
+    assert shipped.names_for_rooms(names) == expected
+
+
+@pytest.mark.parametrize(("names", "taken"), [(["door", "Kitchen"], True), (["door", "window"], False)])
+def test_rooms_alone_start_from_them(tiny, names, taken):
+    module = DINOModule(num_classes=2, class_names=names, weights_for_rooms="tiny", **SIZES)
+    before = module.model.decoder.class_head.weight.detach().clone()
+    if not taken:  # the backbone's weights are null: it then says that all of them are random
+        with pytest.warns(UserWarning, match="backbone starts from random weights"):
+            module._load_initial_weights(num_images=0)
+    else:
+        module._load_initial_weights(num_images=0)
+    after = module.model.decoder.class_head.weight
+    room = tiny.model.decoder.class_head.weight[0]
+    assert torch.equal(after[0], before[0])  # there is no door in them
+    assert torch.allclose(after[1], room, atol=1e-4) == taken
+
+
+def test_every_shipped_file_is_small_and_whole():
+    for name, entry in shipped.SHIPPED.items():
+        path = shipped.shipped_file(name)
+        assert path.stat().st_size < 8_000_000
+        content = read_checkpoint(path)
+        assert all(
+            value.dtype == torch.float16 for value in content["state_dict"].values() if value.is_floating_point()
+        )
+        assert dataclasses.asdict(entry)["about"]
