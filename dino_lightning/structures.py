@@ -301,6 +301,8 @@ class ModelOutput:
         encoder_logits: (B, Q, K) class logits of the selected encoder proposals.
         encoder_boxes: (B, Q, 4) boxes of the selected encoder proposals.
         denoising: outputs of the denoising queries, in training with at least one box in the batch.
+        group_logits: (L * G, B, Q, K) of G more groups of queries, in training with such; layer by layer.
+        group_boxes: (L * G, B, Q, 4) their boxes.
     """
 
     pred_logits: Tensor
@@ -308,3 +310,5 @@ class ModelOutput:
     encoder_logits: Tensor
     encoder_boxes: Tensor
     denoising: DenoisingOutput | None = None
+    group_logits: Tensor | None = None
+    group_boxes: Tensor | None = None

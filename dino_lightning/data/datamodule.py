@@ -12,13 +12,15 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import Dataset
 
 from dino_lightning.console import aligned
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
-from dino_lightning.data.dataset import UNREADABLE, CocoDetection, available_cores
+from dino_lightning.data.dataset import UNREADABLE, CocoDetection, Sample, available_cores
 from dino_lightning.data.drawn_plans import MOST_DRAWN_ROOMS, WithDrawnPlans
 from dino_lightning.data.loading import Loader, collate
+from dino_lightning.data.mosaic import WithMosaic
 from dino_lightning.data.read_splits import read_splits
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
@@ -77,6 +79,7 @@ class CocoDataModule(lightning.LightningDataModule):
             an empty page that counts for nothing; how many there were is said at the end.
         seed: decides which images `val_fraction` takes.
         drawn_plans: floor plans to draw afresh for every epoch and train on beside the images, for datasets of rooms.
+        mosaic: probability of making a training image out of four, each a quarter of it, 0 to 1.
 
     Attributes:
         classes: the classes, by label.
@@ -119,6 +122,7 @@ class CocoDataModule(lightning.LightningDataModule):
         on_bad_image: Literal["error", "skip"] = "error",
         seed: int = 0,
         drawn_plans: int = 0,
+        mosaic: float = 0.0,
     ) -> None:
         super().__init__()
         _check_arguments(
@@ -143,6 +147,10 @@ class CocoDataModule(lightning.LightningDataModule):
         if drawn_plans < 0 or (drawn_plans and aspect_buckets):
             raise ValueError("drawn_plans must not be negative, and it does not go with aspect_buckets.")
 
+        if not 0 <= mosaic <= 1:
+            raise ValueError(f"mosaic is {mosaic}; it must lie between 0 and 1.")
+
+        self.mosaic = mosaic
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
@@ -206,7 +214,10 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled training batches, all full; a smaller one only where there is no full one."""
-        return self._loader(self.train_set, self.batch_size, training=True)
+        samples: Dataset[Sample] = self.train_set if self.drawn_plans is None else self.drawn_plans
+        if self.mosaic:
+            samples = WithMosaic(samples, self.mosaic)
+        return self._loader(self.train_set, self.batch_size, training=samples)
 
     def val_dataloader(self) -> Loader:
         """All validation batches, in the order of the file."""
@@ -232,7 +243,7 @@ class CocoDataModule(lightning.LightningDataModule):
     def most_boxes(self) -> int:
         """The most boxes to learn from that any training image has."""
         drawn = 0 if self.drawn_plans is None else MOST_DRAWN_ROOMS
-        return max(most_boxes(self.train_set.annotations), drawn)
+        return max(most_boxes(self.train_set.annotations), drawn) * (4 if self.mosaic else 1)
 
     def worst_case_batch(self, batch_size: int, num_boxes: int | None = None) -> Batch:
         """A training batch as large as any that the loader can give: its images black, its boxes alike.
@@ -275,9 +286,10 @@ class CocoDataModule(lightning.LightningDataModule):
             if dataset is not None
         )
 
-    def _loader(self, images: CocoDetection, batch_size: int, *, training: bool = False) -> Loader:
+    def _loader(self, images: CocoDetection, batch_size: int, *, training: Dataset[Sample] | None = None) -> Loader:
+        """The loader of some images; of the samples made from them where they are for training."""
         self._leave_out_unreadable(images)
-        dataset = self.drawn_plans if training and self.drawn_plans is not None else images
+        dataset: Any = images if training is None else training
         processes, processes_here = 1, 1
         if self.trainer is not None:
             processes, processes_here = self.trainer.world_size, self.trainer.num_devices
@@ -292,7 +304,7 @@ class CocoDataModule(lightning.LightningDataModule):
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-        if not training:
+        if training is None:
             return Loader(dataset, **arguments)
         seed, rank = torch.initial_seed(), 0
         if self.trainer is not None:

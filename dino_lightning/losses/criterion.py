@@ -67,14 +67,15 @@ class Criterion(nn.Module):
         Returns:
             `loss`, the weighted sum to minimise, and the unweighted terms `loss_class`, `loss_bbox`, `loss_giou` of
             the final layer; with suffix `_0`, `_1`, ... of the earlier layers, `_encoder` of the proposals,
-            `_denoising` and `_denoising_0`, ... of the denoising queries. All 0-dim float32.
+            `_denoising` and `_denoising_0`, ... of the denoising queries, `_groups` of further groups of queries (the
+            sum over layers, the mean over groups). All 0-dim float32.
 
         Raises:
             NonFiniteError: predictions that are not finite.
         """
         with torch.autocast(device_type=output.pred_logits.device.type, enabled=False):
-            logits = _with_encoder(output.pred_logits, output.encoder_logits)
-            boxes = _with_encoder(output.pred_boxes, output.encoder_boxes)
+            logits = _all_layers(output.pred_logits, output.encoder_logits, output.group_logits)
+            boxes = _all_layers(output.pred_boxes, output.encoder_boxes, output.group_boxes)
             num_boxes = (mean_num_boxes(targets, boxes.device) if num_boxes is None else num_boxes).clamp(min=1.0)
             # Every layer is matched and supervised on its own (DETR's auxiliary losses), so that each refines the one
             # before; the encoder's proposals are one more layer (two-stage, arXiv 2010.04159 A.4).
@@ -82,7 +83,13 @@ class Criterion(nn.Module):
             terms = _matched_losses(logits, boxes, targets, matches, num_boxes, self.class_loss)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
             named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
-            total = self._weighted(terms)
+            total = self._weighted({term: values[: len(names)] for term, values in terms.items()})
+            # Further groups of queries together weigh as much as the first (hybrid matching, arXiv 2207.13080).
+            further = {term: values[len(names) :] for term, values in terms.items()}
+            if output.group_logits is not None:
+                groups = len(output.group_logits) / len(output.pred_logits)
+                named |= {f"{term}_groups": values.sum() / groups for term, values in further.items()}
+                total = total + self._weighted(further) / groups
             # Denoising queries need no matching: each knows the box that it was made from.
             if output.denoising is not None:
                 terms = _denoising_losses(output.denoising, targets, num_boxes, self.class_loss)
@@ -100,9 +107,10 @@ def _layer_suffixes(num_layers: int, kind: str) -> list[str]:
     return [*(f"{kind}_{layer}" for layer in range(num_layers - 1)), kind]
 
 
-def _with_encoder(layers: Tensor, encoder: Tensor) -> Tensor:
-    """(L, B, Q, X) of the decoder and (B, Q, X) of the encoder -> (L + 1, B, Q, X) float32."""
-    return torch.cat((layers.float(), encoder.float()[None]))
+def _all_layers(layers: Tensor, encoder: Tensor, groups: Tensor | None) -> Tensor:
+    """(L, B, Q, X) of the decoder, (B, Q, X) of the encoder, (L * G, B, Q, X) of groups -> all of them."""
+    parts = [layers.float(), encoder.float()[None]]
+    return torch.cat(parts if groups is None else [*parts, groups.float()])
 
 
 def mean_num_boxes(targets: Targets, device: torch.device) -> Tensor:

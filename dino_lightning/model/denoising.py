@@ -131,16 +131,31 @@ def denoising_queries(
 
 
 def denoising_attention_mask(
-    *, num_groups: int, max_boxes: int, num_queries: int, device: torch.device | str, num_unused: int = 0
+    *,
+    num_groups: int,
+    max_boxes: int,
+    num_queries: int,
+    device: torch.device | str,
+    num_unused: int = 0,
+    num_query_groups: int = 1,
 ) -> Tensor:
-    """Who may not see whom: (T, T) bool, True = blocked, T = slots + num_unused + num_queries, in this order.
+    """Who may not see whom: (T, T) bool, True = blocked.
+
+    The T queries are slots, unused ones, and the groups of matching queries, of `num_queries` each, in this order.
 
     Matching queries never see denoising ones: those hold the ground truth, and the answer would leak. A denoising group
     sees itself and the matching queries but no other group, so that each has to rebuild its boxes from its own noise.
-    Unused queries are seen by themselves alone.
+    Unused queries are seen by themselves alone, and so are the matching queries of each group after the first.
     """
     slots = 2 * num_groups * max_boxes
-    index = torch.arange(slots + num_unused + num_queries, device=device)
+    first = slots + num_unused
+    index = torch.arange(first + num_queries * num_query_groups, device=device)
     group = index.div(max(2 * max_boxes, 1), rounding_mode="floor")
-    group = group.masked_fill(index >= slots, num_groups).masked_fill(index >= slots + num_unused, -1)
-    return (group[None, :] >= 0) & (group[None, :] != group[:, None])
+    group = group.masked_fill(index >= slots, num_groups).masked_fill(index >= first, -1)
+    # more groups of matching queries have the numbers after those of the denoising groups and of the unused ones
+    further = num_groups + (index - first).div(max(num_queries, 1), rounding_mode="floor")
+    group = torch.where(index >= first + num_queries, further, group)
+    blocked = (group[None, :] >= 0) & (group[None, :] != group[:, None])
+    if num_query_groups > 1:
+        blocked |= (index[:, None] >= first + num_queries) & (group[None, :] != group[:, None])
+    return blocked

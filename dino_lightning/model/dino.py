@@ -52,6 +52,9 @@ class DINO(nn.Module):
         box_noise_scale: how far box corners move, in half box sizes.
         denoising_multiple: round the number of denoising queries up to a multiple of this by unused ones; fewer
             different shapes, the same results.
+        query_groups: groups of matching queries in training, 1 as published. Each further group has content of its own
+            for the same proposals, sees itself alone and is matched one to one, so that every object has as many
+            positives as there are groups (Group DETR, arXiv 2207.13085); inference has the first group alone.
         dropout: in encoder and decoder, 0 as published.
         recompute_encoder: compute the encoder's layers again on the way back rather than keep all of their
             intermediate results: for images or batches that do not fit into memory otherwise.
@@ -80,6 +83,7 @@ class DINO(nn.Module):
         label_noise_ratio: float = 0.5,
         box_noise_scale: float = 1.0,
         denoising_multiple: int = 1,
+        query_groups: int = 1,
         dropout: float = 0.0,
         recompute_encoder: bool = False,
     ) -> None:
@@ -88,8 +92,8 @@ class DINO(nn.Module):
             raise ValueError(f"num_classes={num_classes}: a detector needs at least one class.")
         if hidden_dim % 4:
             raise ValueError(f"hidden_dim={hidden_dim} is not a multiple of 4.")
-        if num_decoder_layers < 1 or num_queries < 1 or denoising_multiple < 1:
-            raise ValueError("num_decoder_layers, num_queries and denoising_multiple must be at least 1.")
+        if min(num_decoder_layers, num_queries, denoising_multiple, query_groups) < 1:
+            raise ValueError("num_decoder_layers, num_queries, denoising_multiple and query_groups must be at least 1.")
         self.num_classes = num_classes
         self.num_denoising = num_denoising
         self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
@@ -115,6 +119,9 @@ class DINO(nn.Module):
         )
         self.neck = Neck(in_channels=body.channels, hidden_dim=hidden_dim, num_levels=num_feature_levels)
         self.backbone = body
+        self.query_groups = query_groups
+        if query_groups > 1:
+            self.group_queries = nn.Embedding((query_groups - 1) * num_queries, hidden_dim)
         self.image_mean: Tensor
         self.image_std: Tensor
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
@@ -144,6 +151,8 @@ class DINO(nn.Module):
                     nn.init.xavier_uniform_(parameter)
         nn.init.xavier_uniform_(self.query_selection.content_queries.weight)
         nn.init.xavier_uniform_(self.query_selection.output_projection.weight)
+        if self.query_groups > 1:
+            nn.init.xavier_uniform_(self.group_queries.weight)
         for module in self.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.reset_parameters()
@@ -177,15 +186,22 @@ class DINO(nn.Module):
         selected = self.query_selection(memory, spatial_shapes, valid_ratios, token_mask)
 
         queries, reference_logits, attention_mask = selected.content, selected.reference_logits, None
+        count, groups = queries.shape[1], self.query_groups if self.training else 1
+        if groups > 1:
+            further = self.group_queries.weight.view(groups - 1, -1, queries.shape[2])[:, :count].flatten(0, 1)
+            queries = torch.cat((queries, further.expand(len(queries), -1, -1)), dim=1)
+            reference_logits = reference_logits.repeat(1, groups, 1)
         denoising = self._denoising_queries(batch, noise)
-        if denoising is not None:
+        if denoising is not None or groups > 1:
             attention_mask = denoising_attention_mask(
-                num_groups=denoising.num_groups,
-                max_boxes=denoising.max_boxes,
-                num_queries=queries.shape[1],
-                num_unused=denoising.num_unused,
+                num_groups=0 if denoising is None else denoising.num_groups,
+                max_boxes=0 if denoising is None else denoising.max_boxes,
+                num_queries=count,
+                num_unused=0 if denoising is None else denoising.num_unused,
+                num_query_groups=groups,
                 device=queries.device,
             )
+        if denoising is not None:
             queries = torch.cat((denoising.content, queries), dim=1)
             reference_logits = torch.cat((denoising.reference_logits, reference_logits), dim=1)
         hidden, boxes = self.decoder(
@@ -198,8 +214,8 @@ class DINO(nn.Module):
         first = 0 if denoising is None else denoising.reference_logits.shape[1]
         slots = 0 if denoising is None else first - denoising.num_unused
         return ModelOutput(
-            pred_logits=logits[:, :, first:],
-            pred_boxes=boxes[:, :, first:],
+            pred_logits=logits[:, :, first : first + count],
+            pred_boxes=boxes[:, :, first : first + count],
             encoder_logits=selected.logits,
             encoder_boxes=selected.boxes_cxcywh,
             denoising=None
@@ -210,6 +226,8 @@ class DINO(nn.Module):
                 num_groups=denoising.num_groups,
                 max_boxes=denoising.max_boxes,
             ),
+            group_logits=None if groups == 1 else _by_group(logits[:, :, first + count :], count),
+            group_boxes=None if groups == 1 else _by_group(boxes[:, :, first + count :], count),
         )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -247,6 +265,12 @@ class DINO(nn.Module):
             ratios.append(torch.stack((valid[:, 0].sum(1) / width, valid[:, :, 0].sum(1) / height), dim=-1))
         tokens, positions, shapes, padding = flatten_levels(levels, masks, self.level_embedding)
         return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
+
+
+def _by_group(values: Tensor, count: int) -> Tensor:
+    """(L, B, G * Q, X) -> (L * G, B, Q, X)."""
+    layers, batch, _, size = values.shape
+    return values.reshape(layers, batch, -1, count, size).transpose(1, 2).flatten(0, 1)
 
 
 def flatten_levels(

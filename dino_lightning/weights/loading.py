@@ -19,6 +19,7 @@ from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_na
 from dino_lightning.weights.shipped import shipped_file
 from dino_lightning.weights.sizes import differences
 
+TRAINING_ONLY = "group_queries."
 FEW_IMAGES = 5000  # below this, training from scratch is not worth it
 OUTCOMES = ("loaded", "re-mapped", "new", "ignored")
 _PARTS = {
@@ -27,6 +28,7 @@ _PARTS = {
     "encoder": "encoder",
     "level_embedding": "encoder",
     "query_selection": "query selection",
+    "group_queries": "query selection",
     "decoder": "decoder",
 }
 _CLASS_PART = "class heads"
@@ -187,10 +189,15 @@ def _load_detector(
     own, state = model.state_dict(), found.state
     others = [key for key in own if key not in CLASS_ENTRIES]
     # counts of batches, which a backbone with frozen norms does not have
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state and key not in counters]
-    unknown = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and not _fits(key, state[key], own[key])]
+    # and queries for training alone, which either side may have
+    optional = {key for key in own if key.endswith("num_batches_tracked") or key.startswith(TRAINING_ONLY)}
+    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state and key not in optional]
+    unknown = [key for key in state if key not in own and not key.startswith(TRAINING_ONLY)]
+    reshaped = [
+        key
+        for key in own
+        if key in state and not key.startswith(TRAINING_ONLY) and not _fits(key, state[key], own[key])
+    ]
     if missing or unknown or reshaped:
         raise CheckpointError(
             f"{path} is of another architecture: {len(missing)} of the model's {len(own)} entries are missing, "
@@ -203,6 +210,8 @@ def _load_detector(
         if key in CLASS_ENTRIES:
             own[key], outcome = _class_entry(state[key], own[key], rows, model.num_classes)
             counts[_CLASS_PART, outcome] += 1
+        elif key.startswith(TRAINING_ONLY) and (key not in state or state[key].shape != own[key].shape):
+            counts[_part(key), "new"] += 1
         elif key in state:
             own[key] = state[key]
             counts[_part(key), "loaded"] += 1
