@@ -118,7 +118,7 @@ def _panel(batch: Batch, index: int, names: Mapping[int, str], class_names: Sequ
     order = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(-1).argsort(descending=True, stable=True)
     labels = batch.targets.labels[index, :number][order].tolist()
     canvas = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
-    name = names[image_id]
+    name = names.get(image_id, "drawn")
     name = name if len(name) <= NAME_LENGTH else "..." + name[3 - NAME_LENGTH :]
     padded = "" if canvas == size else f", in {canvas[0]} x {canvas[1]}"
     return Panel(

@@ -28,6 +28,7 @@ def sheet(path):
         ["--data.augmentation", "plans", "--data.augmentation_options", "{rotation: 0, crop: 0}"],
         ["--data.fixed_size=64", "--data.fixed_size_mode=stretch"],
         ["--config", "configs/rooms_demo.yaml", "--data.aspect_buckets", "true"],
+        ["--data.drawn_plans=8", "--data.mosaic=1"],
     ],
     ids=" ".join,
 )
