@@ -15,6 +15,7 @@ from dino_lightning.data.images import decode_bytes
 from dino_lightning.data.transforms import LabelledImage, from_page
 from dino_lightning.errors import DataError
 from dino_lightning.floor_plans.dataset import Style, draw_plan
+from dino_lightning.floor_plans.restyle import restyle
 
 FIRST_SEED = 1 << 40  # the plans that `rooms` writes have smaller seeds: none of them is drawn here
 MOST_DRAWN_ROOMS = 24  # on one plan: what memory is planned for
@@ -53,6 +54,8 @@ class WithDrawnPlans(Dataset[Sample]):
 
     def _drawn(self, number: int, seed: int, landscape: bool | None) -> Sample:
         page, rooms = draw_plan(FIRST_SEED + seed, style=self.style)
+        if self.style == "realistic":
+            page, rooms = restyle(page, rooms, np.random.default_rng((seed, 1)))
         image = from_page(page)
         if self.style == "realistic" and torch.rand(()) < 0.5:
             buffer = io.BytesIO()

@@ -1,0 +1,130 @@
+"""What printers, screens and cameras make of a drawn page: other inks and papers, filled rooms, photographs, copies.
+
+Plans that are drawn on the fly go through it (`dino_lightning.data.drawn_plans`), so that a detector made from them
+knows more styles than the generator draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops, ImageDraw
+
+from dino_lightning.floor_plans.drawing import Ink, Room, font
+
+Floats = npt.NDArray[np.float64]
+
+DARK_INKS: tuple[Ink, ...] = ((20, 30, 90), (70, 45, 25), (25, 70, 45), (90, 90, 90), (120, 20, 30), (0, 0, 0))
+PAPERS: tuple[Ink, ...] = ((255, 255, 255), (248, 244, 232), (236, 242, 248), (240, 240, 240), (255, 250, 220))
+BLUEPRINTS: tuple[Ink, ...] = ((25, 60, 130), (15, 40, 90), (30, 90, 110), (35, 35, 40))
+MOST_TILT = 0.07  # how far the corners of a photographed page move inwards, as a share of its sides
+
+
+def restyle(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+    """A page in another style, or as it was: each change has a chance of its own.
+
+    Args:
+        page: RGB or L.
+        rooms: on it.
+        rng: random generator.
+
+    Returns:
+        The page, RGB, and its rooms, whose outlines move with it.
+    """
+    page = page.convert("RGB")
+    if rng.random() < 0.2:
+        page = fill_rooms(page, rooms, rng)
+    if rng.random() < 0.05:
+        page = watermark(page, rng)
+    if rng.random() < 0.25:
+        page = recolour(page, rng)
+    if rng.random() < 0.12:
+        page, rooms = photograph(page, rooms, rng)
+    if rng.random() < 0.15:
+        page = small_copy(page, float(rng.uniform(0.4, 0.8)))
+    return page, rooms
+
+
+def fill_rooms(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> Image.Image:
+    """Tint the rooms, all alike or each in a pale colour of its own, under their furniture and names."""
+    tints = Image.new("RGB", page.size, (255, 255, 255))
+    draw = ImageDraw.Draw(tints)
+    alike = rng.random() < 0.4
+    colour = _pale(rng)
+    for room in rooms:
+        if len(room.polygon) > 2 and (alike or rng.random() < 0.8):
+            draw.polygon([(float(x), float(y)) for x, y in room.polygon], fill=colour if alike else _pale(rng))
+    return ImageChops.multiply(page, tints)
+
+
+def _pale(rng: np.random.Generator) -> Ink:
+    red, green, blue = (int(value) for value in 255 - rng.integers(0, 90, 3))
+    return red, green, blue
+
+
+def recolour(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Another ink on another paper; seldom white lines on blue."""
+    if rng.random() < 0.2:
+        ink, paper = np.array((240, 245, 255)), np.array(BLUEPRINTS[int(rng.integers(len(BLUEPRINTS)))])
+    else:
+        ink = np.array(DARK_INKS[int(rng.integers(len(DARK_INKS)))])
+        paper = np.array(PAPERS[int(rng.integers(len(PAPERS)))])
+    table = [round(float(ink[c] + (paper[c] - ink[c]) * value / 255)) for c in range(3) for value in range(256)]
+    return page.point(table)
+
+
+def watermark(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A pale word across the page."""
+    layer = Image.new("L", page.size, 255)
+    word = str(rng.choice(("SAMPLE", "DRAFT", "COPY", "PREVIEW", "NOT TO SCALE")))
+    size = max(int(page.width * float(rng.uniform(0.08, 0.2))), 8)
+    ImageDraw.Draw(layer).text((page.width / 2, page.height / 2), word, fill=205, font=font(size), anchor="mm")
+    turned = layer.rotate(float(rng.uniform(-40, 40)), Image.Resampling.BILINEAR, fillcolor=255)
+    return ImageChops.multiply(page, turned.convert("RGB"))
+
+
+def small_copy(page: Image.Image, share: float) -> Image.Image:
+    """The page after a copy of a share of its size."""
+    size = (max(round(page.width * share), 32), max(round(page.height * share), 32))
+    return page.resize(size, Image.Resampling.BILINEAR).resize(page.size, Image.Resampling.BILINEAR)
+
+
+def photograph(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+    """The page seen aslant on a table, darker towards one side."""
+    width, height = page.size
+    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)
+    inwards = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * rng.uniform(0, MOST_TILT, (4, 2)) * (width, height)
+    forward = _homography(corners, corners + inwards)
+    back = _homography(corners + inwards, corners)
+    table = int(rng.integers(40, 190))
+    seen = page.transform(
+        page.size,
+        Image.Transform.PERSPECTIVE,
+        [float(value) for value in back.flatten()[:8]],
+        Image.Resampling.BILINEAR,
+        fillcolor=(table, int(table * 0.9), int(table * 0.8)),
+    )
+    light = np.linspace(float(rng.uniform(0.65, 1.0)), 1.0, 256)
+    if rng.random() < 0.5:
+        light = light[::-1]
+    shade = Image.fromarray(np.broadcast_to((light * 255).astype(np.uint8), (256, 256)).copy()).resize(page.size)
+    if rng.random() < 0.5:
+        shade = shade.transpose(Image.Transpose.ROTATE_180)
+    moved = [replace(room, polygon=tuple(_moved(forward, room.polygon))) for room in rooms]
+    return ImageChops.multiply(seen, shade.convert("RGB")), moved
+
+
+def _homography(source: Floats, target: Floats) -> Floats:
+    """(4, 2) points and where they go -> the (3, 3) matrix of that, with a last entry of 1."""
+    rows = []
+    for (x, y), (u, v) in zip(source, target, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+    solved = np.linalg.solve(np.array(rows), target.flatten())
+    return np.append(solved, 1.0).reshape(3, 3)
+
+
+def _moved(matrix: Floats, points: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
+    moved = np.column_stack((np.array(points, dtype=np.float64).reshape(-1, 2), np.ones(len(points)))) @ matrix.T
+    return [(float(x / w), float(y / w)) for x, y, w in moved]
