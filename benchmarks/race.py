@@ -217,7 +217,7 @@ def contestant(
     config = yaml.safe_load(config_path(options.config).read_text(encoding="utf-8"))
     model = {**config["model"], "backbone_weights": options.backbone_weights}
     if name == "ours":
-        own = {"weights": options.weights, "recipe": "auto"}
+        own = {"weights": options.weights, "weights_for_rooms": None, "recipe": "auto"}
         module = DINOModule(num_classes=data.num_classes, **{**model, **own})
         return module, [EMA(decay=None)], {}
     body = Backbone(

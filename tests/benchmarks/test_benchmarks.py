@@ -75,3 +75,17 @@ def test_a_small_measurement_writes_its_settings_and_versions(tmp_path, argument
 )
 def test_the_longer_measurements_run(tmp_path, arguments):
     assert run(tmp_path, *arguments)
+
+
+@pytest.mark.slow
+def test_a_race_of_seconds_gives_numbers_for_each_contestant_and_a_picture(rooms, tmp_path):
+    """The contestants train and are evaluated; who wins, such seconds cannot say."""
+    output, picture = tmp_path / "race.json", tmp_path / "race.png"
+    printed = run(
+        tmp_path, "race", "--data", str(rooms), "--minutes", "0.02", "--picture", str(picture), "--output", str(output)
+    )
+    results = json.loads(output.read_text())["results"]
+    assert set(results) == {"ours", "faster_rcnn", "ssdlite"}
+    for moments in results.values():
+        assert moments and all(0 <= value <= 1 for moment in moments for value in moment["values"].values())
+    assert "contestant" in printed and picture.read_bytes().startswith(b"\x89PNG")
