@@ -35,7 +35,13 @@ class ShippedWeights:
     about: str
 
 
-SHIPPED: dict[str, ShippedWeights] = {}
+SHIPPED = {
+    "rooms_small": ShippedWeights(
+        "rooms_small.pt",
+        "69ef873c9cbebe31061f8373ea40338d44782c6cad2353380fbd9032628613c8",
+        "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
+    ),
+}
 
 
 def shipped_file(name: str | Path) -> Path | None:
