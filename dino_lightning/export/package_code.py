@@ -13,6 +13,7 @@ REQUIREMENTS = "requirements.txt"
 FROM_THE_IMAGE = ("torch", "torchvision")  # built for the image's CUDA; another build would not see the GPUs
 HANDLER = "inference.py"
 SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js", ".txt")
+WEIGHTS = ".pt"  # that come with the package: a job may start from them, a served model has its own
 
 
 def requirements() -> list[str]:
@@ -25,7 +26,7 @@ def requirements() -> list[str]:
 
 
 def package_files() -> dict[str, Path]:
-    """The files of the package, name in an archive to place on disk."""
+    """The files of the package with its weights, name in an archive to place on disk."""
     files = {f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in sources(PACKAGE)}
     checkout = PROJECT / "configs"
     if not (PACKAGE / "configs").is_dir() and checkout.is_dir():  # a wheel has them inside
@@ -39,10 +40,10 @@ def serving_code() -> dict[str, bytes]:
     The handler is a file of `sagemaker_entry`, which lies beside this package wherever that is installed.
     """
     files = package_files() | {HANDLER: PROJECT / "sagemaker_entry" / HANDLER}
-    code = {name: path.read_bytes() for name, path in files.items()}
+    code = {name: path.read_bytes() for name, path in files.items() if path.suffix != WEIGHTS}
     return code | {REQUIREMENTS: ("\n".join(requirements()) + "\n").encode()}
 
 
 def sources(folder: Path) -> list[Path]:
     """The files of a package that a program, its types and its pages are made of."""
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in SOURCES]
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in (*SOURCES, WEIGHTS)]

@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 
 from dino_lightning import DINOModule, load_detector
 from dino_lightning.errors import CheckpointError
+from dino_lightning.export.package_code import package_files, serving_code
 from dino_lightning.floor_plans.dataset import draw_plan
 from dino_lightning.weights import shipped
 from dino_lightning.weights.loading import load_initial_weights
@@ -119,3 +120,9 @@ def test_rooms_small_finds_rooms_without_training():
         found, wanted = found + len(detections), wanted + len(boxes)
         correct += int((overlaps > 0.5).any(0).sum()) if len(detections) else 0
     assert correct > 0.7 * wanted and correct > 0.7 * found
+
+
+def test_a_job_has_the_weights_and_a_served_model_does_not():
+    name = "dino_lightning/weights/files/rooms_small.pt"
+    assert name in package_files()
+    assert name not in serving_code()
