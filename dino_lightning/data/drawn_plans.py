@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -11,7 +9,7 @@ from torch.utils.data import Dataset
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 from dino_lightning.data.classes import Classes
 from dino_lightning.data.dataset import CocoDetection, Draw, Sample
-from dino_lightning.data.images import decode_bytes
+from dino_lightning.data.scan_noise import save_as_jpeg
 from dino_lightning.data.transforms import LabelledImage, from_page
 from dino_lightning.errors import DataError
 from dino_lightning.floor_plans.dataset import Style, draw_plan
@@ -19,7 +17,7 @@ from dino_lightning.floor_plans.restyle import restyle
 
 FIRST_SEED = 1 << 40  # the plans that `rooms` writes have smaller seeds: none of them is drawn here
 MOST_DRAWN_ROOMS = 24  # on one plan: what memory is planned for
-JPEG_QUALITY = (35, 91)
+JPEG_QUALITY = (35, 90)
 
 
 class WithDrawnPlans(Dataset[Sample]):
@@ -56,17 +54,14 @@ class WithDrawnPlans(Dataset[Sample]):
         page, rooms = draw_plan(FIRST_SEED + seed, style=self.style)
         if self.style == "realistic":
             page, rooms = restyle(page, rooms, np.random.default_rng((seed, 1)))
-        image = from_page(page)
-        if self.style == "realistic" and torch.rand(()) < 0.5:
-            buffer = io.BytesIO()
-            page.save(buffer, "JPEG", quality=int(torch.randint(*JPEG_QUALITY, ())))
-            image = decode_bytes(buffer.getvalue(), "a drawn plan")
-        height, width = image.shape[1:]
+        width, height = page.size
         boxes = np.array([room.bbox_xyxy for room in rooms], dtype=np.float32).reshape(-1, 4)
         boxes_xyxy = torch.from_numpy(boxes.clip(0, [width, height, width, height]).astype(np.float32))
         boxes_xyxy = boxes_xyxy[(boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1)]
         labels = torch.full((len(boxes_xyxy),), self.label, dtype=torch.int64)
-        example = LabelledImage(image, boxes_xyxy, labels, landscape=landscape)
+        example = LabelledImage(from_page(page), boxes_xyxy, labels, landscape=landscape)
+        if self.style == "realistic" and torch.rand(()) < 0.5:
+            example = save_as_jpeg(example, JPEG_QUALITY)
         if self.dataset.transform is not None:
             example = self.dataset.transform(example)
         return Sample(
@@ -74,7 +69,7 @@ class WithDrawnPlans(Dataset[Sample]):
             boxes_cxcywh=xyxy_to_normalized_cxcywh(example.boxes_xyxy, example.size),
             labels=example.labels,
             image_id=-1 - number,
-            original_size=(int(height), int(width)),
+            original_size=(height, width),
         )
 
 

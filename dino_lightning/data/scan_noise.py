@@ -71,10 +71,10 @@ def blur(example: LabelledImage) -> LabelledImage:
     return replace(example, image=resize_pixels(resize_pixels(example.image, (height, width)), example.size))
 
 
-def save_as_jpeg(example: LabelledImage) -> LabelledImage:
-    """Add JPEG artefacts: compress at a random quality and decode."""
+def save_as_jpeg(example: LabelledImage, quality: tuple[int, int] = JPEG_QUALITY) -> LabelledImage:
+    """Add JPEG artefacts: compress at a random quality, from the first to the second number, and decode."""
     buffer = io.BytesIO()
-    to_page(example.image).save(buffer, "JPEG", quality=int(torch.randint(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, ())))
+    to_page(example.image).save(buffer, "JPEG", quality=int(torch.randint(quality[0], quality[1] + 1, ())))
     return replace(example, image=decode_bytes(buffer.getvalue(), "an augmented image"))
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 from dino_lightning.metrics import Evaluation
-from dino_lightning.report.errors import ERROR_KINDS, classify_image
+from dino_lightning.report.errors import CORRECTABLE_KINDS, ERROR_KINDS, classify_image
 from dino_lightning.report.tables import REASON_WORDS
 
-_AGAINST_MISSED = {
-    "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
-    "localization": "train longer, or at a larger data.image_size",
-    "low_score": "train longer: objects are found, but their scores rise last",
-    "unseen": "train at a larger data.image_size, and see whether such objects occur among the training images",
-}
 _AGAINST = {
     "duplicate": "train longer, or with --model.recipe short, whose class loss tells the best of several boxes",
     "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
     "localization": "train longer, or at a larger data.image_size",
     "both": "see whether the annotations of such objects are complete and of the right class",
     "background": "look whether objects without an annotation are found; otherwise add images without objects",
+}
+_AGAINST_MISSED = {
+    **{kind: _AGAINST[kind] for kind in CORRECTABLE_KINDS},
+    "low_score": "train longer: objects are found, but their scores rise last",
+    "unseen": "train at a larger data.image_size, and see whether such objects occur among the training images",
 }
 
 
