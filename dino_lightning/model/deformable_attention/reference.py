@@ -75,7 +75,8 @@ class _Gathered(torch.autograd.Function):
         cells, shares = _corners(grids, spatial_shapes)
         ctx.save_for_backward(grids, weights, maps, cells, shares)
         ctx.spatial_shapes, ctx.num_heads = spatial_shapes, value.shape[2]
-        return _bags(maps, cells, shares, weights)
+        pieces = [values.split(_heads_at_a_time(grids)) for values in (maps, cells, shares, weights)]
+        return torch.cat([_bags(*piece) for piece in zip(*pieces, strict=True)])
 
     @staticmethod
     @once_differentiable
@@ -113,7 +114,7 @@ def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tupl
     height, width = torch.tensor(spatial_shapes, dtype=grids.dtype).T[..., None]  # (L, 1) each
     areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes)], dtype=torch.int32)
     start = areas.cumsum(0, dtype=torch.int32)[:-1, None]
-    heads = max(SAMPLES_AT_A_TIME // grids[0, ..., 0].numel(), 1)
+    heads = _heads_at_a_time(grids)
     for first in range(0, len(grids), heads):
         some = slice(first, first + heads)
         x = (grids[some, ..., 0] + 1) * (width / 2) - 0.5
@@ -132,6 +133,10 @@ def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tupl
                 torch.mul(share * inside, upright, out=shares[some, ..., corner])
                 corner += 1
     return cells, shares
+
+
+def _heads_at_a_time(grids: Tensor) -> int:
+    return max(SAMPLES_AT_A_TIME // grids[0, ..., 0].numel(), 1)
 
 
 def _bags(maps: Tensor, cells: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
@@ -190,7 +195,11 @@ def gathered_deformable_attention(
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)
     weights = attention_weights.transpose(1, 2).flatten(0, 1)
     maps = value.transpose(1, 2).flatten(0, 1)
-    return _by_query(_bags(maps, *_corners(grids, spatial_shapes), weights), batch)
+    pieces = [values.split(_heads_at_a_time(grids)) for values in (maps, grids, weights)]
+    bags = [
+        _bags(some, *_corners(places, spatial_shapes), shares) for some, places, shares in zip(*pieces, strict=True)
+    ]
+    return _by_query(torch.cat(bags), batch)
 
 
 def sampling_locations(
