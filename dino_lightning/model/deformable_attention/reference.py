@@ -75,7 +75,7 @@ class _Gathered(torch.autograd.Function):
         cells, shares = _corners(grids, spatial_shapes)
         ctx.save_for_backward(grids, weights, maps, cells, shares)
         ctx.spatial_shapes, ctx.num_heads = spatial_shapes, value.shape[2]
-        pieces = [values.split(_heads_at_a_time(grids)) for values in (maps, cells, shares, weights)]
+        pieces = [torch.split(values, _heads_at_a_time(grids)) for values in (maps, cells, shares, weights)]
         return torch.cat([_bags(*piece) for piece in zip(*pieces, strict=True)])
 
     @staticmethod
@@ -109,16 +109,19 @@ def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tupl
 
     A corner outside its map, or of a place that is not finite, is cell 0; outside, with a share of 0.
     """
-    cells = torch.empty(*grids.shape[:-1], 4, dtype=torch.int32)
-    shares = torch.empty(*grids.shape[:-1], 4, dtype=grids.dtype)
-    height, width = torch.tensor(spatial_shapes, dtype=grids.dtype).T[..., None]  # (L, 1) each
-    areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes)], dtype=torch.int32)
-    start = areas.cumsum(0, dtype=torch.int32)[:-1, None]
+    levels, points = grids.shape[2:4]
+    size = torch.tensor(spatial_shapes, dtype=grids.dtype).repeat_interleave(points, dim=0)
+    height, width = size.T.contiguous()  # (L * P,) each: one per sample, as a row is computed faster than columns
+    areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes[:-1])], dtype=torch.int32)
+    start = areas.cumsum(0, dtype=torch.int32).repeat_interleave(points)
+    places = grids.flatten(2, 3)
+    cells = torch.empty(*places.shape[:-1], 4, dtype=torch.int32)
+    shares = torch.empty(*places.shape[:-1], 4, dtype=grids.dtype)
     heads = _heads_at_a_time(grids)
     for first in range(0, len(grids), heads):
         some = slice(first, first + heads)
-        x = (grids[some, ..., 0] + 1) * (width / 2) - 0.5
-        y = (grids[some, ..., 1] + 1) * (height / 2) - 0.5
+        x = (places[some, ..., 0] + 1) * (width / 2) - 0.5
+        y = (places[some, ..., 1] + 1) * (height / 2) - 0.5
         column, row = x.floor(), y.floor()
         right, below = x - column, y - row
         corner = 0
@@ -132,7 +135,8 @@ def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tupl
                 cells[some, ..., corner] = torch.where(inside, before + place, 0.0).to(torch.int32) + start
                 torch.mul(share * inside, upright, out=shares[some, ..., corner])
                 corner += 1
-    return cells, shares
+    shape = (*grids.shape[:-1], 4)
+    return cells.view(shape), shares.view(shape)
 
 
 def _heads_at_a_time(grids: Tensor) -> int:
@@ -195,7 +199,7 @@ def gathered_deformable_attention(
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)
     weights = attention_weights.transpose(1, 2).flatten(0, 1)
     maps = value.transpose(1, 2).flatten(0, 1)
-    pieces = [values.split(_heads_at_a_time(grids)) for values in (maps, grids, weights)]
+    pieces = [torch.split(values, _heads_at_a_time(grids)) for values in (maps, grids, weights)]
     bags = [
         _bags(some, *_corners(places, spatial_shapes), shares) for some, places, shares in zip(*pieces, strict=True)
     ]
