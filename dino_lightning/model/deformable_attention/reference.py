@@ -109,7 +109,7 @@ def _corners(grids: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tupl
 
     A corner outside its map, or of a place that is not finite, is cell 0; outside, with a share of 0.
     """
-    levels, points = grids.shape[2:4]
+    points = grids.shape[3]
     size = torch.tensor(spatial_shapes, dtype=grids.dtype).repeat_interleave(points, dim=0)
     height, width = size.T.contiguous()  # (L * P,) each: one per sample, as a row is computed faster than columns
     areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes[:-1])], dtype=torch.int32)
