@@ -20,8 +20,9 @@ def demo_arguments() -> list[str]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_lightning"
     root = cache / "rooms-clean"
     say(
-        "No arguments: the demo. It draws 300 floor plans, trains a small DINO from scratch to find the rooms on them\n"
-        "(a few minutes on two CPU cores) and shows what it found in an image. For your own data:\n"
+        "No arguments: the demo. It draws 300 floor plans, trains a small DINO to find the rooms on them, from\n"
+        "weights that come with the package (about a minute on two CPU cores), and shows what it found in an image.\n"
+        "For your own data:\n"
         "    python -m dino_lightning.fit --data.root DIR            (all options: --help)\n"
         f"Floor plans: {root}\n"
     )

@@ -178,7 +178,8 @@ class DINOCLI(LightningCLI):
         name = self.model.hparams["recipe"]
         recipe = choose_recipe(name, steps).with_choices(self.model.hparams)
         say(describe(name, recipe, steps))
-        if (advice := advice_on_few_steps(steps, epochs)) is not None:
+        whole = self.model.starting_weights(self.datamodule.class_names) is not None
+        if not whole and (advice := advice_on_few_steps(steps, epochs)) is not None:
             say(advice)
         say("")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_lightning.boxes import paired_iou
 from dino_lightning.data.transforms import LabelledImage
 from dino_lightning.detections import Detections
 from dino_lightning.model.query_selection import SelectedQueries
@@ -18,6 +19,7 @@ from dino_lightning.training.module import DINOModule
 
 BOX_TOLERANCE = 0.5  # pixels of the original image
 SCORE_TOLERANCE = 1e-3
+IOU_TOLERANCE = 1e-2  # beside the threshold of non-maximum suppression
 PIXEL_TOLERANCE = 2.1  # of 255: one for each of the two directions of resizing
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -110,8 +112,9 @@ def _compared(module: DINOModule, detect: Run, prepare: Run | None, images: Sequ
         proposals = float((best - taken).abs().max())
     count, boxes, scores = 0, 0.0, 0.0
     for index, expected in enumerate(detections):
-        actual = Detections(boxes_xyxy=found[0][index], scores=found[1][index], labels=found[2][index])
-        compared, by_box, by_score = difference(expected, actual)
+        kept = found[1][index] > 0  # 0: taken out by non-maximum suppression
+        actual = Detections(found[0][index][kept], found[1][index][kept], found[2][index][kept])
+        compared, by_box, by_score = difference(expected, actual, module.hparams["nms_iou_threshold"])
         count, boxes, scores = count + compared, max(boxes, by_box), max(scores, by_score)
     return Compared(len(images), canvas, count, boxes, scores, resized, exchanged, proposals)
 
@@ -148,12 +151,15 @@ def _drawn_batches(module: DINOModule, prepare: Run | None) -> list[list[Tensor]
     return batches
 
 
-def difference(expected: Detections, actual: Detections) -> tuple[int, float, float]:
+def difference(
+    expected: Detections, actual: Detections, nms_iou_threshold: float | None = None
+) -> tuple[int, float, float]:
     """How many detections were compared, and the largest difference of a corner and of a score.
 
     Each detection, of either side, is compared with the nearest of the other side that has its label, near in boxes
     and score together. Their order says nothing where scores are nearly the same; and of those that hardly made it
-    into the list, the other side need not have one.
+    into the list, the other side need not have one. Nor has it one where non-maximum suppression decided between
+    boxes of nearly the same score, or with an overlap close to the threshold, in another way.
     """
     last = max((float(one.scores.min()) for one in (expected, actual) if len(one)), default=0.0)
     compared, boxes, scores = 0, 0.0, 0.0
@@ -168,11 +174,19 @@ def difference(expected: Detections, actual: Detections) -> tuple[int, float, fl
             else:
                 box_error, score_error = float("inf"), float("inf")
             far = box_error > BOX_TOLERANCE or score_error > SCORE_TOLERANCE
-            if far and float(score) <= last + SCORE_TOLERANCE:
+            if far and (float(score) <= last + SCORE_TOLERANCE or _taken_out(box, score, other, nms_iou_threshold)):
                 continue
             compared += one is expected
             boxes, scores = max(boxes, box_error), max(scores, score_error)
     return compared, boxes, scores
+
+
+def _taken_out(box_xyxy: Tensor, score: Tensor, others: Detections, iou_threshold: float | None) -> bool:
+    """Whether non-maximum suppression may have taken the box out in favour of one of the others."""
+    if iou_threshold is None:
+        return False
+    rivals = others.scores >= score - SCORE_TOLERANCE
+    return bool((paired_iou(others.boxes_xyxy[rivals], box_xyxy) > iou_threshold - IOU_TOLERANCE).any())
 
 
 def drawn(height: int, width: int, seed: int) -> Tensor:

@@ -116,7 +116,8 @@ def run_onnx(file: Path | bytes, outputs: Sequence[str] = OUTPUTS) -> Run:
 
 
 def _exported_detector(module: DINOModule) -> torch.export.ExportedProgram:
-    detector = TraceableDetector(module.model, max_detections=module.hparams["max_detections"]).eval()
+    options = {name: module.hparams[name] for name in ("max_detections", "nms_iou_threshold")}
+    detector = TraceableDetector(module.model, **options).eval()
     # Large enough for two cells and more on the coarsest level: PyTorch takes a size of 1 in an example for a constant.
     coarsest = 32 * 2 ** len(module.model.neck.projections)
     sizes = torch.tensor([[3 * coarsest, 4 * coarsest], [2 * coarsest, 3 * coarsest]])

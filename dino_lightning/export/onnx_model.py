@@ -106,10 +106,11 @@ class OnnxModel:
                 "original_sizes": np.array([pixels.shape[1:]], dtype=np.int64),
             }
         boxes, scores, labels = self._session.run(["boxes", "scores", "labels"], inputs)
+        kept = scores[0] > 0  # 0: taken out by non-maximum suppression
         return Detections(
-            boxes_xyxy=torch.from_numpy(boxes[0]),
-            scores=torch.from_numpy(scores[0]),
-            labels=torch.from_numpy(labels[0]),
+            boxes_xyxy=torch.from_numpy(boxes[0][kept]),
+            scores=torch.from_numpy(scores[0][kept]),
+            labels=torch.from_numpy(labels[0][kept]),
             class_names=self.class_names,
             category_ids=self.category_ids,
         )

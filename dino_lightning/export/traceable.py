@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.boxes import cxcywh_to_xyxy
+from dino_lightning.boxes import cxcywh_to_xyxy, paired_iou
 from dino_lightning.model.dino import DINO, flatten_levels
 
 Size = int | torch.SymInt
+SUPPRESSION_ROUNDS = 16
 
 
 class TraceableDetector(nn.Module):
@@ -20,11 +21,12 @@ class TraceableDetector(nn.Module):
     Args:
         model: the detector; its parts are shared, not copied.
         max_detections: query-class pairs to keep, as in `postprocess`.
+        nms_iou_threshold: non-maximum suppression as there; None for none.
     """
 
-    def __init__(self, model: DINO, *, max_detections: int = 300) -> None:
+    def __init__(self, model: DINO, *, max_detections: int = 300, nms_iou_threshold: float | None = None) -> None:
         super().__init__()
-        self.model, self.max_detections = model, max_detections
+        self.model, self.max_detections, self.nms_iou_threshold = model, max_detections, nms_iou_threshold
 
     def forward(
         self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
@@ -39,7 +41,7 @@ class TraceableDetector(nn.Module):
         Returns:
             boxes_xyxy (B, N, 4) float32 in pixels of the original images, scores (B, N) float32 and labels (B, N)
             int64, best first, and tokens (B, Q) int64, the encoder token of each query. N is `max_detections`, or
-            queries times classes where that is less.
+            queries times classes where that is less. What non-maximum suppression takes out has a score of 0.
         """
         model = self.model
         levels = model.neck(model.backbone(images))
@@ -54,7 +56,13 @@ class TraceableDetector(nn.Module):
         queries = top_indices.div(model.num_classes, rounding_mode="floor")
         chosen = boxes[-1].gather(1, queries[..., None].expand(-1, -1, 4))
         scale = original_sizes.flip(-1).repeat(1, 2)[:, None].to(chosen.dtype)
-        return cxcywh_to_xyxy(chosen) * scale, top_scores, labels, selected.token_indices
+        boxes_xyxy = cxcywh_to_xyxy(chosen) * scale
+        if self.nms_iou_threshold is not None:
+            kept = _non_maximum_suppression(boxes_xyxy, self.nms_iou_threshold)
+            top_scores, order = (top_scores * kept).topk(count, dim=1)
+            labels = labels.gather(1, order)
+            boxes_xyxy = boxes_xyxy.gather(1, order[..., None].expand(-1, -1, 4))
+        return boxes_xyxy, top_scores, labels, selected.token_indices
 
     def _flatten(
         self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor
@@ -110,6 +118,20 @@ class TraceablePreprocessing(nn.Module):
         limit = limit - (1 - torch.sym_min(1, doubled % (2 * long))) * (limit % 2)
         short_side = torch.sym_min(self.image_size, torch.sym_max(1, limit))
         return short_side * height // short, short_side * width // short
+
+
+def _non_maximum_suppression(boxes_xyxy: Tensor, iou_threshold: float) -> Tensor:
+    """(B, N, 4) boxes, best first -> (B, N) float32, 0 for those that overlap a better one, of those kept, too much.
+
+    In operations that every runtime has. Each round settles the boxes whose better neighbours were settled by the round
+    before, so the result is that of the greedy rule as long as no box hangs on a chain of more than so many others.
+    """
+    iou = paired_iou(boxes_xyxy[:, :, None], boxes_xyxy[:, None])
+    rivals = (iou > iou_threshold).to(boxes_xyxy.dtype).tril(diagonal=-1)  # (B, N, N): row i, better ones of box i
+    kept = torch.ones_like(boxes_xyxy[..., :1])
+    for _ in range(SUPPRESSION_ROUNDS):
+        kept = ((rivals @ kept) < 0.5).to(boxes_xyxy.dtype)
+    return kept[..., 0]
 
 
 def _sizes(images: Tensor, batch: int, height: Size, width: Size) -> Tensor:

@@ -12,6 +12,16 @@ from dino_lightning.detections import Detections
 from dino_lightning.structures import ModelOutput
 
 
+def check_nms_iou_threshold(threshold: float | None) -> None:
+    """Refuse what cannot be the threshold of a non-maximum suppression.
+
+    Raises:
+        ValueError: it is not above 0 and at most 1.
+    """
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"nms_iou_threshold is {threshold}; it must be above 0 and at most 1, or null for none.")
+
+
 def postprocess(
     output: ModelOutput,
     original_sizes: Sequence[tuple[int, int]],
@@ -27,7 +37,8 @@ def postprocess(
         output: what the model said.
         original_sizes: (height, width) in pixels of each image file.
         max_detections: keep so many pairs at the most; one query can appear under several labels.
-        nms_iou_threshold: class-agnostic non-maximum suppression after the selection; None for none, as DINO needs.
+        nms_iou_threshold: class-agnostic non-maximum suppression after the selection, as the published post-processing
+            has it; None for none, which is what the published models use.
         class_names: name of each label, passed on.
         category_ids: original category id of each label, passed on.
 

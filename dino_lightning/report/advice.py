@@ -9,7 +9,7 @@ from dino_lightning.report.errors import CORRECTABLE_KINDS, ERROR_KINDS, classif
 from dino_lightning.report.tables import REASON_WORDS
 
 _AGAINST = {
-    "duplicate": "train longer, or with --model.recipe short, whose class loss tells the best of several boxes",
+    "duplicate": "--model.nms_iou_threshold 0.7, which keeps the best of several boxes, or train longer",
     "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
     "localization": "train longer, or at a larger data.image_size",
     "both": "see whether the annotations of such objects are complete and of the right class",

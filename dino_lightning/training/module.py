@@ -18,11 +18,12 @@ from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
 from dino_lightning.detections import Detections
-from dino_lightning.errors import NonFiniteError
+from dino_lightning.errors import CheckpointError, NonFiniteError
 from dino_lightning.losses import Criterion, mean_num_boxes
 from dino_lightning.losses.class_losses import ClassLoss
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
+from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
@@ -89,6 +90,9 @@ class DINOModule(lightning.LightningModule):
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
             shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
         max_detections: detections kept for each image.
+        nms_iou_threshold: non-maximum suppression: of detections whose boxes overlap by more than this IoU, whatever
+            their classes, the best is kept; null for none, as published. A detector that has seen few images finds
+            objects twice, see benchmarks/RESULTS.md.
         image_size: short side in pixels to which `detect` resizes; the data's by default.
         max_size: limit of the long side in `detect`; the data's by default.
         stretch_to: side in pixels of the square that `detect` stretches images to, or None; the data's by default.
@@ -126,6 +130,7 @@ class DINOModule(lightning.LightningModule):
         freeze: list[str] | None = None,
         compile: bool = False,
         max_detections: int = 300,
+        nms_iou_threshold: float | None = None,
         image_size: int | None = None,
         max_size: int | None = None,
         stretch_to: int | None = None,
@@ -138,6 +143,7 @@ class DINOModule(lightning.LightningModule):
             raise TypeError(
                 f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
             )
+        check_nms_iou_threshold(nms_iou_threshold)
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)
         self._frozen = freeze_parts(self.model, freeze or [])
@@ -190,15 +196,26 @@ class DINOModule(lightning.LightningModule):
             if self.hparams[name] is None and getattr(data, name, None) is not None:
                 self.hparams[name] = getattr(data, name)
 
+    def starting_weights(self, class_names: Sequence[str] | None) -> tuple[str, Sequence[str] | None] | None:
+        """The `weights` that a run of these classes starts from, and the classes' names in them; None without any."""
+        if self.hparams["weights"] is not None:
+            return self.hparams["weights"], class_names
+        room_names = names_for_rooms(class_names or ())
+        if self.hparams["weights_for_rooms"] is None or room_names is None:
+            return None
+        return self.hparams["weights_for_rooms"], room_names
+
     def _load_initial_weights(self, num_images: int) -> None:
-        whole, backbone = self.hparams["weights"], self.hparams["backbone_weights"]
-        of_rooms, names = self.hparams["weights_for_rooms"], self.hparams["class_names"]
-        room_names = None if of_rooms is None or whole is not None else names_for_rooms(names or ())
-        if room_names is not None:
-            rank_zero_info(load_initial_weights(self.model, of_rooms, room_names))
-            rank_zero_info("--model.weights_for_rooms null starts without them.")
-        elif whole is not None:
-            rank_zero_info(load_initial_weights(self.model, whole, names))
+        whole, backbone = self.starting_weights(self.hparams["class_names"]), self.hparams["backbone_weights"]
+        if whole is not None:
+            optional = self.hparams["weights"] is None
+            try:
+                rank_zero_info(load_initial_weights(self.model, *whole))
+            except CheckpointError as error:
+                hint = " Or start without them: --model.weights_for_rooms null." if optional else ""
+                raise CheckpointError(f"{error}{hint}") from error
+            if optional:
+                rank_zero_info("--model.weights_for_rooms null starts without them.")
         elif backbone is not None:
             rank_zero_info(start_backbone_from(self.model, backbone).line())
             for advice in advice_on_a_pretrained_backbone(num_images):
@@ -411,6 +428,7 @@ class DINOModule(lightning.LightningModule):
             output,
             batch.original_sizes,
             max_detections=self.hparams["max_detections"],
+            nms_iou_threshold=self.hparams["nms_iou_threshold"],
             class_names=self.hparams["class_names"] or (),
             category_ids=self.hparams["category_ids"] or (),
         )

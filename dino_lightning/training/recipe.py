@@ -103,7 +103,7 @@ def describe(name: RecipeName, recipe: Recipe, steps: int) -> str:
 
 
 def advice_on_few_steps(steps: int, epochs: int | None) -> str | None:
-    """A warning where there are too few steps for either recipe."""
+    """A warning where there are too few steps for either recipe, without weights of a whole detector to start from."""
     if steps >= TOO_FEW_STEPS or not epochs or epochs < 1:
         return None
     enough = -(-epochs * TOO_FEW_STEPS // max(steps, 1))

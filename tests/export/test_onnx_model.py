@@ -65,6 +65,17 @@ def test_load_detector_takes_it(model, module):
     assert_same(detector(images([(96, 130)])[0], threshold=0.0), module.detect(images([(96, 130)]), threshold=0.0)[0])
 
 
+def test_non_maximum_suppression_is_part_of_the_file(module, tmp_path):
+    suppressing = tiny_module(nms_iou_threshold=0.4)
+    file = save(suppressing, tmp_path / "suppressing.ckpt")
+    assert export.run(["--ckpt_path", str(file), "--output", str(tmp_path / "suppressing.onnx")]) == 0
+    model = OnnxModel(tmp_path / "suppressing.onnx")
+    for image in images([(96, 130), (96, 96), (140, 96)]):  # not resized
+        (expected,), (every,) = (one.detect([image], threshold=0.0) for one in (suppressing, module))
+        assert len(expected) < len(every)
+        assert_same(model.detect([image], threshold=0.0)[0], expected)
+
+
 def test_files_that_are_none_are_refused_in_one_sentence(tmp_path):
     import onnx
     from onnx import TensorProto, helper

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule, load_detector
+from dino_lightning.boxes import paired_iou
 from dino_lightning.errors import NonFiniteError
 from tests.conftest import TINY_SIZES
 
@@ -211,3 +212,22 @@ def test_stretched_images_are_detected_in_their_own_pixels(rooms, tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = load_detector(tmp_path / "a.ckpt").detect([data.val_set.annotations.image_path(0)], threshold=0.0)[0]
     torch.testing.assert_close(again.boxes_xyxy, expected.boxes_xyxy)
+
+
+def test_non_maximum_suppression_keeps_the_best_of_boxes_that_overlap():
+    model = tiny_module(num_queries=80)
+    image = torch.randint(0, 256, (3, 90, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (every,) = model.detect([image], threshold=0.0)
+    other = tiny_module(num_queries=80, nms_iou_threshold=0.2)
+    other.load_state_dict(model.state_dict())
+    (found,) = other.detect([image], threshold=0.0)
+    overlap = paired_iou(found.boxes_xyxy[:, None], found.boxes_xyxy[None]).fill_diagonal_(0)
+    assert 0 < len(found) < len(every) and float(overlap.max()) <= 0.2
+    best = paired_iou(every.boxes_xyxy[:, None], found.boxes_xyxy[None])
+    assert bool((best > 0.2).any(1).all())  # what is gone overlaps with something that stayed
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.5])
+def test_a_threshold_of_non_maximum_suppression_that_cannot_be_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"nms_iou_threshold is .* above 0 and at most 1"):
+        tiny_module(nms_iou_threshold=threshold)

@@ -88,7 +88,8 @@ def test_few_steps_come_with_the_epochs_that_are_enough():
 
 def test_fit_says_how_long_it_is_which_recipe_follows_and_what_is_wrong(rooms, tmp_path, capsys):
     args = ["fit", "--config", str(CONFIGS / "rooms_demo.yaml"), "--data.root", str(rooms), "--run_dir", str(tmp_path)]
-    args += ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--model.num_queries", "20"]
+    args += ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]
+    args += ["--model.weights_for_rooms", "null", "--model.num_queries", "20"]
     assert run([*args, "--trainer.log_every_n_steps", "1"]) == 0
     said = capsys.readouterr().out
     assert " x 1 epochs: " in said and "Recipe: short (fewer than 10,000 steps): quality_focal" in said
