@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dino_lightning.boxes import OVERLAP_EPSILON, cxcywh_to_xyxy
+from dino_lightning.boxes import OVERLAP_EPSILON, cxcywh_to_xyxy, paired_generalized_iou
 from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses.focal import FOCAL_ALPHA, FOCAL_GAMMA
 from dino_lightning.structures import Targets
+
+MatchingCost = Literal["published", "position_modulated"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,26 @@ class HungarianMatcher(nn.Module):
         cost_class: weight of the focal class cost.
         cost_bbox: weight of the L1 distance of boxes_cxcywh.
         cost_giou: weight of the negative generalised IoU.
+        kind: `published`, or `position_modulated`: the class cost is that of the probability times the square root of
+            the generalised IoU, moved to 0-1, so that a query with a high score does not win a box that another one
+            fits better (Stable-DINO, arXiv 2304.04742).
+
+    Raises:
+        ValueError: there is no cost of that kind.
     """
 
-    def __init__(self, *, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0) -> None:
+    def __init__(
+        self,
+        *,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        kind: MatchingCost = "published",
+    ) -> None:
         super().__init__()
-        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        if kind not in get_args(MatchingCost):
+            raise ValueError(f"matching_cost={kind!r}: choose one of {', '.join(get_args(MatchingCost))}.")
+        self.cost_class, self.cost_bbox, self.cost_giou, self.kind = cost_class, cost_bbox, cost_giou, kind
 
     @torch.no_grad()
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
@@ -55,9 +73,13 @@ class HungarianMatcher(nn.Module):
         Returns:
             (L, B, N, Q) float32; rows of padding hold numbers without meaning.
         """
-        cost = self.cost_class * self._class_cost(logits, targets)
         ours = boxes_cxcywh.float()[:, :, None]  # (L, B, 1, Q, 4)
         theirs = targets.boxes_cxcywh.float()[:, :, None]  # (B, N, 1, 4)
+        fit = None
+        if self.kind == "position_modulated":
+            giou = paired_generalized_iou(cxcywh_to_xyxy(ours), cxcywh_to_xyxy(theirs))
+            fit = ((giou + 1) / 2).clamp(0, 1).sqrt().transpose(2, 3)
+        cost = self.cost_class * self._class_cost(logits, targets, fit)
         # In place as far as possible: these tensors are large, and memory traffic takes most of the time.
         one, other = torch.empty_like(cost), torch.empty_like(cost)
 
@@ -82,20 +104,20 @@ class HungarianMatcher(nn.Module):
         return cost.add_(gap, alpha=self.cost_giou)
 
     @staticmethod
-    def _class_cost(logits: Tensor, targets: Targets) -> Tensor:
+    def _class_cost(logits: Tensor, targets: Targets, fit: Tensor | None) -> Tensor:
         """cost_class, (L, B, N, Q): what the focal loss would gain if the query took the box.
 
         That is the loss of a positive less the loss of a negative, at the class of the box. The other classes cost the
-        same whichever box the query takes, so they are left out.
+        same whichever box the query takes, so they are left out. `fit`, (L, B, Q, N), is multiplied to the probability.
         """
         classes = targets.labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
-        fewer_boxes_than_classes = classes.shape[-1] < logits.shape[-1]
-        logits = logits.float().gather(3, classes) if fewer_boxes_than_classes else logits.float()
-        probability = logits.sigmoid()
+        box_by_box = fit is not None or classes.shape[-1] < logits.shape[-1]
+        logits = logits.float().gather(3, classes) if box_by_box else logits.float()
+        probability = logits.sigmoid() if fit is None else logits.sigmoid() * fit
         missed = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -torch.log(probability + 1e-8)
         spurious = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -torch.log(1 - probability + 1e-8)
         cost = missed - spurious
-        cost = cost if fewer_boxes_than_classes else cost.gather(3, classes)
+        cost = cost if box_by_box else cost.gather(3, classes)
         return cost.transpose(2, 3).contiguous()
 
     @torch.no_grad()

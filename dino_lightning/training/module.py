@@ -19,8 +19,9 @@ from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
 from dino_lightning.detections import Detections
 from dino_lightning.errors import CheckpointError, NonFiniteError
-from dino_lightning.losses import Criterion, mean_num_boxes
+from dino_lightning.losses import Criterion, HungarianMatcher, mean_num_boxes
 from dino_lightning.losses.class_losses import ClassLoss
+from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.model.postprocess import check_nms_iou_threshold
@@ -85,6 +86,8 @@ class DINOModule(lightning.LightningModule):
             `varifocal`, `ia_bce`, `position_supervised` and `matchability` have targets that follow the IoU of the box,
             and learn faster from few images and classes, see `dino_lightning.losses.class_losses`.
         class_loss_weight: weight of the class loss in the sum; 1 as published, 2 in short runs.
+        matching_cost: what decides which query shall find which box. `published`, or Stable-DINO's
+            `position_modulated`, see `dino_lightning.losses.HungarianMatcher`.
         box_noise_scale: how far corners of denoising boxes move, in half box sizes; 1 as published, 0.4 in short runs.
         freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
@@ -126,6 +129,7 @@ class DINOModule(lightning.LightningModule):
         lr_drop_factor: float = 0.1,
         class_loss: ClassLoss | None = None,
         class_loss_weight: float | None = None,
+        matching_cost: MatchingCost = "published",
         box_noise_scale: float | None = None,
         freeze: list[str] | None = None,
         compile: bool = False,
@@ -183,7 +187,11 @@ class DINOModule(lightning.LightningModule):
         """Settle what the recipe decides, for a run of so many steps."""
         self.recipe = choose_recipe(self.hparams["recipe"], steps).with_choices(self.hparams)
         self.model.box_noise_scale = self.recipe.box_noise_scale
-        self.criterion = Criterion(class_loss=self.recipe.class_loss, weight_class=self.recipe.class_loss_weight)
+        self.criterion = Criterion(
+            matcher=HungarianMatcher(kind=self.hparams["matching_cost"]),
+            class_loss=self.recipe.class_loss,
+            weight_class=self.recipe.class_loss_weight,
+        )
 
     def _take_from_data(self, data: Any) -> None:
         count = getattr(data, "num_classes", None)

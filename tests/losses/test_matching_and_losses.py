@@ -1,5 +1,7 @@
 """Properties of matching and losses that no golden number shows."""
 
+from typing import get_args
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou
 from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, HungarianMatcher
+from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.model import DINO
 from dino_lightning.structures import ModelOutput, pad_targets
 from tests.conftest import TINY_SIZES
@@ -48,6 +52,34 @@ def test_matching_is_the_best_one_to_one_assignment(counts, queries, seed):
                 rows, columns = linear_sum_assignment(cost.numpy())
                 ours = cost[matched[:count].nonzero().flatten(), chosen].sum()
                 assert ours.item() == pytest.approx(cost[rows, columns].sum().item(), rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10))
+def test_the_position_modulated_cost_is_the_published_one_of_probabilities_that_follow_the_overlap(
+    count, queries, seed
+):
+    logits, boxes, targets = random_problem([count], queries, layers=2, classes=3, seed=seed)
+    cost = HungarianMatcher(kind="position_modulated").cost(logits, boxes, targets)
+    for layer in range(2):
+        for box in range(count):
+            corners = [cxcywh_to_xyxy(values) for values in (boxes[layer, 0], targets.boxes_cxcywh[0, box])]
+            fit = ((paired_generalized_iou(*corners) + 1) / 2).sqrt()
+            modulated = torch.logit(logits[layer, 0].sigmoid() * fit[:, None])
+            one = pad_targets([(targets.boxes_cxcywh[0, box : box + 1], targets.labels[0, box : box + 1])])
+            expected = HungarianMatcher().cost(modulated[None, None], boxes[layer : layer + 1], one)
+            torch.testing.assert_close(cost[layer, 0, box], expected[0, 0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_position_modulated_cost_prefers_the_better_box_to_the_better_score():
+    """One query with the better score, one with the better box: the published cost takes the first."""
+    logits = torch.tensor([2.0, -0.5]).view(1, 1, 2, 1)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.2, 0.2]]).view(1, 1, 2, 4)
+    targets = pad_targets([(torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([0]))])
+    chosen = [HungarianMatcher(kind=kind)(logits, boxes, targets).queries.item() for kind in get_args(MatchingCost)]
+    assert chosen == [0, 1]
+    with pytest.raises(ValueError, match="choose one of published, position_modulated"):
+        HungarianMatcher(kind="other")
 
 
 @settings(max_examples=15, deadline=None)
