@@ -41,6 +41,7 @@ from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
 from dino_lightning.report import Source, as_text, dominating_error, find_report, load_report, write_report
+from dino_lightning.training.initial_weights import detector_weights
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.precision import default_precision
@@ -178,7 +179,7 @@ class DINOCLI(LightningCLI):
         name = self.model.hparams["recipe"]
         recipe = choose_recipe(name, steps).with_choices(self.model.hparams)
         say(describe(name, recipe, steps))
-        whole = self.model.starting_weights(self.datamodule.class_names) is not None
+        whole = detector_weights(self.model.hparams, self.datamodule.class_names) is not None
         if not whole and (advice := advice_on_few_steps(steps, epochs)) is not None:
             say(advice)
         say("")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
 from dino_lightning.detections import Detections
-from dino_lightning.errors import CheckpointError, NonFiniteError
+from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, HungarianMatcher, mean_num_boxes
 from dino_lightning.losses.class_losses import ClassLoss
 from dino_lightning.losses.matcher import MatchingCost
@@ -26,6 +25,7 @@ from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
+from dino_lightning.training.initial_weights import start
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
     AccumulatedBoxes,
@@ -38,13 +38,6 @@ from dino_lightning.training.optim import (
 from dino_lightning.training.recipe import RecipeName, choose_recipe, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
 from dino_lightning.training.step_metrics import StepMetrics
-from dino_lightning.weights.loading import (
-    advice_on_a_pretrained_backbone,
-    advice_on_random_weights,
-    load_initial_weights,
-    start_backbone_from,
-)
-from dino_lightning.weights.shipped import names_for_rooms
 
 
 class DINOModule(lightning.LightningModule):
@@ -180,7 +173,7 @@ class DINOModule(lightning.LightningModule):
         if stage == "fit":
             self._follow_recipe(planned_steps(self.trainer, data))
         if stage == "fit" and not self.has_weights:
-            self._load_initial_weights(num_images=len(getattr(data, "train_set", ())))
+            start(self.model, self.hparams, num_images=len(getattr(data, "train_set", ())))
             self.has_weights = True
 
     def _follow_recipe(self, steps: int | None) -> None:
@@ -203,34 +196,6 @@ class DINOModule(lightning.LightningModule):
         for name in ("class_names", "category_ids", "image_size", "max_size", "stretch_to"):
             if self.hparams[name] is None and getattr(data, name, None) is not None:
                 self.hparams[name] = getattr(data, name)
-
-    def starting_weights(self, class_names: Sequence[str] | None) -> tuple[str, Sequence[str] | None] | None:
-        """The `weights` that a run of these classes starts from, and the classes' names in them; None without any."""
-        if self.hparams["weights"] is not None:
-            return self.hparams["weights"], class_names
-        room_names = names_for_rooms(class_names or ())
-        if self.hparams["weights_for_rooms"] is None or room_names is None:
-            return None
-        return self.hparams["weights_for_rooms"], room_names
-
-    def _load_initial_weights(self, num_images: int) -> None:
-        whole, backbone = self.starting_weights(self.hparams["class_names"]), self.hparams["backbone_weights"]
-        if whole is not None:
-            optional = self.hparams["weights"] is None
-            try:
-                rank_zero_info(load_initial_weights(self.model, *whole))
-            except CheckpointError as error:
-                hint = " Or start without them: --model.weights_for_rooms null." if optional else ""
-                raise CheckpointError(f"{error}{hint}") from error
-            if optional:
-                rank_zero_info("--model.weights_for_rooms null starts without them.")
-        elif backbone is not None:
-            rank_zero_info(start_backbone_from(self.model, backbone).line())
-            for advice in advice_on_a_pretrained_backbone(num_images):
-                rank_zero_info(advice)
-        else:
-            for advice in advice_on_random_weights(self.model, num_images):
-                rank_zero_warn(advice)
 
     def on_fit_start(self) -> None:
         """Compile the layers if asked to; the model is on its device by now."""

@@ -13,6 +13,7 @@ from dino_lightning import DINOModule, load_detector
 from dino_lightning.errors import CheckpointError
 from dino_lightning.export.package_code import package_files, serving_code
 from dino_lightning.floor_plans.dataset import draw_plan
+from dino_lightning.training.initial_weights import start
 from dino_lightning.weights import shipped
 from dino_lightning.weights.loading import load_initial_weights
 from dino_lightning.weights.reading import read_checkpoint
@@ -88,13 +89,21 @@ def test_rooms_alone_start_from_them(tiny, names, taken):
     before = module.model.decoder.class_head.weight.detach().clone()
     if not taken:  # the backbone's weights are null: it then says that all of them are random
         with pytest.warns(UserWarning, match="backbone starts from random weights"):
-            module._load_initial_weights(num_images=0)
+            start(module.model, module.hparams, num_images=0)
     else:
-        module._load_initial_weights(num_images=0)
+        start(module.model, module.hparams, num_images=0)
     after = module.model.decoder.class_head.weight
     room = tiny.model.decoder.class_head.weight[0]
     assert torch.equal(after[0], before[0])  # there is no door in them
     assert torch.allclose(after[1], room, atol=1e-4) == taken
+
+
+def test_weights_for_rooms_of_another_architecture_are_refused_with_the_way_out(tiny):
+    module = DINOModule(num_classes=1, class_names=["room"], weights_for_rooms="tiny", **{**SIZES, "num_queries": 3})
+    with pytest.raises(
+        CheckpointError, match=r"--model.num_queries=.* Or start without them: --model.weights_for_rooms null\."
+    ):
+        start(module.model, module.hparams, num_images=0)
 
 
 def test_every_shipped_file_is_small_and_whole():

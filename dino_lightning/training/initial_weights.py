@@ -1,0 +1,67 @@
+"""Which weights a run starts from, by the module's options, and what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dino_lightning.errors import CheckpointError
+from dino_lightning.model import DINO
+from dino_lightning.weights.loading import (
+    advice_on_a_pretrained_backbone,
+    advice_on_random_weights,
+    load_initial_weights,
+    start_backbone_from,
+)
+from dino_lightning.weights.shipped import names_for_rooms
+
+
+def detector_weights(
+    options: Mapping[str, Any], class_names: Sequence[str] | None
+) -> tuple[str, Sequence[str] | None] | None:
+    """The weights of a whole detector that a run starts from, and the names of its classes in them.
+
+    Args:
+        options: of a `DINOModule`; `weights` wins over `weights_for_rooms`, which is for datasets that have rooms.
+        class_names: of the dataset, if known.
+
+    Returns:
+        What `load_initial_weights` takes; None where there are none.
+    """
+    if options["weights"] is not None:
+        return options["weights"], class_names
+    room_names = names_for_rooms(class_names or ())
+    if options["weights_for_rooms"] is None or room_names is None:
+        return None
+    return options["weights_for_rooms"], room_names
+
+
+def start(model: DINO, options: Mapping[str, Any], num_images: int) -> None:
+    """Load the weights that a run starts from, and say what was loaded or what would be better.
+
+    Args:
+        model: changed in place.
+        options: of a `DINOModule`.
+        num_images: in the training split; 0 if unknown.
+
+    Raises:
+        CheckpointError: the weights cannot be found or read, or do not fit the model.
+    """
+    whole, backbone = detector_weights(options, options["class_names"]), options["backbone_weights"]
+    if whole is not None:
+        way_out = "--model.weights_for_rooms null" if options["weights"] is None else ""
+        try:
+            rank_zero_info(load_initial_weights(model, *whole))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Or start without them: {way_out}." if way_out else str(error)) from error
+        if way_out:
+            rank_zero_info(f"{way_out} starts without them.")
+    elif backbone is not None:
+        rank_zero_info(start_backbone_from(model, backbone).line())
+        for advice in advice_on_a_pretrained_backbone(num_images):
+            rank_zero_info(advice)
+    else:
+        for advice in advice_on_random_weights(model, num_images):
+            rank_zero_warn(advice)
