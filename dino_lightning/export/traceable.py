@@ -49,7 +49,8 @@ class TraceableDetector(nn.Module):
         memory = model.encoder(tokens, position, shapes, ratios, mask)
         selected = model.query_selection(memory, shapes, ratios, mask)
         hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, shapes, ratios, mask)
-        scores = model.decoder.class_head(hidden[-1]).sigmoid()
+        _, class_head = model.decoder.heads(-1)
+        scores = class_head(hidden[-1]).sigmoid()
         count = torch.sym_min(self.max_detections, scores.shape[1] * scores.shape[2])
         top_scores, top_indices = scores.flatten(1).topk(count, dim=1)
         labels = top_indices % model.num_classes
@@ -74,7 +75,9 @@ class TraceableDetector(nn.Module):
             columns = _is_padding(image_sizes[:, 1], width, level.shape[3])
             masks.append(rows[:, :, None] | columns[:, None, :])
             ratios.append(torch.stack(((~columns).float().mean(1), (~rows).float().mean(1)), dim=-1))
-        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.model.level_embedding)
+        tokens, positions, shapes, padding = flatten_levels(
+            levels, masks, self.model.level_embedding, **self.model.position
+        )
         return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
 
 

@@ -62,7 +62,20 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder layers with one box head and one class head shared by all of them."""
+    """Decoder layers with one box head and one class head shared by all of them, or with heads for each.
+
+    Args:
+        num_layers: N, number of layers.
+        hidden_dim: D.
+        num_classes: K.
+        num_levels: feature levels.
+        num_heads: attention heads.
+        num_points: sampling points for each head and level.
+        ffn_dim: inner width of the feed-forward networks.
+        dropout: in the layers.
+        shared_heads: one box head and one class head for all layers; else `bbox_head` and `class_head` are lists.
+        box_epsilon: the reported boxes are measured from references clamped so far from 0 and 1.
+    """
 
     def __init__(
         self,
@@ -75,8 +88,11 @@ class Decoder(nn.Module):
         num_points: int,
         ffn_dim: int,
         dropout: float,
+        shared_heads: bool = True,
+        box_epsilon: float = 1e-3,
     ) -> None:
         super().__init__()
+        self.shared_heads, self.box_epsilon = shared_heads, box_epsilon
         self.layers = nn.ModuleList(
             DecoderLayer(
                 hidden_dim=hidden_dim,
@@ -92,9 +108,28 @@ class Decoder(nn.Module):
         self.query_position_head = MLP(
             input_dim=2 * hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=2
         )
-        self.bbox_head = box_head(hidden_dim)
-        self.class_head = class_head(hidden_dim, num_classes)
+        self.bbox_head: nn.Module
+        self.class_head: nn.Module
+        if shared_heads:
+            self.bbox_head, self.class_head = box_head(hidden_dim), class_head(hidden_dim, num_classes)
+        else:
+            self.bbox_head = nn.ModuleList(box_head(hidden_dim) for _ in range(num_layers))
+            self.class_head = nn.ModuleList(class_head(hidden_dim, num_classes) for _ in range(num_layers))
         self._dim_per_coordinate = hidden_dim // 2
+
+    def heads(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The box head and the class head of a layer; -1 is the last one."""
+        if self.shared_heads:
+            return self.bbox_head, self.class_head
+        assert isinstance(self.bbox_head, nn.ModuleList) and isinstance(self.class_head, nn.ModuleList)
+        return self.bbox_head[layer], self.class_head[layer]
+
+    def class_logits(self, hidden: Tensor) -> Tensor:
+        """(N, B, Q, D), the normed output of each layer -> (N, B, Q, K)."""
+        if self.shared_heads:
+            logits: Tensor = self.class_head(hidden)
+            return logits
+        return torch.stack([self.heads(layer)[1](values) for layer, values in enumerate(hidden)])
 
     def forward(
         self,
@@ -131,11 +166,13 @@ class Decoder(nn.Module):
             queries = layer(queries, position, scaled, memory, spatial_shapes, padding_mask, attention_mask)
             normed = self.norm(queries)
             hidden.append(normed)
+            bbox_head, _ = self.heads(index)
             with torch.autocast(device_type=memory.device.type, enabled=False):
-                boxes.append((self.bbox_head(normed.float()) + inverse_sigmoid(reference)).sigmoid())
+                offset = bbox_head(normed.float())
+                boxes.append((offset + inverse_sigmoid(reference, self.box_epsilon)).sigmoid())
                 if index + 1 < len(self.layers):
                     # Look forward twice: the refined box starts from the detached anchor, but the next layer's loss
                     # still reaches this layer's offset, because `reference` itself is not detached.
-                    reference = (self.bbox_head(queries.float()) + inverse_sigmoid(anchor)).sigmoid()
+                    reference = (bbox_head(queries.float()) + inverse_sigmoid(anchor)).sigmoid()
                     anchor = reference.detach()
         return torch.stack(hidden), torch.stack(boxes)

@@ -21,7 +21,7 @@ from dino_lightning.model.denoising import (
 )
 from dino_lightning.model.encoder import Encoder
 from dino_lightning.model.neck import Neck
-from dino_lightning.model.position_encoding import image_position_embedding
+from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE, image_position_embedding
 from dino_lightning.model.query_selection import QuerySelection
 from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
 
@@ -56,6 +56,12 @@ class DINO(nn.Module):
             for the same proposals, sees itself alone and is matched one to one, so that every object has as many
             positives as there are groups (Group DETR, arXiv 2207.13085); inference has the first group alone.
         dropout: in encoder and decoder, 0 as published.
+        shared_heads: one box head and one class head for all decoder layers, as published; other projects' weights
+            have heads of their own for each layer.
+        position_temperature: of the image's position embedding, 20 as published; other projects have 10000.
+        position_offset: of the cells in it, see `image_position_embedding`; 0 as published, others have -0.5.
+        box_epsilon: references of the reported boxes are clamped so far from 0 and 1 before their logit is taken, 1e-3
+            as published; mmdetection has 1e-5.
         recompute_encoder: compute the encoder's layers again on the way back rather than keep all of their
             intermediate results: for images or batches that do not fit into memory otherwise.
 
@@ -85,6 +91,10 @@ class DINO(nn.Module):
         denoising_multiple: int = 1,
         query_groups: int = 1,
         dropout: float = 0.0,
+        shared_heads: bool = True,
+        position_temperature: float = IMAGE_TEMPERATURE,
+        position_offset: float = 0.0,
+        box_epsilon: float = 1e-3,
         recompute_encoder: bool = False,
     ) -> None:
         super().__init__()
@@ -98,6 +108,7 @@ class DINO(nn.Module):
         self.num_denoising = num_denoising
         self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
         self.denoising_multiple = denoising_multiple
+        self.position = {"temperature": position_temperature, "offset": position_offset}
         attention = {
             "hidden_dim": hidden_dim,
             "num_levels": num_feature_levels,
@@ -108,7 +119,14 @@ class DINO(nn.Module):
         # The order of registration is the published parameter order; optimizer states depend on it.
         self.level_embedding = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
         self.encoder = Encoder(num_layers=num_encoder_layers, dropout=dropout, recompute=recompute_encoder, **attention)
-        self.decoder = Decoder(num_layers=num_decoder_layers, num_classes=num_classes, dropout=dropout, **attention)
+        self.decoder = Decoder(
+            num_layers=num_decoder_layers,
+            num_classes=num_classes,
+            dropout=dropout,
+            shared_heads=shared_heads,
+            box_epsilon=box_epsilon,
+            **attention,
+        )
         self.query_selection = QuerySelection(hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)
         body = Backbone(
@@ -157,8 +175,10 @@ class DINO(nn.Module):
             if isinstance(module, MultiScaleDeformableAttention):
                 module.reset_parameters()
         # published: the encoder's heads begin as copies of the decoder's
-        self.query_selection.bbox_head.load_state_dict(self.decoder.bbox_head.state_dict())
-        self.query_selection.class_head.load_state_dict(self.decoder.class_head.state_dict())
+        for ours, theirs in zip(
+            (self.query_selection.bbox_head, self.query_selection.class_head), self.decoder.heads(-1), strict=True
+        ):
+            ours.load_state_dict(theirs.state_dict())
         nn.init.normal_(self.level_embedding)
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> ModelOutput:
@@ -210,7 +230,7 @@ class DINO(nn.Module):
         # The label embedding takes part even when no image has boxes, so that plain DDP finds no unused parameter.
         hidden = hidden + 0.0 * self.label_embedding.weight[0, 0]
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            logits = self.decoder.class_head(hidden.float())  # bfloat16 scores would be full of ties
+            logits = self.decoder.class_logits(hidden.float())  # bfloat16 scores would be full of ties
         first = 0 if denoising is None else denoising.reference_logits.shape[1]
         slots = 0 if denoising is None else first - denoising.num_unused
         return ModelOutput(
@@ -263,7 +283,7 @@ class DINO(nn.Module):
             valid = ~mask
             masks.append(mask)
             ratios.append(torch.stack((valid[:, 0].sum(1) / width, valid[:, :, 0].sum(1) / height), dim=-1))
-        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.level_embedding)
+        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.level_embedding, **self.position)
         return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
 
 
@@ -274,7 +294,11 @@ def _by_group(values: Tensor, count: int) -> Tensor:
 
 
 def flatten_levels(
-    levels: Sequence[Tensor], masks: Sequence[Tensor], level_embedding: Tensor
+    levels: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    level_embedding: Tensor,
+    temperature: float = IMAGE_TEMPERATURE,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor]:
     """Lay all feature levels end to end, from the finest to the coarsest.
 
@@ -282,12 +306,14 @@ def flatten_levels(
         levels: L maps (B, D, H, W).
         masks: L padding masks (B, H, W) bool, True = padding.
         level_embedding: (L, D), added to the positions so that a token knows its level (arXiv 2010.04159, A.4).
+        temperature: of the position embedding.
+        offset: of the cells in it.
 
     Returns:
         Tokens (B, S, D), their positions (B, S, D), the (height, width) of each level, and the padding (B, S) bool.
     """
     positions = [
-        image_position_embedding(mask, level.shape[1]).flatten(1, 2) + embedding
+        image_position_embedding(mask, level.shape[1], temperature, offset).flatten(1, 2) + embedding
         for level, mask, embedding in zip(levels, masks, level_embedding, strict=True)
     ]
     return (

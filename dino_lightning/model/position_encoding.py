@@ -18,21 +18,25 @@ def _interleaved_sine(angles: Tensor, dim: int, temperature: float) -> Tensor:
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
-def image_position_embedding(padding_mask: Tensor, dim: int, temperature: float = IMAGE_TEMPERATURE) -> Tensor:
+def image_position_embedding(
+    padding_mask: Tensor, dim: int, temperature: float = IMAGE_TEMPERATURE, offset: float = 0.0
+) -> Tensor:
     """The position of each cell of a feature map, counted over the valid cells of its row and column.
 
     Args:
         padding_mask: (B, H, W) bool, True = padding.
         dim: embedding size D, a multiple of 4; the first half encodes y, the second half x.
         temperature: 20 in DINO (10000 in DETR).
+        offset: added to the count of each cell, from 1, before it is divided by the last; 0 in DINO, -0.5 for the
+            middle of the cell.
 
     Returns:
         (B, H, W, D) float32.
     """
     valid = (~padding_mask).float()
     count_y, count_x = valid.cumsum(1), valid.cumsum(2)
-    y = count_y / (count_y[:, -1:, :] + 1e-6) * (2 * math.pi)
-    x = count_x / (count_x[:, :, -1:] + 1e-6) * (2 * math.pi)
+    y = (count_y + offset) / (count_y[:, -1:, :] + 1e-6) * (2 * math.pi)
+    x = (count_x + offset) / (count_x[:, :, -1:] + 1e-6) * (2 * math.pi)
     return torch.cat((_interleaved_sine(y, dim // 2, temperature), _interleaved_sine(x, dim // 2, temperature)), dim=-1)
 
 

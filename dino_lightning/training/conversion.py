@@ -16,7 +16,7 @@ from dino_lightning.files import atomic_write
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.download import local_file
 from dino_lightning.weights.published_layout import backbone_kind, to_published
-from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
+from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.sizes import heads_times_points, sizes
 
 
@@ -46,7 +46,7 @@ def convert(place: str, output: Path, layout: str | None, overwrite: bool, conti
         raise CheckpointError(f"{file} cannot be written in the published layout: {error.args[0]}") from error
     with atomic_write(output) as temporary:
         torch.save(content, temporary)
-    classes = len(state["decoder.class_head.bias"])
+    classes = len(state[CLASS_BIAS])
     if layout == "published":
         said = f"{len(content['model'])} entries in the layout of published checkpoints, "
         said += f"num_classes={classes}, dn_labelbook_size={classes}"  # what the published program calls them
@@ -61,10 +61,10 @@ def _classes(
 ) -> tuple[dict[str, Tensor], list[str] | None, list[int] | None]:
     """The state dict, and the names and original ids of its classes, without COCO's gaps if that is wanted."""
     state = dict(found.state)
-    missing = [key for key in CLASS_ENTRIES if key not in state]
-    if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}.")
-    count = len(state["decoder.class_head.bias"])
+    for key in (CLASS_BIAS, "label_embedding.weight"):
+        if key not in state:
+            raise CheckpointError(f"{file} lacks {key}.")
+    count = len(state[CLASS_BIAS])
     names = list(found.class_names) if found.class_names is not None else None
     ids: list[int] | None = list((found.settings or {}).get("category_ids") or range(count))
     kept = list(range(count))
@@ -76,7 +76,7 @@ def _classes(
         names = list(coco_names())
         kept = [row for row, name in enumerate(names) if name != "N/A"]
         names, ids = [names[row] for row in kept], kept
-    for key in CLASS_ENTRIES:
+    for key in filter(is_class_entry, list(state)):
         rows = [*kept, len(state[key]) - 1] if key == "label_embedding.weight" else kept
         if len(state[key]) < len(rows):
             raise CheckpointError(f"{file}: {key} has {len(state[key])} rows, too few for {len(kept)} classes.")
@@ -91,7 +91,7 @@ def _settings(
     """The arguments of a `DINOModule` that these weights fit into."""
     known = dict(found.settings or {})
     if found.source == "dino_lightning checkpoint" and known:
-        return known | {"num_classes": len(state["decoder.class_head.bias"]), "class_names": names, "category_ids": ids}
+        return known | {"num_classes": len(state[CLASS_BIAS]), "class_names": names, "category_ids": ids}
     told = sizes(state)
     heads = known.get("nheads", 8)  # as published; the shapes do not tell
     both = heads_times_points(state)

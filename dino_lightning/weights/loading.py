@@ -15,7 +15,7 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights.download import interprocess_lock, is_address, local_file
-from dino_lightning.weights.reading import CLASS_ENTRIES, LoadedWeights, coco_names, read_weights
+from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.shipped import shipped_file
 from dino_lightning.weights.sizes import differences
 
@@ -187,11 +187,10 @@ def _load_detector(
     model: DINO, found: LoadedWeights, path: str | Path, class_names: Sequence[str] | None
 ) -> LoadReport:
     own, state = model.state_dict(), found.state
-    others = [key for key in own if key not in CLASS_ENTRIES]
     # counts of batches, which a backbone with frozen norms does not have
     # and queries for training alone, which either side may have
     optional = {key for key in own if key.endswith("num_batches_tracked") or key.startswith(TRAINING_ONLY)}
-    missing = [key for key in (*others, *CLASS_ENTRIES) if key not in state and key not in optional]
+    missing = [key for key in sorted(own, key=is_class_entry) if key not in state and key not in optional]
     unknown = [key for key in state if key not in own and not key.startswith(TRAINING_ONLY)]
     reshaped = [
         key
@@ -207,7 +206,7 @@ def _load_detector(
     rows, how = _class_rows(found, class_names, model.num_classes)
     counts: Counter[tuple[str, str]] = Counter()
     for key in own:
-        if key in CLASS_ENTRIES:
+        if is_class_entry(key):
             own[key], outcome = _class_entry(state[key], own[key], rows, model.num_classes)
             counts[_CLASS_PART, outcome] += 1
         elif key.startswith(TRAINING_ONLY) and (key not in state or state[key].shape != own[key].shape):
@@ -217,13 +216,13 @@ def _load_detector(
             counts[_part(key), "loaded"] += 1
     counts.update((_part(key), "ignored") for key in found.ignored)
     model.load_state_dict(own)
-    classes = _describe(rows, class_names, len(state["decoder.class_head.bias"]), how)
+    classes = _describe(rows, class_names, len(state[CLASS_BIAS]), how)
     return LoadReport(f"{path}, a {found.source}", dict(counts), classes, found.notes)
 
 
 def _fits(key: str, theirs: Tensor, own: Tensor) -> bool:
-    """Whether the shapes agree, apart from the number of classes in `CLASS_ENTRIES`."""
-    first = 1 if key in CLASS_ENTRIES and theirs.ndim == own.ndim else 0
+    """Whether the shapes agree, apart from the number of classes."""
+    first = 1 if is_class_entry(key) and theirs.ndim == own.ndim else 0
     return theirs.shape[first:] == own.shape[first:] and theirs.is_floating_point() == own.is_floating_point()
 
 
@@ -244,7 +243,7 @@ def _class_entry(theirs: Tensor, own: Tensor, rows: Sequence[int | None], num_cl
 
 def _class_rows(found: LoadedWeights, names: Sequence[str] | None, count: int) -> tuple[list[int | None], str]:
     """For each of our labels, its row in the file or None for a new class; and how they were matched, in words."""
-    source_count = len(found.state["decoder.class_head.bias"])
+    source_count = len(found.state[CLASS_BIAS])
     if found.class_names is not None and names is not None:
         row_of: dict[str, int] = {}
         for row, name in enumerate(found.class_names):
@@ -300,7 +299,7 @@ def _load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> Loa
     counts["backbone", "ignored"] += len(found.ignored) + sum(key not in own for key in found.state)
     for key in model.state_dict():
         if not key.startswith("backbone."):
-            counts[_CLASS_PART if key in CLASS_ENTRIES else _part(key), "new"] += 1
+            counts[_CLASS_PART if is_class_entry(key) else _part(key), "new"] += 1
     model.backbone.load_state_dict(own)
     notes = ("Only the backbone is loaded; the rest of the detector is new.",)
     return LoadReport(f"{source}, a {found.source}", dict(counts), notes=(*found.notes, *notes))

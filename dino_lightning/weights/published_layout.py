@@ -11,7 +11,8 @@ from torch import Tensor
 
 BackboneKind = Literal["other", "swin", "convnext"]
 
-# Ours -> published, first match wins. Published files repeat the heads that all decoder layers share for each layer.
+# Ours -> published, first match wins. Published files repeat the heads that all decoder layers share for each layer,
+# which leaves room for heads of each layer's own.
 _PREFIXES = (
     ("level_embedding", "transformer.level_embed"),
     ("encoder.", "transformer.encoder."),
@@ -29,7 +30,8 @@ _PREFIXES = (
     ("backbone.", "backbone.0."),
 )
 _ATTENTION = (("self_attention.", "self_attn."), ("cross_attention.", "cross_attn."))
-_SHARED_HEAD = re.compile(r"^(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.\d+\.")
+_HEAD = re.compile(r"^(?:transformer\.decoder\.)?(bbox_embed|class_embed)\.(\d+)\.")
+_OWN_HEAD = re.compile(r"^decoder\.(bbox_head|class_head)\.(\d+)\.")  # ours, of a decoder with heads for each layer
 
 # Parts of torchvision's blocks -> parts of the published blocks.
 _SWIN_BLOCK = {"mlp.0.": "mlp.fc1.", "mlp.3.": "mlp.fc2."}
@@ -55,7 +57,7 @@ def backbone_kind(keys: Iterable[str]) -> BackboneKind:
 
 
 def to_published_key(key: str, kind: BackboneKind = "other") -> str:
-    """Our name of an entry -> its name in a published file; `{layer}` stands for each decoder layer.
+    """Our name of an entry -> its name in a published file; `{layer}` stands for each decoder layer of shared heads.
 
     Args:
         key: our name.
@@ -64,29 +66,37 @@ def to_published_key(key: str, kind: BackboneKind = "other") -> str:
     Raises:
         KeyError: the published layout has no such entry.
     """
-    renamed = _renamed(key, _PREFIXES, _ATTENTION)
+    own = _OWN_HEAD.match(key)
+    renamed = _renamed(_OWN_HEAD.sub(r"decoder.\1.", key), _PREFIXES, _ATTENTION)
     if renamed is None:
         raise KeyError(f"The published DINO layout has no entry for {key!r}.")
+    if own is not None:
+        return renamed.format(layer=own[2])
     if key.startswith("backbone.") and kind != "other":
         return "backbone.0." + backbone_to_published_key(key.removeprefix("backbone."), kind)
     return renamed
 
 
-def from_published_key(key: str, kind: BackboneKind = "other") -> str:
+def from_published_key(key: str, kind: BackboneKind = "other", *, shared_heads: bool = True) -> str:
     """The name of an entry in a published file, any alias -> our name.
 
     Args:
         key: the published name.
         kind: the family of the model's backbone.
+        shared_heads: whether all decoder layers share one head; else each has its own.
 
     Raises:
         KeyError: our layout has no such entry.
     """
-    key = _SHARED_HEAD.sub(r"transformer.decoder.\1.{layer}.", key.removeprefix("module."))
+    key = key.removeprefix("module.")
+    head = _HEAD.match(key)
+    key = _HEAD.sub(r"transformer.decoder.\1.{layer}.", key)
     back = [[(published, ours) for ours, published in table] for table in (_PREFIXES, _ATTENTION)]
     renamed = _renamed(key, *back)
     if renamed is None:
         raise KeyError(f"{key!r} is not an entry of a published DINO checkpoint.")
+    if head is not None and not shared_heads:
+        return re.sub(r"^decoder\.(bbox_head|class_head)\.", rf"decoder.\1.{head[2]}.", renamed)
     if key.startswith("backbone.0.") and kind != "other":
         return "backbone." + backbone_from_published_key(key.removeprefix("backbone.0."), kind)
     return renamed
@@ -164,7 +174,7 @@ def _reversed(parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict -> the published one, with the shared heads under all their names.
+    """Our state dict -> the published one, with the decoder's heads under all their names.
 
     Published ConvNeXt files have a norm for each of the four stages. That of a stage without a feature map is never
     trained, so it is written with its initial ones and zeros.
@@ -187,6 +197,8 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 published[alias] = published[alias.removeprefix("transformer.decoder.")] = value
         else:
             published[name] = value
+            if _OWN_HEAD.match(key):
+                published[name.removeprefix("transformer.decoder.")] = value
     if kind == "convnext":
         for stage in range(4):
             gamma = published.get(f"backbone.0.stages.{stage}.0.gamma")
@@ -200,12 +212,14 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tupl
     """A published state dict, with or without aliases -> ours, and the entries left out.
 
     Left out are the counters of batch norms, which frozen norms do not use, and the norms of ConvNeXt stages without a
-    feature map. Swin's `relative_position_index` is reshaped, and may be corrupt: see `wrong_indices`.
+    feature map. Swin's `relative_position_index` is reshaped, and may be corrupt: see `wrong_indices`. Whether the
+    decoder's layers share their heads is seen from the values.
 
     Raises:
         KeyError: our layout has no such entry.
+        ValueError: two values of one entry, or heads of some layers only.
     """
-    kind = backbone_kind(state)
+    kind, shared_heads = backbone_kind(state), has_shared_heads(state)
     ours: dict[str, Tensor] = {}
     ignored = []
     norms = {}
@@ -213,8 +227,11 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tupl
         if key.endswith("num_batches_tracked"):
             ignored.append(key)
             continue
-        name = from_published_key(key, kind)
-        ours.setdefault(name, _value_from_published(key, value))
+        name = from_published_key(key, kind, shared_heads=shared_heads)
+        value = _value_from_published(key, value)
+        if name in ours and not torch.equal(ours[name], value):
+            raise ValueError(f"{key!r} repeats an entry with another value.")
+        ours[name] = value
         if name.startswith("backbone.norms."):
             norms[key] = name
     if kind == "convnext":
@@ -224,6 +241,24 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tupl
                 del ours[name]
                 ignored.append(key)
     return ours, tuple(ignored)
+
+
+def has_shared_heads(state: Mapping[str, Tensor]) -> bool:
+    """Whether all decoder layers of a published state dict have the same box head and the same class head.
+
+    Raises:
+        ValueError: there are heads for some of the decoder's layers only.
+    """
+    layers = {int(found[1]) for key in state if (found := re.match(r"transformer\.decoder\.layers\.(\d+)\.", key))}
+    heads = {int(found[2]) for key in state if (found := _HEAD.match(key))}
+    if heads and heads != layers and heads != {0}:
+        raise ValueError(f"its decoder has {len(layers)} layers, and heads for {len(heads)} of them.")
+    values: dict[str, Tensor] = {}
+    return all(
+        torch.equal(value, values.setdefault(_HEAD.sub(r"\1.", key), value))
+        for key, value in state.items()
+        if _HEAD.match(key)
+    )
 
 
 def backbone_from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from dino_lightning.errors import CheckpointError
+from dino_lightning.weights.foreign_layouts import Layout, layout_of, to_official
 from dino_lightning.weights.published_layout import (
     backbone_from_published,
     backbone_kind,
@@ -31,14 +33,8 @@ MODEL_FILES = (
     "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
 )  # fmt: skip
 
-# Entries with one row for each class (and one more in the label embedding).
-CLASS_ENTRIES = (
-    "decoder.class_head.weight",
-    "decoder.class_head.bias",
-    "query_selection.class_head.weight",
-    "query_selection.class_head.bias",
-    "label_embedding.weight",
-)
+CLASS_BIAS = "query_selection.class_head.bias"  # one value for each class, in every detector
+_CLASS_ENTRY = re.compile(r"(decoder\.class_head\.(\d+\.)?|query_selection\.class_head\.)(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,7 @@ class LoadedWeights:
         notes: sentences for the user about peculiarities of the file.
         settings: stored settings of the model, if the file has them.
         score_threshold: the threshold of the best F1, if the file has it.
+        layout: of another project than the published one; None else.
     """
 
     part: Literal["detector", "backbone"]
@@ -64,6 +61,7 @@ class LoadedWeights:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] | None = None
     score_threshold: float | None = None
+    layout: Layout | None = None
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -148,6 +146,9 @@ def read_weights(path: str | Path) -> LoadedWeights:
         settings = _namespace(content.get("args"))
     ours = {key.removeprefix(_MODULE_PREFIX): value for key, value in state.items() if _is_models(key)}
     try:
+        layout = layout_of(state)
+        if layout is not None:
+            return _foreign_detector(layout, state)
         if "decoder.norm.weight" in ours or "decoder.norm.weight" in state:
             threshold = content.get("score_threshold")
             found = _our_detector(ours if "decoder.norm.weight" in ours else state, settings)
@@ -158,6 +159,11 @@ def read_weights(path: str | Path) -> LoadedWeights:
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise CheckpointError(f"{path} is not a DINO checkpoint: {reason}") from error
+
+
+def is_class_entry(key: str) -> bool:
+    """Whether an entry has one row for each class (and one more in the label embedding)."""
+    return key == "label_embedding.weight" or _CLASS_ENTRY.fullmatch(key) is not None
 
 
 def coco_names() -> tuple[str, ...]:
@@ -191,7 +197,7 @@ def _state_dict(content: Any) -> dict[str, Tensor] | None:
 def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) -> LoadedWeights:
     given = (settings or {}).get("class_names")
     names = tuple(given) if isinstance(given, list | tuple) and all(isinstance(name, str) for name in given) else ()
-    count = len(state.get("decoder.class_head.bias", ()))
+    count = len(state.get(CLASS_BIAS, ()))
     if names and len(names) != count:
         raise ValueError(f"it names {len(names)} classes, but its class heads have {count}.")
     return LoadedWeights(
@@ -218,7 +224,9 @@ def _published_detector(
     if isinstance(content.get("ema_model"), dict):
         notes.append("The file has averaged weights (ema_model) as well; they are ignored.")
     names = None
-    if len(ours.get("decoder.class_head.bias", ())) == len(coco_names()):
+    if "decoder.class_head.0.bias" in ours:
+        notes.append("Its decoder layers have heads of their own.")
+    if len(ours.get(CLASS_BIAS, ())) == len(coco_names()):
         names = coco_names()
         notes.append("Its 91 classes have no names and are assumed to be COCO's categories.")
     return LoadedWeights(
@@ -229,6 +237,24 @@ def _published_detector(
         ignored=ignored,
         notes=tuple(notes),
         settings=settings,
+    )
+
+
+def _foreign_detector(layout: Layout, state: dict[str, Tensor]) -> LoadedWeights:
+    ours, ignored = from_published(to_official(layout, state))
+    names = tuple(name for name in coco_names() if name != "N/A")
+    notes = []
+    if len(ours[CLASS_BIAS]) == len(names):
+        notes.append("Its 80 classes have no names and are assumed to be COCO's.")
+    counters = tuple(key for key in state if key.endswith("num_batches_tracked"))
+    return LoadedWeights(
+        part="detector",
+        state=ours | wrong_indices(ours),
+        source=f"DINO checkpoint of {layout}",
+        class_names=names if len(ours[CLASS_BIAS]) == len(names) else None,
+        ignored=(*ignored, *counters),
+        notes=tuple(notes),
+        layout=layout,
     )
 
 

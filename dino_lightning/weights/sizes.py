@@ -36,7 +36,7 @@ def _plain_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return state[key].shape[axis] if key in state and state[key].ndim > axis else None
 
     found = {
-        "num_classes": extent("decoder.class_head.bias", 0),
+        "num_classes": extent("query_selection.class_head.bias", 0),
         "num_feature_levels": extent("level_embedding", 0),
         "hidden_dim": extent("level_embedding", 1),
         "ffn_dim": extent("decoder.layers.0.linear1.weight", 0),
@@ -44,7 +44,8 @@ def _plain_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_decoder_layers": _layers(state, "decoder"),
         "num_queries": extent("query_selection.content_queries.weight", 0),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    own_heads = {"shared_heads": False} if "decoder.class_head.0.bias" in state else {}
+    return {name: value for name, value in found.items() if value is not None} | own_heads
 
 
 def heads_times_points(state: Mapping[str, Tensor]) -> int | None:
@@ -85,7 +86,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 def differences(theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """A sentence with the options that would make the model fit the weights in a file."""
-    there, here = _plain_sizes(theirs), _plain_sizes(own)
+    there, here = ({"shared_heads": True} | _plain_sizes(state) for state in (theirs, own))
     if _shapes(theirs) != _shapes(own) or map_widths(theirs) != map_widths(own):
         there, here = there | backbone_of(theirs), here | backbone_of(own)
     options = [
