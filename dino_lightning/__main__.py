@@ -24,6 +24,10 @@ COMMANDS = {
         "dino_lightning.cli.convert:run",
         "write a checkpoint in the published layout, or a published one in ours",
     ),
+    "weights": (
+        "dino_lightning.cli.weights:run",
+        "list the weights that training can start from by name; `weights get NAME` fetches them",
+    ),
     "inspect": ("dino_lightning.cli.inspect:run", "find what is wrong with a dataset, before training on it"),
     "preview": ("dino_lightning.cli.preview:run", "draw training images as the model sees them, with their boxes"),
     "rooms": ("dino_lightning.cli.rooms:run", "draw synthetic floor plans as a COCO dataset"),

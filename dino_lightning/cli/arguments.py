@@ -7,11 +7,12 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -22,6 +23,7 @@ from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
+from dino_lightning.weights.zoo import needed_options
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
 
@@ -71,10 +73,35 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
         args += ["--ckpt_path", str(path)]
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
-    args = with_packaged_configs(args)
+    args = with_options_of_weights(with_packaged_configs(args))
     folder = folder or RUNS / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return args, folder
+
+
+def with_options_of_weights(args: Sequence[str]) -> list[str]:
+    """The options that weights of a name need, put before those of the user, which win over them."""
+    place: str | None = None
+    for previous, arg in zip(["", *args], args, strict=False):
+        name, equals, value = arg.partition("=")
+        if not equals:
+            name, value = previous, arg
+        if name == "--model.weights":
+            place = value
+        elif name in ("--config", "-c"):
+            place = _weights_in(Path(value), place)
+    needed = needed_options(place)
+    return [*_model_options(needed), *args]
+
+
+def _weights_in(config: Path, before: str | None) -> str | None:
+    """`model.weights` of a configuration file; what it was before where the file does not say. The parser judges it."""
+    try:
+        model = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("model") or {}
+        found = model.get("weights", before)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return before
+    return found if isinstance(found, str) else None
 
 
 def sizes_for_device() -> list[str]:
@@ -182,8 +209,10 @@ def _stored_arguments(origin: Path, content: Any) -> list[str]:
     if (origin / "config.yaml").is_file():
         return ["--config", str(origin / "config.yaml")]
     stored = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    return _model_options({name: value for name, value in stored.items() if name not in FROM_DATA})
+
+
+def _model_options(values: Mapping[str, Any]) -> list[str]:
     return [
-        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in stored.items()
-        if name not in FROM_DATA
+        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
     ]

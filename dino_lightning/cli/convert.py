@@ -1,4 +1,4 @@
-"""The command `convert`: a detector's weights from the published layout to ours, or back."""
+"""The command `convert`: a detector's weights from one layout to another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dino_lightning.cli.checkpoints import LAST, model_file
 from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
 from dino_lightning.errors import UsageError
 
-DESCRIPTION = """Write the weights of a detector in the layout of published DINO checkpoints, or in ours.
+DESCRIPTION = """Write the weights of a detector in our layout, in that of published DINO checkpoints, or in that of
+detrex or mmdetection.
 
 The layout of a file is recognised by its content. The published one is for the published program and others that read
 its files; ours also holds the sizes and class names, so that predict, validate and export take the file as it is.
@@ -44,11 +45,14 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--weights",
         required=True,
-        help="a checkpoint, published or ours: a file, an address, the folder of a run, or 'last': the newest run",
+        help="a checkpoint, published, ours, or of detrex or mmdetection: a file, an address, a name that `weights` "
+        "lists, the folder of a run, or 'last': the newest run",
     )
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     parser.add_argument(
-        "--layout", choices=("published", "ours"), help="by default the one that --weights does not have"
+        "--layout",
+        choices=("published", "ours", "detrex", "mmdet"),
+        help="by default ours, or published for a checkpoint of ours",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
     parser.add_argument(

@@ -23,7 +23,13 @@ from dino_lightning.callbacks import (
     StoppedOnRequest,
     WatchProcesses,
 )
-from dino_lightning.cli.arguments import DEFAULT_SEED, FROM_DATA, explain_argument_error, prepare
+from dino_lightning.cli.arguments import (
+    DEFAULT_SEED,
+    FROM_DATA,
+    explain_argument_error,
+    prepare,
+    with_options_of_weights,
+)
 from dino_lightning.cli.command import SIGNAL_EXIT_CODE, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.help_pages import asks_for_all
@@ -349,7 +355,8 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ArgumentError: an option or a configuration file that does not parse; the message is one sentence.
     """
-    parsed: dict[str, Any] = _ParseOnly(["fit", *with_packaged_configs(args)], Path()).config.fit.as_dict()
+    given = with_options_of_weights(with_packaged_configs(args))
+    parsed: dict[str, Any] = _ParseOnly(["fit", *given], Path()).config.fit.as_dict()
     return parsed
 
 

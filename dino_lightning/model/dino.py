@@ -146,6 +146,14 @@ class DINO(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255, persistent=False)
         self._reset_parameters()
 
+    def semantics(self) -> dict[str, float]:
+        """The arguments beside its sizes that decide which numbers the same weights give."""
+        return {
+            "position_temperature": self.position["temperature"],
+            "position_offset": self.position["offset"],
+            "box_epsilon": self.decoder.box_epsilon,
+        }
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile the layers of encoder and decoder at their first use; names of parameters stay as they are.
 

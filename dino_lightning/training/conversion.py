@@ -1,4 +1,4 @@
-"""A detector's weights from the published layout to ours, or back, as files."""
+"""A detector's weights from one layout to another, as files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.download import local_file
+from dino_lightning.weights.foreign_layouts import PROJECTS, Layout, from_official
 from dino_lightning.weights.published_layout import backbone_kind, to_published
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.sizes import heads_times_points, sizes
+from dino_lightning.weights.zoo import fetch, named, zoo
+
+FileLayout = Literal["ours", "published", "detrex", "mmdet"]
 
 
-def convert(place: str, output: Path, layout: str | None, overwrite: bool, contiguous: bool) -> str:
+def convert(place: str, output: Path, layout: FileLayout | None, overwrite: bool, contiguous: bool) -> str:
     """Convert a file; returns what was written, in words.
 
     Raises:
@@ -29,15 +33,20 @@ def convert(place: str, output: Path, layout: str | None, overwrite: bool, conti
     """
     if output.exists() and not overwrite:
         raise CheckpointError(f"{output} exists; give --overwrite to replace it.")
-    file = local_file(place)
+    row = zoo().get(place)
+    file = local_file(place) if row is None else fetch(row)
     found = read_weights(file)
     if found.part != "detector":
         raise CheckpointError(f"{file} is a {found.source}; only whole detectors are converted.")
-    layout = layout or ("ours" if found.source.startswith("published") else "published")
+    layout = layout or ("published" if found.source == "dino_lightning checkpoint" else "ours")
     state, names, ids = _classes(file, found, contiguous)
+    foreign: dict[str, Tensor] = {}
     try:
         if layout == "published":
             content: dict[str, Any] = {"model": to_published(state)}
+        elif layout == "detrex" or layout == "mmdet":
+            foreign = _foreign(file, layout, state)
+            content = {"model" if layout == "detrex" else "state_dict": foreign, "meta": {}}
         else:
             content = _our_checkpoint(file, state, _settings(file, found, state, names, ids))
             if found.score_threshold is not None:
@@ -50,10 +59,33 @@ def convert(place: str, output: Path, layout: str | None, overwrite: bool, conti
     if layout == "published":
         said = f"{len(content['model'])} entries in the layout of published checkpoints, "
         said += f"num_classes={classes}, dn_labelbook_size={classes}"  # what the published program calls them
+    elif layout == "detrex" or layout == "mmdet":
+        said = f"{len(foreign)} entries as {PROJECTS[layout]} writes them, {classes} classes"
     else:
         backbone = content["hyper_parameters"].get("backbone", "resnet50")
         said = f"a checkpoint of dino_lightning, {len(content['state_dict'])} entries, {backbone}, {classes} classes"
-    return "\n".join([f"{output}: {said}.", *found.notes])
+    return "\n".join([f"{output}: {said}.", *found.notes, *_semantics_to_set(found, layout)])
+
+
+def _foreign(file: Path, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return from_official(layout, to_published(state))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be written as {PROJECTS[layout]} writes it: {error}") from error
+
+
+def _semantics_to_set(found: LoadedWeights, layout: str) -> list[str]:
+    """What another program has to set for the same numbers: no layout but ours has room for it."""
+    settings = found.settings or {}
+    wanted = {"position_temperature": 20.0, "position_offset": 0.0, "box_epsilon": 1e-3}
+    if layout == "ours" or (found.layout is not None and "position_temperature" not in settings):
+        return []
+    values = {name: settings.get(name, value) for name, value in wanted.items()}
+    if layout == "published" and values == wanted:
+        return []
+    return [
+        "It gives the same numbers only with " + ", ".join(f"{name} {value:g}" for name, value in values.items()) + "."
+    ]
 
 
 def _classes(
@@ -92,14 +124,32 @@ def _settings(
     known = dict(found.settings or {})
     if found.source == "dino_lightning checkpoint" and known:
         return known | {"num_classes": len(state[CLASS_BIAS]), "class_names": names, "category_ids": ids}
-    told = sizes(state)
+    semantics, told = _semantics(file, found), sizes(state)
     heads = known.get("nheads", 8)  # as published; the shapes do not tell
     both = heads_times_points(state)
     if "backbone" not in told or both is None or not isinstance(heads, int) or heads < 1 or both % heads:
         raise CheckpointError(f"{file}: its backbone or its sizes are none that this program can build.")
     trained = 3 if backbone_kind(state) == "other" else 5  # as published
-    sized = told | {"num_heads": heads, "num_points": both // heads, "trainable_backbone_layers": trained}
+    sized = told | semantics | {"num_heads": heads, "num_points": both // heads, "trainable_backbone_layers": trained}
     return {"class_names": names, "category_ids": ids, "backbone_weights": None, **sized}
+
+
+def _semantics(file: Path, found: LoadedWeights) -> dict[str, Any]:
+    """What a foreign file's weights need beside their sizes, which only the name of the file tells.
+
+    Raises:
+        CheckpointError: the name is none of the table.
+    """
+    row = named(file)
+    if row is None and found.layout is not None:
+        raise CheckpointError(
+            f"{file} does not say how {PROJECTS[found.layout]} embedded the positions, and its name is none that "
+            "`python -m dino_lightning weights` knows: give it the name that it was published under."
+        )
+    options = {} if row is None else row.options
+    return {
+        name: options[name] for name in ("position_temperature", "position_offset", "box_epsilon") if name in options
+    }
 
 
 def _our_checkpoint(file: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,11 +31,26 @@ def detector_weights(
         What `load_initial_weights` takes; None where there are none.
     """
     if options["weights"] is not None:
-        return options["weights"], class_names
+        return options["weights"], _mapped(class_names, options["class_map"] or {})
     room_names = names_for_rooms(class_names or ())
     if options["weights_for_rooms"] is None or room_names is None:
         return None
     return options["weights_for_rooms"], room_names
+
+
+def _mapped(class_names: Sequence[str] | None, class_map: Mapping[str, str]) -> Sequence[str] | None:
+    """The names under which the weights have the classes.
+
+    Raises:
+        ValueError: the dataset has no class of a name in the map.
+    """
+    unknown = [name for name in class_map if class_names is not None and name not in class_names]
+    if unknown:
+        raise ValueError(
+            f"class_map names {', '.join(unknown)}, which is no class of the dataset; its classes are "
+            f"{', '.join(class_names or ())}."
+        )
+    return None if class_names is None else [class_map.get(name, name) for name in class_names]
 
 
 def start(model: DINO, options: Mapping[str, Any], num_images: int) -> None:

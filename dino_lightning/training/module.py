@@ -38,6 +38,7 @@ from dino_lightning.training.optim import (
 from dino_lightning.training.recipe import RecipeName, choose_recipe, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
 from dino_lightning.training.step_metrics import StepMetrics
+from dino_lightning.weights.zoo import needed_options
 
 
 class DINOModule(lightning.LightningModule):
@@ -50,9 +51,11 @@ class DINOModule(lightning.LightningModule):
         num_classes: K, classes with contiguous labels 0..K-1.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
-        weights: initial weights: the name of weights that come with this package (`rooms_small`), or a file or URL
-            (https:// or s3://, with #sha256=... at the end to verify it) of a DINO checkpoint, published or ours, or
-            of a backbone alone; or the name of torchvision weights for the backbone. Class heads are matched by name.
+        weights: initial weights: a name that `python -m dino_lightning weights` lists, which is fetched if need be and
+            sets the sizes of the detector that are not given; or a file or URL (https:// or s3://, with #sha256=... at
+            the end to verify it) of a DINO checkpoint, published or ours, of detrex or mmdetection, or of a backbone
+            alone; or the name of torchvision weights for the backbone. Class heads are matched by name.
+        class_map: for classes that the weights do not have, a class of theirs to start from: {door: chair}.
         weights_for_rooms: as `weights`, which win over it, for datasets that have a class of rooms; null to leave it
             out. Rooms of any kind start from the class `room` of those weights.
         backbone_weights: the same for the backbone alone; null for random ones. Not used with `weights` or when
@@ -106,6 +109,7 @@ class DINOModule(lightning.LightningModule):
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         weights: str | None = None,
+        class_map: dict[str, str] | None = None,
         weights_for_rooms: str | None = None,
         backbone_weights: str | None = "IMAGENET1K_V1",
         lr: float = 1e-4,
@@ -140,6 +144,7 @@ class DINOModule(lightning.LightningModule):
             raise TypeError(
                 f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
             )
+        detector = {**needed_options(weights), **detector}
         check_nms_iou_threshold(nms_iou_threshold)
         self.save_hyperparameters()
         self.model = DINO(num_classes=num_classes, **detector)

@@ -59,7 +59,7 @@ def local_file(place: str) -> Path:
 
     Args:
         place: a path, or an address beginning with https:// or s3://, optionally with `#sha256=...` at its end:
-            the checksum of the content.
+            the checksum of the content, or its first digits, 8 at least.
 
     Raises:
         CheckpointError: the file does not exist, the address cannot be read, or the checksum differs.
@@ -73,6 +73,12 @@ def local_file(place: str) -> Path:
             "torchvision weights (such as IMAGENET1K_V2)."
         )
     return path
+
+
+def downloaded_file(address: str) -> Path:
+    """Where the file of an address is kept; the same file name at two places may mean two files."""
+    name = Path(urllib.parse.urlsplit(address).path).name
+    return cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
 
 
 @contextmanager
@@ -96,11 +102,9 @@ def interprocess_lock(name: str) -> Iterator[None]:
 
 def _downloaded(place: str) -> Path:
     address, checksum = _split(place)
-    name = Path(urllib.parse.urlsplit(address).path).name
-    # The whole address is in the name: the same file name at two places may mean two files.
-    path = cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
+    path = downloaded_file(address)
     with interprocess_lock(path.name):
-        if path.is_file() and checksum is not None and sha256_of(path) != checksum:
+        if path.is_file() and checksum is not None and not sha256_of(path).startswith(checksum):
             path.unlink()  # outdated or damaged
         if not path.is_file():
             part = path.with_name(f"{path.name}.part")
@@ -110,7 +114,7 @@ def _downloaded(place: str) -> Path:
                 raise CheckpointError(
                     f"{_shown(address)} cannot be stored in {path.parent} ({error.strerror})."
                 ) from error
-            if checksum is not None and (found := sha256_of(part)) != checksum:
+            if checksum is not None and not (found := sha256_of(part)).startswith(checksum):
                 part.unlink()
                 raise CheckpointError(
                     f"{_shown(address)} is not the expected file, and was removed: its sha256 is {found}, not "
@@ -125,10 +129,11 @@ def _split(place: str) -> tuple[str, str | None]:
     address, _, fragment = place.partition("#")
     if not fragment:
         return address, None
-    found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    found = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if found is None:
         raise CheckpointError(
-            f"{_shown(address)}: give a checksum as #sha256= and 64 hexadecimal digits after the address."
+            f"{_shown(address)}: give a checksum as #sha256= and 64 hexadecimal digits, or the first 8 or more of "
+            "them, after the address."
         )
     return address, found[1].lower()
 

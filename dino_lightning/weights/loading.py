@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import Tensor
 
@@ -15,9 +16,11 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights.download import interprocess_lock, is_address, local_file
+from dino_lightning.weights.foreign_layouts import PROJECTS
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.shipped import shipped_file
 from dino_lightning.weights.sizes import differences
+from dino_lightning.weights.zoo import fetch, named, names_like, zoo
 
 TRAINING_ONLY = "group_queries."
 FEW_IMAGES = 5000  # below this, training from scratch is not worth it
@@ -76,17 +79,30 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
 
     Args:
         model: changed in place.
-        place: a file or address (see `local_file`) with any of the contents that `read_weights` knows, the name of
-            weights that come with this package (`SHIPPED`), or of torchvision weights of the model's backbone, such as
-            `IMAGENET1K_V2`.
+        place: a name of the table (`zoo`), which is fetched if need be; a file or address (see `local_file`) with any
+            of the contents that `read_weights` knows; the name of weights that come with this package (`SHIPPED`), or
+            of torchvision weights of the model's backbone, such as `IMAGENET1K_V2`.
         class_names: names of the model's labels, if known.
 
     Raises:
         CheckpointError: the weights cannot be found or read, or do not fit the model.
     """
+    row = zoo().get(place)
+    if row is not None:
+        return load_weights(model, fetch(row), class_names)
     if _is_torchvision_name(place):
         return start_backbone_from(model, place)
-    return load_weights(model, shipped_file(place) or local_file(place), class_names)
+    return load_weights(model, shipped_file(place) or _file(place), class_names)
+
+
+def _file(place: str) -> Path:
+    """`local_file`, with the names that may have been meant."""
+    try:
+        return local_file(place)
+    except CheckpointError as error:
+        near = [] if is_address(place) else names_like(place)
+        hint = f" Did you mean {' or '.join(near)}? `python -m dino_lightning weights` lists the names." if near else ""
+        raise CheckpointError(f"{error}{hint}") from error
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:
@@ -186,7 +202,8 @@ def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | Non
 def _load_detector(
     model: DINO, found: LoadedWeights, path: str | Path, class_names: Sequence[str] | None
 ) -> LoadReport:
-    own, state = model.state_dict(), found.state
+    own, state = model.state_dict(), dict(found.state)
+    resized = _resize_queries(state, own)
     # counts of batches, which a backbone with frozen norms does not have
     # and queries for training alone, which either side may have
     optional = {key for key in own if key.endswith("num_batches_tracked") or key.startswith(TRAINING_ONLY)}
@@ -203,6 +220,7 @@ def _load_detector(
             f"{len(unknown)} are unknown and {len(reshaped)} have another shape (first: "
             f"{[*missing, *unknown, *reshaped][0]}). " + differences(state, own)
         )
+    notes = [*found.notes, *resized, *_check_semantics(model, found, path)]
     rows, how = _class_rows(found, class_names, model.num_classes)
     counts: Counter[tuple[str, str]] = Counter()
     for key in own:
@@ -217,7 +235,51 @@ def _load_detector(
     counts.update((_part(key), "ignored") for key in found.ignored)
     model.load_state_dict(own)
     classes = _describe(rows, class_names, len(state[CLASS_BIAS]), how)
-    return LoadReport(f"{path}, a {found.source}", dict(counts), classes, found.notes)
+    return LoadReport(f"{path}, a {found.source}", dict(counts), classes, tuple(notes))
+
+
+def _resize_queries(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Make the file's content queries as many as the model's: the first, or all repeated with noise; says so.
+
+    Proposals take the queries in the order of their scores, so the first ones are those that find objects. The noise,
+    a tenth of their deviation, tells the copies apart.
+    """
+    key = "query_selection.content_queries.weight"
+    if key not in state or state[key].ndim != 2 or state[key].shape[1:] != own[key].shape[1:]:
+        return []
+    theirs, count = state[key], len(own[key])
+    if len(theirs) == count or not len(theirs):
+        return []
+    if count < len(theirs):
+        state[key] = theirs[:count]
+        return [f"Of its {len(theirs)} queries the first {count} are taken."]
+    repeated = theirs.repeat(-(-count // len(theirs)), 1)[:count]
+    noise = torch.randn(repeated.shape, generator=torch.Generator().manual_seed(0)) * theirs.float().std() / 10
+    noise[: len(theirs)] = 0
+    state[key] = repeated + noise.to(repeated.dtype)
+    return [f"Its {len(theirs)} queries are repeated, with noise, to make {count}."]
+
+
+def _check_semantics(model: DINO, found: LoadedWeights, path: str | Path) -> list[str]:
+    """Refuse weights that the model's position embedding or clamp do not suit; notes where nobody says what suits.
+
+    Raises:
+        CheckpointError: the weights are known to need other ones.
+    """
+    own = model.semantics()
+    row = named(path)
+    needed = (found.settings or {}) if row is None else row.options
+    wrong = {name: needed[name] for name in own if name in needed and needed[name] != own[name]}
+    if wrong:
+        options = " ".join(f"--model.{name}={value}" for name, value in wrong.items())
+        raise CheckpointError(f"{path}: these weights give right numbers only with {options}.")
+    if row is None and found.layout is not None:
+        values = ", ".join(f"{name} {value:g}" for name, value in own.items())
+        return [
+            f"The file does not say how {PROJECTS[found.layout]} embedded the positions; assumed is {values}. "
+            "Weights that are taken by name know it."
+        ]
+    return []
 
 
 def _fits(key: str, theirs: Tensor, own: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from dino_lightning.errors import CheckpointError
-from dino_lightning.weights.foreign_layouts import Layout, layout_of, to_official
+from dino_lightning.weights.foreign_layouts import PROJECTS, Layout, layout_of, to_official
 from dino_lightning.weights.published_layout import (
     backbone_from_published,
     backbone_kind,
@@ -250,7 +250,7 @@ def _foreign_detector(layout: Layout, state: dict[str, Tensor]) -> LoadedWeights
     return LoadedWeights(
         part="detector",
         state=ours | wrong_indices(ours),
-        source=f"DINO checkpoint of {layout}",
+        source=f"DINO checkpoint of {PROJECTS[layout]}",
         class_names=names if len(ours[CLASS_BIAS]) == len(names) else None,
         ignored=(*ignored, *counters),
         notes=tuple(notes),

@@ -21,6 +21,7 @@ from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.weights.loading import needs_download
 from dino_lightning.weights.shipped import SHIPPED
+from dino_lightning.weights.zoo import at_hand, zoo
 from sagemaker_entry.protocol.problem import Problem
 
 DATA_PATHS = (
@@ -181,7 +182,10 @@ def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
     weights = model.get("weights")
     if weights is not None:
         found.pop("model.backbone_weights", None)  # DINOModule ignores it if there are weights
-    comes_along = weights in SHIPPED  # in the package, and so in the container, too
+    row = None if weights is None else zoo().get(weights)
+    if row is not None and (file := at_hand(row)) is not None:
+        found["model.weights"] = file  # else the container fetches them
+    comes_along = weights in SHIPPED or row is not None
     if weights is not None and "model.weights" not in found and not comes_along and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found

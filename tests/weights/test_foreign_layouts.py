@@ -8,15 +8,17 @@ import torch
 
 from dino_lightning.model import DINO
 from dino_lightning.structures import Batch
-from dino_lightning.weights.foreign_layouts import official_keys
+from dino_lightning.weights.foreign_layouts import from_official, official_keys, to_official
 from dino_lightning.weights.loading import load_weights
+from dino_lightning.weights.published_layout import to_published
+from tests.conftest import TINY_SIZES
 from tests.golden_recipe import GOLDEN, TINY, golden_arrays, golden_json, recipe_image, recipe_tensor
 
 MANIFESTS = {
-    "detrex": ["4scale_r50", "5scale_r50", "4scale_r101", "4scale_swint", "4scale_swinl", "5scale_swinl"]
-    + ["4scale_convnext_t", "tiny_r50"],
-    "mmdet": ["4scale_r50", "5scale_swinl", "tiny_r50"],
+    "detrex": "4scale_r50 5scale_r50 4scale_r101 4scale_swint 4scale_swinl 5scale_swinl 4scale_convnext_t tiny_r50",
+    "mmdet": "4scale_r50 5scale_swinl tiny_r50",
 }
+MODELS = [(project, name) for project, names in MANIFESTS.items() for name in names.split()]
 SIZES = [(160, 224), (192, 128)]
 
 
@@ -25,10 +27,12 @@ def manifest(project, name):
         return json.load(file)["entries"]
 
 
-@pytest.mark.parametrize(("project", "name"), [(key, name) for key, names in MANIFESTS.items() for name in names])
+@pytest.mark.parametrize(
+    ("project", "name"), [(key, name) for key, names in MANIFESTS.items() for name in names.split()]
+)
 def test_every_name_of_their_state_dicts_is_known(project, name):
     entries = manifest(project, name)
-    keys = official_keys({"detrex": "detrex", "mmdet": "mmdetection"}[project], dict.fromkeys(entries))
+    keys = official_keys(project, dict.fromkeys(entries))
     for key, entry in entries.items():
         if key.endswith("num_batches_tracked"):
             assert key not in keys
@@ -36,6 +40,64 @@ def test_every_name_of_their_state_dicts_is_known(project, name):
         assert keys[key].removeprefix("transformer.decoder.") == entry["official_key"].removeprefix(
             "transformer.decoder."
         )
+
+
+@pytest.mark.parametrize(("project", "name"), MODELS)
+def test_what_is_written_back_has_their_names_and_values(project, name):
+    small = {}
+    for index, (key, entry) in enumerate(manifest(project, name).items()):
+        # Few rows and columns, as the names matter; but the shapes that tell what a layer is.
+        shape = [min(size, 8) for size in entry["shape"]]
+        counter = key.endswith("num_batches_tracked")
+        small[key] = (
+            torch.tensor(0) if counter else torch.arange(torch.Size(shape).numel()).view(shape) + 1000.0 * index
+        )
+    if project == "detrex":  # two names of one tensor
+        for key in small:
+            alias = key.removeprefix("transformer.decoder.")
+            small[key] = small[alias] if alias in small else small[key]
+    back = from_official(project, to_official(project, small))
+    assert back.keys() == small.keys()
+    assert all(torch.equal(back[key], small[key]) for key in small)
+
+
+def test_patch_merging_of_mmdetection_sees_the_same_pixels():
+    """Theirs unfolds patches channel by channel; the published one lays four smaller pictures together."""
+    torch.manual_seed(0)
+    channels, image = 5, torch.randn(1, 5, 6, 8)
+    norm, reduction = torch.nn.LayerNorm(4 * channels), torch.nn.Linear(4 * channels, 3, bias=False)
+    torch.nn.init.normal_(norm.weight)
+    theirs = reduction(norm(torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2)))
+    stem = "backbone.stages.0.downsample"
+    state = {
+        f"{stem}.norm.weight": norm.weight,
+        f"{stem}.norm.bias": norm.bias,
+        f"{stem}.reduction.weight": reduction.weight,
+    }
+    rest = {
+        "decoder.layers.0.norms.0.weight": torch.zeros(1),
+        "dn_query_generator.label_embedding.weight": torch.zeros(1, 2),
+    }
+    official = to_official("mmdet", state | rest)
+    stem = "backbone.0.layers.0.downsample"
+    pixels = image.permute(0, 2, 3, 1)
+    merged = torch.cat([pixels[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1).flatten(1, 2)
+    weights = official[f"{stem}.norm.weight"], official[f"{stem}.norm.bias"]
+    ours = torch.nn.functional.layer_norm(merged, (4 * channels,), *weights) @ official[f"{stem}.reduction.weight"].T
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_bias_that_mmdetection_has_no_place_for_is_refused():
+    model = DINO(**{**TINY_SIZES, "num_classes": 2})
+    torch.nn.init.ones_(model.neck.projections[0][0].bias)
+    with pytest.raises(ValueError, match="have no bias"):
+        from_official("mmdet", to_published(model.state_dict()))
+
+
+def test_an_entry_that_nobody_knows_is_named():
+    state = {"transformer.level_embeds": torch.zeros(1), "transformer.decoder.layers.0.new.weight": torch.zeros(1)}
+    with pytest.raises(KeyError, match=r"new\.weight' is not an entry of detrex's DINO"):
+        to_official("detrex", state)
 
 
 def golden_state(project, salts, *, scaled=()):

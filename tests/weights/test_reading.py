@@ -198,8 +198,8 @@ def test_prefix_of_data_parallel_and_single_aliases_are_accepted(tmp_path):
 
 def test_another_architecture_is_refused(published_file):
     path, _ = published_file
-    with pytest.raises(CheckpointError, match=r"other shape .*model fit it: --model.num_queries=12\.$"):
-        load_weights(tiny(91, num_queries=13), path)
+    with pytest.raises(CheckpointError, match=r"other shape .*model fit it: --model.ffn_dim=48\.$"):
+        load_weights(tiny(91, ffn_dim=56), path)
     with pytest.raises(CheckpointError, match=r"another architecture: .*entries are missing.*num_decoder_layers=2\.$"):
         load_weights(tiny(91, num_decoder_layers=3), path)
     options = {"feature_strides": [8, 16, 32], "num_feature_levels": 3}

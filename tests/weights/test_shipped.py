@@ -99,9 +99,9 @@ def test_rooms_alone_start_from_them(tiny, names, taken):
 
 
 def test_weights_for_rooms_of_another_architecture_are_refused_with_the_way_out(tiny):
-    module = DINOModule(num_classes=1, class_names=["room"], weights_for_rooms="tiny", **{**SIZES, "num_queries": 3})
+    module = DINOModule(num_classes=1, class_names=["room"], weights_for_rooms="tiny", **{**SIZES, "ffn_dim": 56})
     with pytest.raises(
-        CheckpointError, match=r"--model.num_queries=.* Or start without them: --model.weights_for_rooms null\."
+        CheckpointError, match=r"--model.ffn_dim=.* Or start without them: --model.weights_for_rooms null\."
     ):
         start(module.model, module.hparams, num_images=0)
 
