@@ -26,7 +26,7 @@ FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*")
 
-COMMANDS = ("fit", "validate", "test", "predict", "export", "convert", "inspect", "preview", "rooms")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "convert", "weights", "inspect", "preview", "rooms")
 TAKE_OPTIONS_OF_FIT = ("inspect", "preview")
 JOB_COMMANDS = ("status", "attach", "stop", "fetch", "resume")
 
