@@ -38,7 +38,7 @@ class ShippedWeights:
 SHIPPED = {
     "rooms_small": ShippedWeights(
         "rooms_small.pt",
-        "69ef873c9cbebe31061f8373ea40338d44782c6cad2353380fbd9032628613c8",
+        "d3c36baab9b0e75794f6dbacf2598de052af0612c04022d28d8037fc0a38f8a5",
         "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
     ),
 }
