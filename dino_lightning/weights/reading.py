@@ -33,6 +33,15 @@ MODEL_FILES = (
     "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
 )  # fmt: skip
 
+# Of other projects, by the end of the file's name and by the beginning of a key.
+_OTHER_FILES = {".pdparams": "PaddlePaddle", ".safetensors": "safetensors"}
+_OTHER_LAYOUTS = {
+    "model.backbone.conv_encoder.": "transformers",
+    "model.backbone.model._backbone.": "transformers",
+    "model.model.transformer.": "NVIDIA TAO",
+    "model.model.backbone.": "NVIDIA TAO",
+    "model.transformer.": "NVIDIA TAO or another trainer around a DINO",
+}
 CLASS_BIAS = "query_selection.class_head.bias"  # one value for each class, in every detector
 _CLASS_ENTRY = re.compile(r"(decoder\.class_head\.(\d+\.)?|query_selection\.class_head\.)(weight|bias)")
 
@@ -131,6 +140,8 @@ def read_weights(path: str | Path) -> LoadedWeights:
     Raises:
         CheckpointError: the file is not a checkpoint, or is of another model.
     """
+    if (kind := _OTHER_FILES.get(Path(path).suffix.lower())) is not None and Path(path).is_file():
+        raise CheckpointError(f"{path} is a file of {kind}, which is not read; see `python -m dino_lightning weights`.")
     content = read_checkpoint(path)
     state = _state_dict(content)
     if state is None:
@@ -141,6 +152,11 @@ def read_weights(path: str | Path) -> LoadedWeights:
             f"{path}: {len(broken)} of its {len(state)} tensors hold values that are not finite (first: "
             f"{broken[0]}); the training had diverged, or the file is damaged."
         )
+    for beginning, kind in _OTHER_LAYOUTS.items():
+        if any(key.startswith(beginning) for key in state):
+            raise CheckpointError(
+                f"{path} holds a model of {kind}, whose layout is not read; see `python -m dino_lightning weights`."
+            )
     settings = content.get("hyper_parameters")
     if not isinstance(settings, Mapping):
         settings = _namespace(content.get("args"))

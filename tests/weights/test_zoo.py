@@ -276,6 +276,21 @@ def test_another_number_of_queries_is_taken_from_those_of_the_file(tmp_path, cou
     assert 0 < float(apart.max()) < float(old.std()) and not torch.equal(new[12:24], new[24:30].repeat(2, 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "kind"),
+    [
+        ("dino_r50_4scale_2x_coco.pdparams", "backbone.conv1.weight", "PaddlePaddle"),
+        ("model.safetensors", "model.encoder.weight", "safetensors"),
+        ("pytorch_model.bin", "model.backbone.conv_encoder.model.conv1.weight", "transformers"),
+        ("dino_resnet50_ep12.pth", "model.model.transformer.level_embed", "NVIDIA TAO"),
+    ],
+)
+def test_weights_of_other_projects_are_refused_by_name(tmp_path, name, key, kind):
+    torch.save({"state_dict": {key: torch.zeros(2)}}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"of {kind}.* not read; see `python -m dino_lightning weights`"):
+        read_weights(tmp_path / name)
+
+
 def test_a_class_map_names_the_class_to_start_from():
     options = {"weights": "w.pth", "weights_for_rooms": None, "class_map": {"door": "chair"}}
     assert detector_weights(options, ["room", "door"]) == ("w.pth", ["room", "chair"])
