@@ -136,7 +136,8 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
 
     Args:
         path: a checkpoint of a run; a model directory, as a SageMaker job leaves it; the folder of a run; an ONNX
-            file as `export` writes it, or a folder with one.
+            file as `export` writes it, or a folder with one; `rooms_small`; or an address, such as `hf://OWNER/REPO`
+            for the model.ckpt of a repository.
         device: where to compute; an ONNX file decides for itself.
 
     Raises:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
 
-_SCHEMES = ("https://", "http://", "s3://")
+_SCHEMES = ("https://", "http://", "s3://", "hf://")
 _CHUNK = 1 << 20
 _TRIES = 5
 _PAUSE = 1.0  # seconds before the second try, doubled for each further one
@@ -58,7 +58,8 @@ def local_file(place: str) -> Path:
     A download that breaks off is resumed, in this run or the next.
 
     Args:
-        place: a path, or an address beginning with https:// or s3://, optionally with `#sha256=...` at its end:
+        place: a path, or an address beginning with https://, s3:// or hf:// (`hf://OWNER/REPO/FILE`, of the Hugging
+            Face Hub; without FILE its model.ckpt), optionally with `#sha256=...` at its end:
             the checksum of the content, or its first digits, 8 at least.
 
     Raises:
@@ -73,6 +74,24 @@ def local_file(place: str) -> Path:
             "torchvision weights (such as IMAGENET1K_V2)."
         )
     return path
+
+
+def _hub() -> str:
+    """The address of the Hugging Face Hub, or of a mirror of it, as its own programs find it."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _hub_address(place: str) -> str:
+    """hf://OWNER/REPO/FILE -> the address of the file in the newest version of the repository.
+
+    Raises:
+        CheckpointError: there is no owner or no repository in it.
+    """
+    owner, _, rest = place.removeprefix("hf://").partition("/")
+    repository, _, file = rest.partition("/")
+    if not owner or not repository:
+        raise CheckpointError(f"{place}: addresses of the Hugging Face Hub have the form hf://OWNER/REPO/FILE.")
+    return f"{_hub()}/{owner}/{repository}/resolve/main/{file or 'model.ckpt'}"
 
 
 def downloaded_file(address: str) -> Path:
@@ -102,6 +121,8 @@ def interprocess_lock(name: str) -> Iterator[None]:
 
 def _downloaded(place: str) -> Path:
     address, checksum = _split(place)
+    if address.startswith("hf://"):
+        address = _hub_address(address)
     path = downloaded_file(address)
     with interprocess_lock(path.name):
         if path.is_file() and checksum is not None and not sha256_of(path).startswith(checksum):
@@ -195,8 +216,12 @@ def _open_http(address: str, have: int, known: str) -> _Part:
     """The bytes after the first `have`, or all if the server cannot skip or has another version than `known`."""
     # If-Range: the server sends everything if its version is another one.
     headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
+    request = urllib.request.Request(address, headers=headers)
+    token = os.environ.get("HF_TOKEN")
+    if token and address.startswith(f"{_hub()}/"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # not to where the file itself lies
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_SECONDS_WITHOUT_DATA)
+        answer = urllib.request.urlopen(request, timeout=_SECONDS_WITHOUT_DATA)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # there are no bytes after ours; rare, so start again
             return _open_http(address, 0, "")

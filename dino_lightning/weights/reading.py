@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from dino_lightning.errors import CheckpointError
+from dino_lightning.weights.download import is_address, local_file
 from dino_lightning.weights.foreign_layouts import PROJECTS, Layout, layout_of, to_official
 from dino_lightning.weights.published_layout import (
     backbone_from_published,
@@ -99,7 +100,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def find_model(path: str | Path) -> Path:
-    """The model file that a path means: itself, or that of a folder; or that of weights that come with this package.
+    """The model file that a path means: itself, or that of a folder; or of weights in this package, or of an address.
 
     Raises:
         CheckpointError: a folder without a model, or with several ONNX files and nothing else.
@@ -107,6 +108,8 @@ def find_model(path: str | Path) -> Path:
     shipped = shipped_file(path)
     if shipped is not None:
         return shipped
+    if is_address(str(path)):
+        return local_file(str(path))
     path = Path(path)
     if not path.is_dir():
         return path

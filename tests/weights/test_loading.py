@@ -284,6 +284,30 @@ def test_a_backbone_alone_gets_a_hint_and_weights_get_a_table(rooms, tmp_path, r
 # ------------------------------------------------------------------ S3
 
 
+def test_a_file_of_the_hugging_face_hub(server, monkeypatch):
+    """The token goes to the hub and not to where it sends the program for the file."""
+    hub = server.address.removesuffix("/some/weights.pth")
+    asked = []
+
+    def answer(handler):
+        asked.append((handler.path, handler.headers.get("Authorization")))
+        if handler.path.startswith("/storage"):
+            return Server.answer(server, handler)
+        handler.send_response(302)
+        handler.send_header("Location", f"http://localhost:{server.httpd.server_port}/storage/file")
+        handler.end_headers()
+
+    monkeypatch.setattr(server, "answer", answer)
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert local_file("hf://me/rooms/weights/last.pth").read_bytes() == server.content
+    assert asked == [("/me/rooms/resolve/main/weights/last.pth", "Bearer secret"), ("/storage/file", None)]
+    assert local_file("hf://me/rooms").name.endswith("-model.ckpt")
+    assert asked[2][0] == "/me/rooms/resolve/main/model.ckpt"
+    with pytest.raises(CheckpointError, match="hf://OWNER/REPO/FILE"):
+        local_file("hf://rooms")
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     pytest.importorskip("s3fs")
