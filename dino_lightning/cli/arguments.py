@@ -209,7 +209,18 @@ def _stored_arguments(origin: Path, content: Any) -> list[str]:
     if (origin / "config.yaml").is_file():
         return ["--config", str(origin / "config.yaml")]
     stored = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-    return _model_options({name: value for name, value in stored.items() if name not in FROM_DATA})
+    return [
+        *_data_options(stored),
+        *_model_options({name: value for name, value in stored.items() if name not in FROM_DATA}),
+    ]
+
+
+def _data_options(stored: Mapping[str, Any]) -> list[str]:
+    """The sizes of images that a model was trained on, which evaluation has to have, too."""
+    if stored.get("stretch_to") is not None:
+        return [f"--data.fixed_size={stored['stretch_to']}", "--data.fixed_size_mode=stretch"]
+    names = ("image_size", "max_size")
+    return [f"--data.{name}={stored[name]}" for name in names if stored.get(name) is not None]
 
 
 def _model_options(values: Mapping[str, Any]) -> list[str]:

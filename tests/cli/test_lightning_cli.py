@@ -67,6 +67,7 @@ def test_every_config_runs_a_step(config, rooms):
         "--trainer.precision=32-true",
     ]
     args += ["--model.backbone_weights=null", "--data.batch_size=1", "--trainer.enable_progress_bar=false"]
+    args += ["--model.weights=null", "--model.weights_for_rooms=null"]
     assert run(["fit", *args]) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torchvision.ops import box_iou
 
 from dino_lightning import DINOModule, load_detector
+from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.export.package_code import package_files, serving_code
+from dino_lightning.floor_plans import write_rooms_dataset
 from dino_lightning.floor_plans.dataset import draw_plan
 from dino_lightning.training.initial_weights import start
 from dino_lightning.weights import shipped
@@ -104,6 +107,15 @@ def test_weights_for_rooms_of_another_architecture_are_refused_with_the_way_out(
         CheckpointError, match=r"--model.ffn_dim=.* Or start without them: --model.weights_for_rooms null\."
     ):
         start(module.model, module.hparams, num_images=0)
+
+
+def test_they_are_evaluated_at_the_size_that_they_were_trained_on(tmp_path, capsys):
+    """There is no configuration beside them: what the file says of its images decides."""
+    plans = write_rooms_dataset(tmp_path / "plans", num_train=1, num_val=4, style="clean", seed=3)
+    args = ["--data.root", str(plans), "--run_dir", str(tmp_path / "run"), "--report", "false"]
+    assert run(["validate", "--ckpt_path", "rooms_small", *args]) == 0
+    found = re.search(r"val/F1 +([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) > 0.8
 
 
 def test_every_shipped_file_is_small_and_whole():
