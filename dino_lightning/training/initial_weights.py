@@ -38,6 +38,12 @@ def detector_weights(
     return options["weights_for_rooms"], room_names
 
 
+def rate_factor(options: Mapping[str, Any]) -> float:
+    """What the learning rates are multiplied by: `rooms_lr_factor` where a run starts from `weights_for_rooms`."""
+    from_rooms = options["weights"] is None and detector_weights(options, options["class_names"]) is not None
+    return float(options["rooms_lr_factor"]) if from_rooms else 1.0
+
+
 def _mapped(class_names: Sequence[str] | None, class_map: Mapping[str, str]) -> Sequence[str] | None:
     """The names under which the weights have the classes.
 
@@ -72,7 +78,9 @@ def start(model: DINO, options: Mapping[str, Any], num_images: int) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"{error} Or start without them: {way_out}." if way_out else str(error)) from error
         if way_out:
-            rank_zero_info(f"{way_out} starts without them.")
+            slower = rate_factor(options)
+            rates = f"Learning rates are {slower:g} times what the options say. " if slower != 1 else ""
+            rank_zero_info(f"{rates}{way_out} starts without them.")
     elif backbone is not None:
         rank_zero_info(start_backbone_from(model, backbone).line())
         for advice in advice_on_a_pretrained_backbone(num_images):

@@ -25,7 +25,7 @@ from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
-from dino_lightning.training.initial_weights import start
+from dino_lightning.training.initial_weights import rate_factor, start
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
     AccumulatedBoxes,
@@ -58,6 +58,8 @@ class DINOModule(lightning.LightningModule):
         class_map: for classes that the weights do not have, a class of theirs to start from: {door: chair}.
         weights_for_rooms: as `weights`, which win over it, for datasets that have a class of rooms; null to leave it
             out. Rooms of any kind start from the class `room` of those weights.
+        rooms_lr_factor: what all learning rates are multiplied by where a run starts from `weights_for_rooms`, which
+            high rates would undo.
         backbone_weights: the same for the backbone alone; null for random ones. Not used with `weights` or when
             resuming.
         lr: learning rate of everything outside the backbone.
@@ -111,6 +113,7 @@ class DINOModule(lightning.LightningModule):
         weights: str | None = None,
         class_map: dict[str, str] | None = None,
         weights_for_rooms: str | None = None,
+        rooms_lr_factor: float = 1.0,
         backbone_weights: str | None = "IMAGENET1K_V1",
         lr: float = 1e-4,
         backbone_lr: float = 1e-5,
@@ -252,10 +255,11 @@ class DINOModule(lightning.LightningModule):
         torch.manual_seed(derive_seed(self._noise_seed, self.current_epoch, batch_idx, self.global_rank))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
+        factor = rate_factor(self.hparams)
         return parameter_groups(
             self.model,
-            lr=self.hparams["lr"],
-            backbone_lr=self.hparams["backbone_lr"],
+            lr=self.hparams["lr"] * factor,
+            backbone_lr=self.hparams["backbone_lr"] * factor,
             weight_decay=self.hparams["weight_decay"],
             rule=self.hparams["group_rule"],
             backbone_layer_decay=self.hparams["backbone_layer_decay"],

@@ -88,7 +88,15 @@ def test_which_classes_are_rooms(names, expected):
 
 @pytest.mark.parametrize(("names", "taken"), [(["door", "Kitchen"], True), (["door", "window"], False)])
 def test_rooms_alone_start_from_them(tiny, names, taken):
-    module = DINOModule(num_classes=2, class_names=names, weights_for_rooms="tiny", **SIZES)
+    module = DINOModule(
+        num_classes=2,
+        class_names=names,
+        weights_for_rooms="tiny",
+        **SIZES,
+        lr=4e-4,
+        backbone_lr=4e-4,
+        rooms_lr_factor=0.25,
+    )
     before = module.model.decoder.class_head.weight.detach().clone()
     if not taken:  # the backbone's weights are null: it then says that all of them are random
         with pytest.warns(UserWarning, match="backbone starts from random weights"):
@@ -96,6 +104,8 @@ def test_rooms_alone_start_from_them(tiny, names, taken):
     else:
         start(module.model, module.hparams, num_images=0)
     after = module.model.decoder.class_head.weight
+    (optimizer_rate,) = {group["lr"] for group in module._parameter_groups()}
+    assert optimizer_rate == pytest.approx(1e-4 if taken else 4e-4)
     room = tiny.model.decoder.class_head.weight[0]
     assert torch.equal(after[0], before[0])  # there is no door in them
     assert torch.allclose(after[1], room, atol=1e-4) == taken
