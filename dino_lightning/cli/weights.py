@@ -20,6 +20,7 @@ def run(args: Sequence[str]) -> int:
 
     def action() -> int:
         options = _parser().parse_args(args)
+        from dino_lightning.weights.shipped import SHIPPED, shipped_file
         from dino_lightning.weights.zoo import fetch, names_like, zoo  # takes a second to import
 
         if options.action is None:
@@ -27,7 +28,7 @@ def run(args: Sequence[str]) -> int:
             return 0
         if not options.names:
             raise UsageError(f"weights get needs a name; `{PROGRAM} weights` lists them.")
-        unknown = [name for name in options.names if name not in zoo()]
+        unknown = [name for name in options.names if name not in zoo() and name not in SHIPPED]
         if unknown:
             near = names_like(unknown[0])
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -35,7 +36,7 @@ def run(args: Sequence[str]) -> int:
                 f"There are no weights {unknown[0]!r} to fetch.{hint} `{PROGRAM} weights` lists the names."
             )
         for name in options.names:
-            say(f"{name}: {fetch(zoo()[name])}")
+            say(f"{name}: {shipped_file(name) or fetch(zoo()[name])}")
         return 0
 
     return run_command(action)

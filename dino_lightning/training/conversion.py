@@ -64,7 +64,7 @@ def convert(place: str, output: Path, layout: FileLayout | None, overwrite: bool
     else:
         backbone = content["hyper_parameters"].get("backbone", "resnet50")
         said = f"a checkpoint of dino_lightning, {len(content['state_dict'])} entries, {backbone}, {classes} classes"
-    return "\n".join([f"{output}: {said}.", *found.notes, *_semantics_to_set(found, layout)])
+    return "\n".join([f"{output}: {said}.", *found.notes, *_semantics_to_set(file, found, layout)])
 
 
 def _foreign(file: Path, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,12 +74,13 @@ def _foreign(file: Path, layout: Layout, state: Mapping[str, Tensor]) -> dict[st
         raise CheckpointError(f"{file} cannot be written as {PROJECTS[layout]} writes it: {error}") from error
 
 
-def _semantics_to_set(found: LoadedWeights, layout: str) -> list[str]:
+def _semantics_to_set(file: Path, found: LoadedWeights, layout: str) -> list[str]:
     """What another program has to set for the same numbers: no layout but ours has room for it."""
-    settings = found.settings or {}
+    row = named(file)
+    settings = found.settings or {} if row is None else row.options
     wanted = {"position_temperature": 20.0, "position_offset": 0.0, "box_epsilon": 1e-3}
-    if layout == "ours" or (found.layout is not None and "position_temperature" not in settings):
-        return []
+    if layout == "ours" or (found.layout is not None and row is None):
+        return []  # set already, or not known
     values = {name: settings.get(name, value) for name, value in wanted.items()}
     if layout == "published" and values == wanted:
         return []

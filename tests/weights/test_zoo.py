@@ -151,6 +151,8 @@ def test_the_table_as_a_user_sees_it(served, cache, capsys):
     assert served.asked == ["/gone/tiny.pth", "/mirror/tiny.pth"]
     assert run(["weights"]) == 0
     assert " MB\n" in capsys.readouterr().out
+    assert run(["weights", "get", "rooms_small"]) == 0
+    assert "rooms_small.pt" in capsys.readouterr().out
     assert run(["weights", "get", "dino_tyni"]) == 1
     assert "Did you mean dino_tiny?" in capsys.readouterr().err
 
@@ -230,6 +232,7 @@ def test_conversion_of_foreign_files(served, tmp_path, capsys):
         assert (
             convert("--weights", tmp_path / "here" / "tiny.pth", "--output", tmp_path / layout, "--layout", layout) == 0
         )
+        assert "position_temperature 10000, position_offset -0.5, box_epsilon 0.001" in capsys.readouterr().out
         found = read_weights(tmp_path / layout)
         assert found.layout == (None if layout == "published" else layout)
         for key, value in own.items():
