@@ -7,7 +7,7 @@ weights give other numbers, the position embedding and mmdetection's clamp of re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -16,128 +16,115 @@ from torch import Tensor
 Layout = Literal["detrex", "mmdet"]
 PROJECTS: dict[Layout, str] = {"detrex": "detrex", "mmdet": "mmdetection"}
 
-# Of each project, in order, the first that matches wins.
-_RULES: dict[Layout, tuple[tuple[str, str], ...]] = {
+# (theirs, published), read in both directions, the first that fits wins: # is a number, * the rest of the name. The
+# published side is in a form that needs no arithmetic, see `_plain`.
+_NAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "detrex": (
-        (r"backbone\.stem\.conv1\.weight", r"backbone.0.body.conv1.weight"),
-        (r"backbone\.stem\.conv1\.norm\.(.+)", r"backbone.0.body.bn1.\1"),
-        (r"backbone\.res(\d)\.(\d+)\.shortcut\.weight", r"backbone.0.body.res\1.\2.downsample.0.weight"),
-        (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.(.+)", r"backbone.0.body.res\1.\2.downsample.1.\3"),
-        (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)", r"backbone.0.body.res\1.\2.bn\3.\4"),
-        (r"backbone\.res(\d)\.(.+)", r"backbone.0.body.res\1.\2"),
-        (r"backbone\.(.+)", r"backbone.0.\1"),
-        (r"neck\.convs\.(\d+)\.conv\.(.+)", r"input_proj.\1.0.\2"),
-        (r"neck\.convs\.(\d+)\.norm\.(.+)", r"input_proj.\1.1.\2"),
-        (r"neck\.extra_convs\.(\d+)\.conv\.(.+)", r"input_proj.extra\1.0.\2"),
-        (r"neck\.extra_convs\.(\d+)\.norm\.(.+)", r"input_proj.extra\1.1.\2"),
-        (r"transformer\.level_embeds", r"transformer.level_embed"),
-        (r"(transformer\.encoder\.layers\.\d+)\.attentions\.0\.(.+)", r"\1.self_attn.\2"),
-        (r"(transformer\.encoder\.layers\.\d+)\.norms\.0\.(.+)", r"\1.norm1.\2"),
-        (r"(transformer\.encoder\.layers\.\d+)\.norms\.1\.(.+)", r"\1.norm2.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.attentions\.0\.attn\.(.+)", r"\1.self_attn.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.attentions\.1\.(.+)", r"\1.cross_attn.\2"),
+        ("backbone.stem.conv1.weight", "backbone.0.body.conv1.weight"),
+        ("backbone.stem.conv1.norm.*", "backbone.0.body.bn1.*"),
+        ("backbone.layer#.#.shortcut.weight", "backbone.0.body.layer#.#.downsample.0.weight"),
+        ("backbone.layer#.#.shortcut.norm.*", "backbone.0.body.layer#.#.downsample.1.*"),
+        ("backbone.layer#.#.conv#.norm.*", "backbone.0.body.layer#.#.bn#.*"),
+        ("backbone.layer#.*", "backbone.0.body.layer#.*"),
+        ("backbone.*", "backbone.0.*"),
+        ("neck.convs.#.conv.*", "input_proj.convs.#.0.*"),
+        ("neck.convs.#.norm.*", "input_proj.convs.#.1.*"),
+        ("neck.extra_convs.#.conv.*", "input_proj.extra_convs.#.0.*"),
+        ("neck.extra_convs.#.norm.*", "input_proj.extra_convs.#.1.*"),
+        ("transformer.level_embeds", "transformer.level_embed"),
+        ("transformer.encoder.layers.#.attentions.0.*", "transformer.encoder.layers.#.self_attn.*"),
+        ("transformer.encoder.layers.#.norms.0.*", "transformer.encoder.layers.#.norm1.*"),
+        ("transformer.encoder.layers.#.norms.1.*", "transformer.encoder.layers.#.norm2.*"),
+        ("transformer.encoder.layers.#.ffns.0.layers.0.0.*", "transformer.encoder.layers.#.linear1.*"),
+        ("transformer.encoder.layers.#.ffns.0.layers.1.*", "transformer.encoder.layers.#.linear2.*"),
+        ("transformer.decoder.layers.#.attentions.0.attn.*", "transformer.decoder.layers.#.self_attn.*"),
+        ("transformer.decoder.layers.#.attentions.1.*", "transformer.decoder.layers.#.cross_attn.*"),
         # in the order of execution, which is not that of the published numbers
-        (r"(transformer\.decoder\.layers\.\d+)\.norms\.0\.(.+)", r"\1.norm2.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.norms\.1\.(.+)", r"\1.norm1.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.norms\.2\.(.+)", r"\1.norm3.\2"),
-        (r"(transformer\.\w+\.layers\.\d+)\.ffns\.0\.layers\.0\.0\.(.+)", r"\1.linear1.\2"),
-        (r"(transformer\.\w+\.layers\.\d+)\.ffns\.0\.layers\.1\.(.+)", r"\1.linear2.\2"),
-        (r"(transformer\.decoder\.(?:ref_point_head|norm)\..+)", r"\1"),
-        (r"(transformer\.(?:tgt_embed|enc_output|enc_output_norm)\..+)", r"\1"),
-        (r"(label_enc\.weight)", r"\1"),
-        (r"((?:transformer\.decoder\.)?(?:class|bbox)_embed\.\d+\..+)", r"\1"),
+        ("transformer.decoder.layers.#.norms.0.*", "transformer.decoder.layers.#.norm2.*"),
+        ("transformer.decoder.layers.#.norms.1.*", "transformer.decoder.layers.#.norm1.*"),
+        ("transformer.decoder.layers.#.norms.2.*", "transformer.decoder.layers.#.norm3.*"),
+        ("transformer.decoder.layers.#.ffns.0.layers.0.0.*", "transformer.decoder.layers.#.linear1.*"),
+        ("transformer.decoder.layers.#.ffns.0.layers.1.*", "transformer.decoder.layers.#.linear2.*"),
+        ("transformer.decoder.ref_point_head.*", "transformer.decoder.ref_point_head.*"),
+        ("transformer.decoder.norm.*", "transformer.decoder.norm.*"),
+        ("transformer.tgt_embed.*", "transformer.tgt_embed.*"),
+        ("transformer.enc_output.*", "transformer.enc_output.*"),
+        ("transformer.enc_output_norm.*", "transformer.enc_output_norm.*"),
+        ("label_enc.weight", "label_enc.weight"),
+        ("class_embed.#.*", "class_embed.#.*"),
+        ("bbox_embed.#.*", "bbox_embed.#.*"),
     ),
     "mmdet": (
-        (r"backbone\.patch_embed\.projection\.(.+)", r"backbone.0.patch_embed.proj.\1"),
-        (r"backbone\.patch_embed\.(.+)", r"backbone.0.patch_embed.\1"),
-        (r"backbone\.stages\.(\d\.blocks\.\d+)\.attn\.w_msa\.(.+)", r"backbone.0.layers.\1.attn.\2"),
-        (r"backbone\.stages\.(\d\.blocks\.\d+)\.ffn\.layers\.0\.0\.(.+)", r"backbone.0.layers.\1.mlp.fc1.\2"),
-        (r"backbone\.stages\.(\d\.blocks\.\d+)\.ffn\.layers\.1\.(.+)", r"backbone.0.layers.\1.mlp.fc2.\2"),
-        (r"backbone\.stages\.(\d)\.(.+)", r"backbone.0.layers.\1.\2"),
-        (r"backbone\.(norm\d\..+)", r"backbone.0.\1"),
-        (r"backbone\.(.+)", r"backbone.0.body.\1"),
-        (r"neck\.convs\.(\d+)\.conv\.(.+)", r"input_proj.\1.0.\2"),
-        (r"neck\.convs\.(\d+)\.gn\.(.+)", r"input_proj.\1.1.\2"),
-        (r"neck\.extra_convs\.(\d+)\.conv\.(.+)", r"input_proj.extra\1.0.\2"),
-        (r"neck\.extra_convs\.(\d+)\.gn\.(.+)", r"input_proj.extra\1.1.\2"),
-        (r"level_embed", r"transformer.level_embed"),
-        (r"query_embedding\.(.+)", r"transformer.tgt_embed.\1"),
-        (r"memory_trans_fc\.(.+)", r"transformer.enc_output.\1"),
-        (r"memory_trans_norm\.(.+)", r"transformer.enc_output_norm.\1"),
-        (r"dn_query_generator\.label_embedding\.(.+)", r"label_enc.\1"),
-        (r"encoder\.layers\.(\d+)\.norms\.0\.(.+)", r"transformer.encoder.layers.\1.norm1.\2"),
-        (r"encoder\.layers\.(\d+)\.norms\.1\.(.+)", r"transformer.encoder.layers.\1.norm2.\2"),
-        (r"decoder\.layers\.(\d+)\.norms\.0\.(.+)", r"transformer.decoder.layers.\1.norm2.\2"),
-        (r"decoder\.layers\.(\d+)\.norms\.1\.(.+)", r"transformer.decoder.layers.\1.norm1.\2"),
-        (r"decoder\.layers\.(\d+)\.norms\.2\.(.+)", r"transformer.decoder.layers.\1.norm3.\2"),
-        (r"decoder\.layers\.(\d+)\.self_attn\.attn\.(.+)", r"transformer.decoder.layers.\1.self_attn.\2"),
-        (r"(\w+)\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)", r"transformer.\1.layers.\2.linear1.\3"),
-        (r"(\w+)\.layers\.(\d+)\.ffn\.layers\.1\.(.+)", r"transformer.\1.layers.\2.linear2.\3"),
-        (r"((?:en|de)coder\.layers\.\d+\.(?:self|cross)_attn\..+)", r"transformer.\1"),
-        (r"(decoder\.(?:ref_point_head|norm)\..+)", r"transformer.\1"),
-        (r"bbox_head\.cls_branches\.(\d+)\.(.+)", r"class_embed.\1.\2"),
-        (r"bbox_head\.reg_branches\.(\d+)\.0\.(.+)", r"bbox_embed.\1.layers.0.\2"),
-        (r"bbox_head\.reg_branches\.(\d+)\.2\.(.+)", r"bbox_embed.\1.layers.1.\2"),
-        (r"bbox_head\.reg_branches\.(\d+)\.4\.(.+)", r"bbox_embed.\1.layers.2.\2"),
+        ("backbone.patch_embed.projection.*", "backbone.0.patch_embed.proj.*"),
+        ("backbone.patch_embed.*", "backbone.0.patch_embed.*"),
+        ("backbone.stages.#.blocks.#.attn.w_msa.*", "backbone.0.layers.#.blocks.#.attn.*"),
+        ("backbone.stages.#.blocks.#.ffn.layers.0.0.*", "backbone.0.layers.#.blocks.#.mlp.fc1.*"),
+        ("backbone.stages.#.blocks.#.ffn.layers.1.*", "backbone.0.layers.#.blocks.#.mlp.fc2.*"),
+        ("backbone.stages.#.*", "backbone.0.layers.#.*"),
+        ("backbone.norm#.*", "backbone.0.norm#.*"),
+        ("backbone.*", "backbone.0.body.*"),
+        ("neck.convs.#.conv.*", "input_proj.convs.#.0.*"),
+        ("neck.convs.#.gn.*", "input_proj.convs.#.1.*"),
+        ("neck.extra_convs.#.conv.*", "input_proj.extra_convs.#.0.*"),
+        ("neck.extra_convs.#.gn.*", "input_proj.extra_convs.#.1.*"),
+        ("level_embed", "transformer.level_embed"),
+        ("query_embedding.*", "transformer.tgt_embed.*"),
+        ("memory_trans_fc.*", "transformer.enc_output.*"),
+        ("memory_trans_norm.*", "transformer.enc_output_norm.*"),
+        ("dn_query_generator.label_embedding.*", "label_enc.*"),
+        ("encoder.layers.#.self_attn.*", "transformer.encoder.layers.#.self_attn.*"),
+        ("encoder.layers.#.norms.0.*", "transformer.encoder.layers.#.norm1.*"),
+        ("encoder.layers.#.norms.1.*", "transformer.encoder.layers.#.norm2.*"),
+        ("encoder.layers.#.ffn.layers.0.0.*", "transformer.encoder.layers.#.linear1.*"),
+        ("encoder.layers.#.ffn.layers.1.*", "transformer.encoder.layers.#.linear2.*"),
+        ("decoder.layers.#.self_attn.attn.*", "transformer.decoder.layers.#.self_attn.*"),
+        ("decoder.layers.#.cross_attn.*", "transformer.decoder.layers.#.cross_attn.*"),
+        ("decoder.layers.#.norms.0.*", "transformer.decoder.layers.#.norm2.*"),
+        ("decoder.layers.#.norms.1.*", "transformer.decoder.layers.#.norm1.*"),
+        ("decoder.layers.#.norms.2.*", "transformer.decoder.layers.#.norm3.*"),
+        ("decoder.layers.#.ffn.layers.0.0.*", "transformer.decoder.layers.#.linear1.*"),
+        ("decoder.layers.#.ffn.layers.1.*", "transformer.decoder.layers.#.linear2.*"),
+        ("decoder.ref_point_head.*", "transformer.decoder.ref_point_head.*"),
+        ("decoder.norm.*", "transformer.decoder.norm.*"),
+        ("bbox_head.cls_branches.#.*", "class_embed.#.*"),
+        ("bbox_head.reg_branches.#.0.*", "bbox_embed.#.layers.0.*"),
+        ("bbox_head.reg_branches.#.2.*", "bbox_embed.#.layers.1.*"),
+        ("bbox_head.reg_branches.#.4.*", "bbox_embed.#.layers.2.*"),
     ),
-}  # fmt: skip
+}
+_ALIAS = "transformer.decoder."  # before the heads, which stand twice in published and in detrex's files
 
 
-# The other way; the neck's projections are `convs` or `extra_convs` by now, and all heads are numbered.
-_BACK: dict[Layout, tuple[tuple[str, str], ...]] = {
-    "detrex": (
-        (r"backbone\.0\.body\.conv1\.weight", r"backbone.stem.conv1.weight"),
-        (r"backbone\.0\.body\.bn1\.(.+)", r"backbone.stem.conv1.norm.\1"),
-        (r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.0\.weight", r"backbone.layer\1.\2.shortcut.weight"),
-        (r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.(.+)", r"backbone.layer\1.\2.shortcut.norm.\3"),
-        (r"backbone\.0\.body\.layer(\d)\.(\d+)\.bn(\d)\.(.+)", r"backbone.layer\1.\2.conv\3.norm.\4"),
-        (r"backbone\.0\.body\.(.+)", r"backbone.\1"),
-        (r"backbone\.0\.(.+)", r"backbone.\1"),
-        (r"input_proj\.(\w+)\.(\d+)\.0\.(.+)", r"neck.\1.\2.conv.\3"),
-        (r"input_proj\.(\w+)\.(\d+)\.1\.(.+)", r"neck.\1.\2.norm.\3"),
-        (r"transformer\.level_embed", r"transformer.level_embeds"),
-        (r"(transformer\.encoder\.layers\.\d+)\.self_attn\.(.+)", r"\1.attentions.0.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.self_attn\.(.+)", r"\1.attentions.0.attn.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.cross_attn\.(.+)", r"\1.attentions.1.\2"),
-        (r"(transformer\.encoder\.layers\.\d+)\.norm1\.(.+)", r"\1.norms.0.\2"),
-        (r"(transformer\.encoder\.layers\.\d+)\.norm2\.(.+)", r"\1.norms.1.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.norm2\.(.+)", r"\1.norms.0.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.norm1\.(.+)", r"\1.norms.1.\2"),
-        (r"(transformer\.decoder\.layers\.\d+)\.norm3\.(.+)", r"\1.norms.2.\2"),
-        (r"(transformer\.\w+\.layers\.\d+)\.linear1\.(.+)", r"\1.ffns.0.layers.0.0.\2"),
-        (r"(transformer\.\w+\.layers\.\d+)\.linear2\.(.+)", r"\1.ffns.0.layers.1.\2"),
-        (r"(.+)", r"\1"),
-    ),
-    "mmdet": (
-        (r"backbone\.0\.body\.(.+)", r"backbone.\1"),
-        (r"backbone\.0\.patch_embed\.proj\.(.+)", r"backbone.patch_embed.projection.\1"),
-        (r"backbone\.0\.layers\.(\d\.blocks\.\d+)\.attn\.(.+)", r"backbone.stages.\1.attn.w_msa.\2"),
-        (r"backbone\.0\.layers\.(\d\.blocks\.\d+)\.mlp\.fc1\.(.+)", r"backbone.stages.\1.ffn.layers.0.0.\2"),
-        (r"backbone\.0\.layers\.(\d\.blocks\.\d+)\.mlp\.fc2\.(.+)", r"backbone.stages.\1.ffn.layers.1.\2"),
-        (r"backbone\.0\.layers\.(.+)", r"backbone.stages.\1"),
-        (r"backbone\.0\.(.+)", r"backbone.\1"),
-        (r"input_proj\.(\w+)\.(\d+)\.0\.(.+)", r"neck.\1.\2.conv.\3"),
-        (r"input_proj\.(\w+)\.(\d+)\.1\.(.+)", r"neck.\1.\2.gn.\3"),
-        (r"transformer\.level_embed", r"level_embed"),
-        (r"transformer\.tgt_embed\.(.+)", r"query_embedding.\1"),
-        (r"transformer\.enc_output\.(.+)", r"memory_trans_fc.\1"),
-        (r"transformer\.enc_output_norm\.(.+)", r"memory_trans_norm.\1"),
-        (r"label_enc\.(.+)", r"dn_query_generator.label_embedding.\1"),
-        (r"transformer\.decoder\.layers\.(\d+)\.self_attn\.(.+)", r"decoder.layers.\1.self_attn.attn.\2"),
-        (r"transformer\.encoder\.layers\.(\d+)\.norm1\.(.+)", r"encoder.layers.\1.norms.0.\2"),
-        (r"transformer\.encoder\.layers\.(\d+)\.norm2\.(.+)", r"encoder.layers.\1.norms.1.\2"),
-        (r"transformer\.decoder\.layers\.(\d+)\.norm2\.(.+)", r"decoder.layers.\1.norms.0.\2"),
-        (r"transformer\.decoder\.layers\.(\d+)\.norm1\.(.+)", r"decoder.layers.\1.norms.1.\2"),
-        (r"transformer\.decoder\.layers\.(\d+)\.norm3\.(.+)", r"decoder.layers.\1.norms.2.\2"),
-        (r"transformer\.(\w+)\.layers\.(\d+)\.linear1\.(.+)", r"\1.layers.\2.ffn.layers.0.0.\3"),
-        (r"transformer\.(\w+)\.layers\.(\d+)\.linear2\.(.+)", r"\1.layers.\2.ffn.layers.1.\3"),
-        (r"class_embed\.(\d+)\.(.+)", r"bbox_head.cls_branches.\1.\2"),
-        (r"bbox_embed\.(\d+)\.layers\.0\.(.+)", r"bbox_head.reg_branches.\1.0.\2"),
-        (r"bbox_embed\.(\d+)\.layers\.1\.(.+)", r"bbox_head.reg_branches.\1.2.\2"),
-        (r"bbox_embed\.(\d+)\.layers\.2\.(.+)", r"bbox_head.reg_branches.\1.4.\2"),
-        (r"transformer\.(.+)", r"\1"),
-    ),
-}  # fmt: skip
+def _is_alias(key: str) -> bool:
+    return key.startswith((f"{_ALIAS}class_embed.", f"{_ALIAS}bbox_embed."))
+
+
+def _translated(key: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    """The key by the first pair of patterns whose first one fits; None if none does."""
+    for here, there in pairs:
+        found = re.fullmatch(re.escape(here).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"), key)
+        if found is not None:
+            for value in found.groups():
+                there = re.sub(r"[#*]", value, there, count=1)
+            return there
+    return None
+
+
+def _plain(key: str, layers: int, maps: int) -> str:
+    """A published name with heads numbered on into the encoder's, and extra projections from 0."""
+    key = re.sub(r"^transformer\.enc_out_(class|bbox)_embed\.", rf"\1_embed.{layers}.", key)
+    return re.sub(r"(?<=^input_proj\.)\d+", lambda index: _projection(int(index[0]), maps), key)
+
+
+def _projection(index: int, maps: int) -> str:
+    return f"convs.{index}" if index < maps else f"extra_convs.{index - maps}"
+
+
+def _published(key: str, layers: int, maps: int) -> str:
+    """The inverse of `_plain`."""
+    key = re.sub(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.", key)
+    key = re.sub(r"(?<=^input_proj\.)extra_convs\.(\d+)", lambda index: str(maps + int(index[1])), key)
+    return re.sub(r"(?<=^input_proj\.)convs\.", "", key)
 
 
 def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
@@ -158,26 +145,17 @@ def official_keys(layout: Layout, keys: Mapping[str, Tensor]) -> dict[str, str]:
     maps = {found[1] for key in keys if (found := re.match(r"neck\.convs\.(\d+)\.", key))}
     if not layers:
         raise ValueError("there is no decoder in it.")
-    return {
-        key: _official_key(layout, key, 1 + max(layers), len(maps))
-        for key in keys
-        if not key.endswith("num_batches_tracked")
-    }
-
-
-def _official_key(layout: Layout, key: str, layers: int, maps: int) -> str:
-    for pattern, name in _RULES[layout]:
-        found = re.fullmatch(pattern, key)
-        if found is None:
+    names = {}
+    for key in keys:
+        if key.endswith("num_batches_tracked"):
             continue
-        renamed = found.expand(name)
-        renamed = re.sub(r"(?<=^backbone\.0\.body\.)res(\d)", lambda stage: f"layer{int(stage[1]) - 1}", renamed)
-        renamed = re.sub(r"(?<=^input_proj\.)extra(\d+)", lambda extra: str(maps + int(extra[1])), renamed)
-        # The heads that follow those of the decoder's layers are the encoder's.
-        return re.sub(
-            rf"^(?:transformer\.decoder\.)?(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.", renamed
-        )
-    raise KeyError(f"{key!r} is not an entry of {PROJECTS[layout]}'s DINO.")
+        theirs = key.removeprefix(_ALIAS) if _is_alias(key) else key
+        theirs = re.sub(r"^backbone\.res(\d)", lambda stage: f"backbone.layer{int(stage[1]) - 1}", theirs)  # of detrex
+        plain = _translated(theirs, _NAMES[layout])
+        if plain is None:
+            raise KeyError(f"{key!r} is not an entry of {PROJECTS[layout]}'s DINO.")
+        names[key] = _published(plain, 1 + max(layers), len(maps))
+    return names
 
 
 def to_official(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,6 +197,7 @@ def from_official(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tens
     """
     layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"class_embed\.(\d+)\.", key)))
     maps = sum(value.shape[-1] == 1 for key, value in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key))
+    back = [(published, theirs) for theirs, published in _NAMES[layout]]
     foreign: dict[str, Tensor] = {}
     for key, value in state.items():
         if layout == "mmdet" and re.fullmatch(r"input_proj\.\d+\.0\.bias", key):
@@ -229,32 +208,19 @@ def from_official(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tens
             value = value[:-1]
         if layout == "mmdet" and re.search(r"^backbone\.0\.layers\.\d\.downsample\.(norm|reduction)\.", key):
             value = _channel_major(value)
-        for name in _foreign_keys(layout, key, layers, maps):
-            foreign[name] = value
-            if layout == "mmdet" and name.startswith("backbone.") and name.endswith("running_var"):
-                foreign[name.replace("running_var", "num_batches_tracked")] = torch.tensor(0)
+        if _is_alias(key):
+            continue
+        name = _translated(_plain(key, layers, maps), back)
+        if name is None:
+            raise ValueError(f"{PROJECTS[layout]}'s DINO has no place for {key!r}.")
+        if layout == "detrex":
+            name = re.sub(r"^backbone\.layer(\d)", lambda stage: f"backbone.res{int(stage[1]) + 1}", name)
+        foreign[name] = value
+        if layout == "detrex" and re.match("(class|bbox)_embed", name):
+            foreign[_ALIAS + name] = value
+        if layout == "mmdet" and name.startswith("backbone.") and name.endswith("running_var"):
+            foreign[name.replace("running_var", "num_batches_tracked")] = torch.tensor(0)
     return foreign
-
-
-def _foreign_keys(layout: Layout, key: str, layers: int, maps: int) -> list[str]:
-    """The names of a published entry, of which detrex's heads have two."""
-    key = re.sub(r"^transformer\.enc_out_(class|bbox)_embed\.", rf"\1_embed.{layers}.", key)
-    if re.match(r"transformer\.decoder\.(class|bbox)_embed\.", key):
-        return []  # an alias
-    found = re.match(r"input_proj\.(\d+)", key)
-    if found:
-        index = int(found[1])
-        part = f"convs.{index}" if index < maps else f"extra_convs.{index - maps}"
-        key = f"input_proj.{part}{key[found.end() :]}"
-    for pattern, name in _BACK[layout]:
-        if (matched := re.fullmatch(pattern, key)) is not None:
-            key = matched.expand(name)
-            break
-    if layout == "detrex":
-        key = re.sub(r"(?<=^backbone\.)layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", key)
-        if re.match(r"(class|bbox)_embed\.", key):
-            return [key, f"transformer.decoder.{key}"]
-    return [key]
 
 
 def _channel_major(value: Tensor) -> Tensor:
