@@ -20,8 +20,8 @@ def run(args: Sequence[str]) -> int:
 
     def action() -> int:
         options = _parser().parse_args(args)
-        from dino_lightning.weights.shipped import SHIPPED, shipped_file
-        from dino_lightning.weights.zoo import fetch, names_like, zoo  # takes a second to import
+        from dino_lightning.weights.shipped import SHIPPED
+        from dino_lightning.weights.zoo import names_like, weights_file, zoo  # takes a second to import
 
         if options.action is None:
             say(_table())
@@ -30,13 +30,10 @@ def run(args: Sequence[str]) -> int:
             raise UsageError(f"weights get needs a name; `{PROGRAM} weights` lists them.")
         unknown = [name for name in options.names if name not in zoo() and name not in SHIPPED]
         if unknown:
-            near = names_like(unknown[0])
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise UsageError(
-                f"There are no weights {unknown[0]!r} to fetch.{hint} `{PROGRAM} weights` lists the names."
-            )
+            hint = names_like(unknown[0]) or f" `{PROGRAM} weights` lists the names."
+            raise UsageError(f"There are no weights {unknown[0]!r} to fetch.{hint}")
         for name in options.names:
-            say(f"{name}: {shipped_file(name) or fetch(zoo()[name])}")
+            say(f"{name}: {weights_file(name)}")
         return 0
 
     return run_command(action)

@@ -25,6 +25,8 @@ from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE, image_posi
 from dino_lightning.model.query_selection import QuerySelection
 from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
 
+# The arguments beside its sizes that decide which numbers the same weights give; see `DINO.semantics`.
+PUBLISHED_SEMANTICS = {"position_temperature": IMAGE_TEMPERATURE, "position_offset": 0.0, "box_epsilon": 1e-3}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -147,7 +149,7 @@ class DINO(nn.Module):
         self._reset_parameters()
 
     def semantics(self) -> dict[str, float]:
-        """The arguments beside its sizes that decide which numbers the same weights give."""
+        """The values of the arguments in `PUBLISHED_SEMANTICS`."""
         return {
             "position_temperature": self.position["temperature"],
             "position_offset": self.position["offset"],

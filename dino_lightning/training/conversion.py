@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write
+from dino_lightning.model.dino import PUBLISHED_SEMANTICS
 from dino_lightning.training.module import DINOModule
-from dino_lightning.weights.download import local_file
 from dino_lightning.weights.foreign_layouts import PROJECTS, Layout, from_official
 from dino_lightning.weights.published_layout import backbone_kind, to_published
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.sizes import heads_times_points, sizes
-from dino_lightning.weights.zoo import fetch, named, zoo
+from dino_lightning.weights.zoo import named, weights_file
 
 FileLayout = Literal["ours", "published", "detrex", "mmdet"]
 
@@ -33,37 +33,35 @@ def convert(place: str, output: Path, layout: FileLayout | None, overwrite: bool
     """
     if output.exists() and not overwrite:
         raise CheckpointError(f"{output} exists; give --overwrite to replace it.")
-    row = zoo().get(place)
-    file = local_file(place) if row is None else fetch(row)
+    file = weights_file(place)
     found = read_weights(file)
     if found.part != "detector":
         raise CheckpointError(f"{file} is a {found.source}; only whole detectors are converted.")
     layout = layout or ("published" if found.source == "dino_lightning checkpoint" else "ours")
     state, names, ids = _classes(file, found, contiguous)
-    foreign: dict[str, Tensor] = {}
+    classes = len(state[CLASS_BIAS])
+    content: dict[str, Any]
     try:
-        if layout == "published":
-            content: dict[str, Any] = {"model": to_published(state)}
-        elif layout == "detrex" or layout == "mmdet":
-            foreign = _foreign(file, layout, state)
-            content = {"model" if layout == "detrex" else "state_dict": foreign, "meta": {}}
-        else:
+        if layout == "ours":
             content = _our_checkpoint(file, state, _settings(file, found, state, names, ids))
             if found.score_threshold is not None:
                 content["score_threshold"] = found.score_threshold
+            backbone = content["hyper_parameters"].get("backbone", "resnet50")
+            said = (
+                f"a checkpoint of dino_lightning, {len(content['state_dict'])} entries, {backbone}, {classes} classes"
+            )
+        elif layout == "published":
+            content = {"model": to_published(state)}
+            said = f"{len(content['model'])} entries in the layout of published checkpoints, "
+            said += f"num_classes={classes}, dn_labelbook_size={classes}"  # what the published program calls them
+        else:
+            foreign = _foreign(file, layout, state)
+            content = {"model" if layout == "detrex" else "state_dict": foreign, "meta": {}}
+            said = f"{len(foreign)} entries as {PROJECTS[layout]} writes them, {classes} classes"
     except KeyError as error:
         raise CheckpointError(f"{file} cannot be written in the published layout: {error.args[0]}") from error
     with atomic_write(output) as temporary:
         torch.save(content, temporary)
-    classes = len(state[CLASS_BIAS])
-    if layout == "published":
-        said = f"{len(content['model'])} entries in the layout of published checkpoints, "
-        said += f"num_classes={classes}, dn_labelbook_size={classes}"  # what the published program calls them
-    elif layout == "detrex" or layout == "mmdet":
-        said = f"{len(foreign)} entries as {PROJECTS[layout]} writes them, {classes} classes"
-    else:
-        backbone = content["hyper_parameters"].get("backbone", "resnet50")
-        said = f"a checkpoint of dino_lightning, {len(content['state_dict'])} entries, {backbone}, {classes} classes"
     return "\n".join([f"{output}: {said}.", *found.notes, *_semantics_to_set(file, found, layout)])
 
 
@@ -78,11 +76,10 @@ def _semantics_to_set(file: Path, found: LoadedWeights, layout: str) -> list[str
     """What another program has to set for the same numbers: no layout but ours has room for it."""
     row = named(file)
     settings = found.settings or {} if row is None else row.options
-    wanted = {"position_temperature": 20.0, "position_offset": 0.0, "box_epsilon": 1e-3}
     if layout == "ours" or (found.layout is not None and row is None):
         return []  # set already, or not known
-    values = {name: settings.get(name, value) for name, value in wanted.items()}
-    if layout == "published" and values == wanted:
+    values = {name: settings.get(name, value) for name, value in PUBLISHED_SEMANTICS.items()}
+    if layout == "published" and values == PUBLISHED_SEMANTICS:
         return []
     return [
         "It gives the same numbers only with " + ", ".join(f"{name} {value:g}" for name, value in values.items()) + "."
@@ -148,9 +145,7 @@ def _semantics(file: Path, found: LoadedWeights) -> dict[str, Any]:
             "`python -m dino_lightning weights` knows: give it the name that it was published under."
         )
     options = {} if row is None else row.options
-    return {
-        name: options[name] for name in ("position_temperature", "position_offset", "box_epsilon") if name in options
-    }
+    return {name: options[name] for name in PUBLISHED_SEMANTICS if name in options}
 
 
 def _our_checkpoint(file: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.weights.download import interprocess_lock, is_address, local_file
 from dino_lightning.weights.foreign_layouts import PROJECTS
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
-from dino_lightning.weights.shipped import shipped_file
 from dino_lightning.weights.sizes import differences
-from dino_lightning.weights.zoo import fetch, named, names_like, zoo
+from dino_lightning.weights.zoo import named, weights_file
 
 TRAINING_ONLY = "group_queries."
 FEW_IMAGES = 5000  # below this, training from scratch is not worth it
@@ -87,22 +86,9 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
     Raises:
         CheckpointError: the weights cannot be found or read, or do not fit the model.
     """
-    row = zoo().get(place)
-    if row is not None:
-        return load_weights(model, fetch(row), class_names)
     if _is_torchvision_name(place):
         return start_backbone_from(model, place)
-    return load_weights(model, shipped_file(place) or _file(place), class_names)
-
-
-def _file(place: str) -> Path:
-    """`local_file`, with the names that may have been meant."""
-    try:
-        return local_file(place)
-    except CheckpointError as error:
-        near = [] if is_address(place) else names_like(place)
-        hint = f" Did you mean {' or '.join(near)}? `python -m dino_lightning weights` lists the names." if near else ""
-        raise CheckpointError(f"{error}{hint}") from error
+    return load_weights(model, weights_file(place), class_names)
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:

@@ -17,9 +17,9 @@ import yaml
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
-from dino_lightning.weights.download import cache_folder, downloaded_file, local_file
+from dino_lightning.weights.download import cache_folder, downloaded_file, is_address, local_file
 from dino_lightning.weights.foreign_layouts import Layout
-from dino_lightning.weights.shipped import SHIPPED
+from dino_lightning.weights.shipped import SHIPPED, shipped_file
 
 STRIDES = {4: [8, 16, 32], 5: [4, 8, 16, 32]}  # of the backbone's maps, by the number of levels
 TABLE = Path(__file__).with_name("zoo.yaml")
@@ -102,10 +102,27 @@ def needed_options(place: str | None) -> Mapping[str, Any]:
     return {} if row is None else row.options
 
 
-def names_like(place: str) -> list[str]:
-    """Names of weights, of the table or of this package, that the user may have meant."""
+def weights_file(place: str) -> Path:
+    """The file of a name of the table, which is fetched if need be, of weights in this package, a path or an address.
+
+    Raises:
+        CheckpointError: it cannot be had; the message has the names that may have been meant.
+    """
+    row = zoo().get(place)
+    if row is not None:
+        return fetch(row)
+    try:
+        return shipped_file(place) or local_file(place)
+    except CheckpointError as error:
+        hint = "" if is_address(place) else names_like(place)
+        raise CheckpointError(f"{error}{hint}") from error
+
+
+def names_like(place: str) -> str:
+    """A sentence with the names of weights that the user may have meant, after a blank; empty where none is near."""
     names = [*SHIPPED, *zoo()]
-    return [name for name in names if place.lower() in name][:3] or difflib.get_close_matches(place, names, n=3)
+    near = [name for name in names if place.lower() in name][:3] or difflib.get_close_matches(place, names, n=3)
+    return f" Did you mean {' or '.join(near)}? `python -m dino_lightning weights` lists the names." if near else ""
 
 
 def by_hand(row: NamedWeights) -> Path:
