@@ -189,8 +189,8 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     process.send_signal(how)
     error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert "Traceback" not in error
-    if how == signal.SIGINT:
+    if how == signal.SIGINT:  # after SIGKILL the orphaned loader process may still say that its parent has gone
+        assert "Traceback" not in error
         assert "Interrupted; the same command resumes from here." in error
     (part,) = output.glob("*.part")
     finished = [json.loads(line)["file"] for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
