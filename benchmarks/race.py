@@ -37,7 +37,7 @@ from dino_lightning.files import save_figure
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.structures import Batch
-from dino_lightning.weights.loading import start_backbone_from
+from dino_lightning.weights.backbone_loading import start_backbone_from
 
 CONTESTANTS = ("ours", "faster_rcnn", "ssdlite")
 CHANNELS = 128  # of the other detectors' feature maps

@@ -134,8 +134,10 @@ def _export_directory(checkpoint: Path, output: Path) -> None:
     try:
         folder = checkpoint.parent
         run_dir = folder.parent if folder.name == "checkpoints" else folder
-        write_model_directory(checkpoint, run_dir, temporary, serving_code(), complete=True)
-        before, after = load_module(checkpoint).state_dict(), load_module(temporary / MODEL_FILE).state_dict()
+        module = load_module(checkpoint)
+        code = serving_code(module.hparams["backbone"])
+        write_model_directory(checkpoint, run_dir, temporary, code, complete=True)
+        before, after = module.state_dict(), load_module(temporary / MODEL_FILE).state_dict()
         if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
             raise UsageError(f"{output} is not written: the weights in it are not those of {checkpoint}.")
         temporary.chmod(0o755)

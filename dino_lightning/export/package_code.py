@@ -16,13 +16,15 @@ SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js", ".txt")
 WEIGHTS = ".pt"  # that come with the package: a job may start from them, a served model has its own
 
 
-def requirements() -> list[str]:
-    """What the package needs beside torch and torchvision, which come with the image."""
+def requirements(backbone: str = "") -> list[str]:
+    """What the package needs beside torch and torchvision, which come with the image; timm for a backbone of timm."""
     shipped = PROJECT / REQUIREMENTS
     if shipped.is_file():  # in a job the package is not installed, but its list lies beside it
         return shipped.read_text().split("\n")[:-1]
     needed = metadata.requires(DISTRIBUTION) or []
-    return [line for line in needed if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in FROM_THE_IMAGE]
+    own = [line for line in needed if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in FROM_THE_IMAGE]
+    extra = backbone.partition("/")[0]  # a library of networks, which an extra of this package has
+    return own + [line.partition(";")[0].strip() for line in needed if re.search(f"extra == .{extra}\\W", line + " ")]
 
 
 def package_files() -> dict[str, Path]:
@@ -34,14 +36,14 @@ def package_files() -> dict[str, Path]:
     return files
 
 
-def serving_code() -> dict[str, bytes]:
-    """What a model server needs: the package, its requirements, and the handler.
+def serving_code(backbone: str = "") -> dict[str, bytes]:
+    """What a model server needs: the package, its requirements with those of the backbone, and the handler.
 
     The handler is a file of `sagemaker_entry`, which lies beside this package wherever that is installed.
     """
     files = package_files() | {HANDLER: PROJECT / "sagemaker_entry" / HANDLER}
     code = {name: path.read_bytes() for name, path in files.items() if path.suffix != WEIGHTS}
-    return code | {REQUIREMENTS: ("\n".join(requirements()) + "\n").encode()}
+    return code | {REQUIREMENTS: ("\n".join(requirements(backbone)) + "\n").encode()}
 
 
 def sources(folder: Path) -> list[Path]:

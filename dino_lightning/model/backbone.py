@@ -17,7 +17,9 @@ from dino_lightning.model.large_backbones import LARGE_BACKBONES
 NormKind = Literal["frozen", "batch", "group"]
 
 _RESNET_STEPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-_NUM_STAGES = 5  # strides 2, 4, 8, 16, 32
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NUM_STAGES = 5  # strides 2, 4, 8, 16, 32
 
 
 class Backbone(nn.Module):
@@ -49,8 +51,8 @@ class Backbone(nn.Module):
         trainable_layers: int = 3,
     ) -> None:
         super().__init__()
-        if not 0 <= trainable_layers <= _NUM_STAGES:
-            raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {_NUM_STAGES}.")
+        if not 0 <= trainable_layers <= NUM_STAGES:
+            raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {NUM_STAGES}.")
         self.name, self.norm = name, norm
         network = _build_network(name)
         self._steps = _RESNET_STEPS if hasattr(network, "layer4") else _feature_steps(network)
@@ -123,11 +125,16 @@ class Backbone(nn.Module):
         self._steps = self._steps[: last + 1]
 
     def _freeze(self, step_strides: Sequence[int], trainable_layers: int) -> None:
-        first_trained_stage = _NUM_STAGES - trainable_layers
+        first_trained_stage = NUM_STAGES - trainable_layers
         for step, stride in zip(self._steps, step_strides, strict=False):
-            stage = 0 if step in ("conv1", "bn1") else max(int(math.log2(stride)) - 1, 0)
+            stage = 0 if step in ("conv1", "bn1") else stage_of_stride(stride)
             if stage < first_trained_stage:
                 self.body.get_submodule(step).requires_grad_(False)
+
+
+def stage_of_stride(stride: int) -> int:
+    """The stage that ends with the map of a stride: 0 for 2 (and less), 1 for 4, to 4 for 32."""
+    return min(max(int(math.log2(stride)) - 1, 0), NUM_STAGES - 1)
 
 
 def pretrained_state(name: str, weights: str) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.model.backbone import Backbone, NormKind
+from dino_lightning.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, NormKind
 from dino_lightning.model.decoder import Decoder
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.denoising import (
@@ -23,12 +23,11 @@ from dino_lightning.model.encoder import Encoder
 from dino_lightning.model.neck import Neck
 from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE, image_position_embedding
 from dino_lightning.model.query_selection import QuerySelection
+from dino_lightning.model.timm_backbone import PREFIX, TimmBackbone
 from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
 
 # The arguments beside its sizes that decide which numbers the same weights give; see `DINO.semantics`.
 PUBLISHED_SEMANTICS = {"position_temperature": IMAGE_TEMPERATURE, "position_offset": 0.0, "box_epsilon": 1e-3}
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DINO(nn.Module):
@@ -36,7 +35,8 @@ class DINO(nn.Module):
 
     Args:
         num_classes: K, classes with contiguous labels 0..K-1.
-        backbone: name of a torchvision network, see `Backbone`.
+        backbone: name of a torchvision network, see `Backbone`; or `timm/` and the name of a network of the library
+            timm, see `TimmBackbone`.
         backbone_norm: `frozen` as published, `batch`, or `group` for training from scratch.
         trainable_backbone_layers: stages of the backbone that train, 0 to 5, counted from the last.
         feature_strides: strides of the backbone maps in use; [8, 16, 32] with 4 levels is "4-scale",
@@ -131,7 +131,7 @@ class DINO(nn.Module):
         )
         self.query_selection = QuerySelection(hidden_dim=hidden_dim, num_classes=num_classes, num_queries=num_queries)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)
-        body = Backbone(
+        body = (TimmBackbone if backbone.startswith(PREFIX) else Backbone)(
             name=backbone,
             strides=feature_strides,
             norm=backbone_norm,

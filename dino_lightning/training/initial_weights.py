@@ -9,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
+from dino_lightning.weights.backbone_loading import start_backbone_from
 from dino_lightning.weights.loading import (
     advice_on_a_pretrained_backbone,
     advice_on_random_weights,
     load_initial_weights,
-    start_backbone_from,
 )
 from dino_lightning.weights.shipped import names_for_rooms
 

@@ -54,7 +54,8 @@ class DINOModule(lightning.LightningModule):
         weights: initial weights: a name that `python -m dino_lightning weights` lists, which is fetched if need be and
             sets the sizes of the detector that are not given; or a file or URL (https:// or s3://, with #sha256=... at
             the end to verify it) of a DINO checkpoint, published or ours, of detrex or mmdetection, or of a backbone
-            alone; or the name of torchvision weights for the backbone. Class heads are matched by name.
+            alone; or for the backbone the name of torchvision weights, or `pretrained` for the best that torchvision or
+            timm has. Class heads are matched by name.
         class_map: for classes that the weights do not have, a class of theirs to start from: {door: chair}.
         weights_for_rooms: as `weights`, which win over it, for datasets that have a class of rooms; null to leave it
             out. Rooms of any kind start from the class `room` of those weights.

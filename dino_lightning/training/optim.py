@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from dino_lightning.model.timm_backbone import TimmBackbone
+
 GroupRule = Literal["default", "offsets", "no_norm_decay"]
 
 _LAST_STAGE = 4  # of a backbone; the stem is stage 0
@@ -36,11 +38,14 @@ def parameter_groups(
             `offsets` (Deformable DETR): also a tenth of the rate for sampling offsets. `no_norm_decay`: no decay for
             names with "norm" or "bias".
         backbone_layer_decay: layer-wise decay: the factor between the learning rates of a backbone stage and the next
-            one (ELECTRA, arXiv 2003.10555); 1 for one rate. Stages are the stem and four parts: a ResNet's layers, or
-            equal shares of the blocks of other networks. Each stage is a group, from the stem on.
+            one (ELECTRA, arXiv 2003.10555); 1 for one rate. Stages are the stem and four parts: a ResNet's layers,
+            equal shares of the blocks of torchvision's other networks, or what lies before each map of one of timm.
+            Each stage is a group, from the stem on.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = max((_block(name) for name, _ in named), default=0)
+    body = getattr(model, "backbone", None)
+    told = {f"backbone.{name}": stage for name, stage in body.stages.items()} if isinstance(body, TimmBackbone) else {}
 
     def group(keep: Any, rate: float, decay: float = weight_decay) -> dict[str, Any]:
         return {"params": [p for name, p in named if keep(name)], "lr": rate, "weight_decay": decay}
@@ -59,7 +64,7 @@ def parameter_groups(
             return [group(lambda n: in_backbone(n) and keep(n), backbone_lr, decay)]
         return [
             group(
-                lambda n, stage=stage: in_backbone(n) and keep(n) and _stage(n, blocks) == stage,
+                lambda n, stage=stage: in_backbone(n) and keep(n) and (told[n] if told else _stage(n, blocks)) == stage,
                 backbone_lr * backbone_layer_decay ** (_LAST_STAGE - stage),
                 decay,
             )

@@ -7,7 +7,8 @@
 2. `reading.read_weights`: the file -> `LoadedWeights` under our names, without running code from the file.
 3. `published_layout`, called by `reading` for published DINO, Swin and ConvNeXt files: their names and shapes -> ours;
    before it, `foreign_layouts` for detrex's and mmdetection's: their names and shapes -> published ones.
-4. `loading` itself: class heads matched by name, all entries copied into the model, a `LoadReport` of what was loaded.
+4. `loading` itself: class heads matched by name, all entries copied into the model; `backbone_loading` for a backbone
+   alone, of which torchvision and timm have weights, too; a `load_report.LoadReport` of what was loaded.
 5. `sizes.differences`, if the architectures differ: the options that would make the model fit the file.
 
 `python -m dino_lightning convert` uses `download`, `reading`, `sizes` and, to write, `published_layout.to_published`

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.model.backbone import pretrained_state
-from dino_lightning.weights.download import interprocess_lock, is_address, local_file
+from dino_lightning.weights.backbone_loading import is_library_name, load_backbone, start_backbone_from
 from dino_lightning.weights.foreign_layouts import PROJECTS
+from dino_lightning.weights.load_report import CLASS_PART, LoadReport, part_of
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.sizes import differences
 from dino_lightning.weights.zoo import named, weights_file
 
 TRAINING_ONLY = "group_queries."
 FEW_IMAGES = 5000  # below this, training from scratch is not worth it
-OUTCOMES = ("loaded", "re-mapped", "new", "ignored")
-_PARTS = {
-    "backbone": "backbone",
-    "neck": "neck",
-    "encoder": "encoder",
-    "level_embedding": "encoder",
-    "query_selection": "query selection",
-    "group_queries": "query selection",
-    "decoder": "decoder",
-}
-_CLASS_PART = "class heads"
-_TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was loaded from a file into a model.
-
-    Attributes:
-        source: the file or name, and the kind of weights.
-        counts: number of tensors by (part of the model, outcome); outcomes are `OUTCOMES`.
-        classes: a sentence on how the classes were matched; empty for a backbone alone.
-        notes: further sentences for the user.
-    """
-
-    source: str
-    counts: Mapping[tuple[str, str], int]
-    classes: str = ""
-    notes: tuple[str, ...] = ()
-
-    def total(self, outcome: str) -> int:
-        """Number of tensors with that outcome, over all parts."""
-        return sum(count for (_, found), count in self.counts.items() if found == outcome)
-
-    def line(self) -> str:
-        """The source and the totals in one line."""
-        sums = ", ".join(f"{self.total(outcome)} {outcome}" for outcome in OUTCOMES if self.total(outcome))
-        return f"{self.source}: {sums} tensors."
-
-    def __str__(self) -> str:
-        present = {part for part, _ in self.counts}
-        parts = [part for part in (*dict.fromkeys(_PARTS.values()), _CLASS_PART) if part in present]
-        rows = [[part, *(self.counts.get((part, outcome), 0) for outcome in OUTCOMES)] for part in parts]
-        rows.append(["all tensors", *(self.total(outcome) for outcome in OUTCOMES)])
-        lines = ["".join(f"{cell:>11}" if index else f"  {cell:<17}" for index, cell in enumerate(row)) for row in rows]
-        header = "  " + " " * 17 + "".join(f"{outcome:>11}" for outcome in OUTCOMES)
-        said = [self.classes] if self.classes else []
-        return "\n".join([f"{self.source}:", header, *lines, *said, *self.notes])
 
 
 def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | None = None) -> LoadReport:
@@ -80,39 +29,16 @@ def load_initial_weights(model: DINO, place: str, class_names: Sequence[str] | N
         model: changed in place.
         place: a name of the table (`zoo`), which is fetched if need be; a file or address (see `local_file`) with any
             of the contents that `read_weights` knows; the name of weights that come with this package (`SHIPPED`), or
-            of torchvision weights of the model's backbone, such as `IMAGENET1K_V2`.
+            of torchvision weights of the model's backbone, such as `IMAGENET1K_V2`; or `pretrained`, for the best
+            weights of the backbone that torchvision or timm has.
         class_names: names of the model's labels, if known.
 
     Raises:
         CheckpointError: the weights cannot be found or read, or do not fit the model.
     """
-    if _is_torchvision_name(place):
+    if is_library_name(place):
         return start_backbone_from(model, place)
     return load_weights(model, weights_file(place), class_names)
-
-
-def start_backbone_from(model: DINO, place: str) -> LoadReport:
-    """Load the initial weights of a detector's backbone; as `load_initial_weights`, for a backbone alone.
-
-    Raises:
-        CheckpointError: the weights cannot be found or read, do not fit, or are of a whole detector.
-    """
-    if not _is_torchvision_name(place):
-        file = local_file(place)
-        found = read_weights(file)
-        if found.part == "detector":
-            raise CheckpointError(
-                f"{file} holds a whole detector; give it to --model.weights, not to backbone_weights."
-            )
-        return _load_backbone(model, found, file)
-    name = model.backbone.name
-    try:
-        with interprocess_lock("torchvision"):  # one process downloads, the others use torchvision's cache
-            state = pretrained_state(name, _weights_of(name, place))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    found = LoadedWeights("backbone", {f"body.{key}": value for key, value in state.items()}, "torchvision backbone")
-    return _load_backbone(model, found, f"{place} for {name}")
 
 
 def advice_on_a_pretrained_backbone(num_images: int) -> list[str]:
@@ -142,27 +68,6 @@ def advice_on_random_weights(model: DINO, num_images: int) -> list[str]:
     return advice
 
 
-def needs_download(place: str) -> bool:
-    """Whether `place` is an address or a name of torchvision weights, rather than a path."""
-    return is_address(place) or _is_torchvision_name(place)
-
-
-def _is_torchvision_name(place: str) -> bool:
-    return not is_address(place) and not Path(place).exists() and _TORCHVISION_NAME.fullmatch(place) is not None
-
-
-def _weights_of(backbone: str, place: str) -> str:
-    """The name of torchvision weights without that of their network, which must be the backbone's."""
-    network, _, name = place.rpartition(".")
-    if network and backbone in torchvision.models.list_models():
-        expected = torchvision.models.get_model_weights(backbone).__name__
-        if network != expected:
-            raise ValueError(
-                f"{place} are weights of another network; those of the backbone {backbone} are {expected}."
-            )
-    return name
-
-
 def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | None = None) -> LoadReport:
     """Load the weights in a file into a detector, or into its backbone if the file holds a backbone alone.
 
@@ -179,7 +84,7 @@ def load_weights(model: DINO, path: str | Path, class_names: Sequence[str] | Non
     """
     found = read_weights(path)
     return (
-        _load_backbone(model, found, path)
+        load_backbone(model, found, path)
         if found.part == "backbone"
         else _load_detector(model, found, path, class_names)
     )
@@ -212,13 +117,13 @@ def _load_detector(
     for key in own:
         if is_class_entry(key):
             own[key], outcome = _class_entry(state[key], own[key], rows, model.num_classes)
-            counts[_CLASS_PART, outcome] += 1
+            counts[CLASS_PART, outcome] += 1
         elif key.startswith(TRAINING_ONLY) and (key not in state or state[key].shape != own[key].shape):
-            counts[_part(key), "new"] += 1
+            counts[part_of(key), "new"] += 1
         elif key in state:
             own[key] = state[key]
-            counts[_part(key), "loaded"] += 1
-    counts.update((_part(key), "ignored") for key in found.ignored)
+            counts[part_of(key), "loaded"] += 1
+    counts.update((part_of(key), "ignored") for key in found.ignored)
     model.load_state_dict(own)
     classes = _describe(rows, class_names, len(state[CLASS_BIAS]), how)
     return LoadReport(f"{path}, a {found.source}", dict(counts), classes, tuple(notes))
@@ -327,31 +232,3 @@ def _describe(rows: Sequence[int | None], names: Sequence[str] | None, source_co
 def _some(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> LoadReport:
-    """Load a backbone's weights; norms of its maps that are not in the file keep their values."""
-    own = model.backbone.state_dict()
-    optional = {key for key in own if key.startswith("norms.") or key.endswith("num_batches_tracked")}
-    missing = [key for key in own if key not in found.state and key not in optional]
-    reshaped = [key for key in own if key in found.state and found.state[key].shape != own[key].shape]
-    if missing or reshaped:
-        raise CheckpointError(
-            f"{source}, a {found.source}, does not fit the backbone {model.backbone.name}: {len(missing)} of "
-            f"{len(own)} entries are missing and {len(reshaped)} have another shape (first: {(missing + reshaped)[0]})."
-        )
-    counts: Counter[tuple[str, str]] = Counter()
-    for key in own:
-        counts["backbone", "loaded" if key in found.state else "new"] += 1
-        own[key] = found.state.get(key, own[key])
-    counts["backbone", "ignored"] += len(found.ignored) + sum(key not in own for key in found.state)
-    for key in model.state_dict():
-        if not key.startswith("backbone."):
-            counts[_CLASS_PART if is_class_entry(key) else _part(key), "new"] += 1
-    model.backbone.load_state_dict(own)
-    notes = ("Only the backbone is loaded; the rest of the detector is new.",)
-    return LoadReport(f"{source}, a {found.source}", dict(counts), notes=(*found.notes, *notes))
-
-
-def _part(key: str) -> str:
-    return _PARTS.get(key.partition(".")[0], "backbone")

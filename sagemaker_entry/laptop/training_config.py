@@ -19,7 +19,7 @@ from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.config_files import config_path
 from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.data.transforms import resized_size
-from dino_lightning.weights.loading import needs_download
+from dino_lightning.weights.backbone_loading import needs_download
 from dino_lightning.weights.shipped import SHIPPED
 from dino_lightning.weights.zoo import at_hand, zoo
 from sagemaker_entry.protocol.problem import Problem
@@ -44,6 +44,7 @@ class Training:
         evaluations: the number of epochs that end with an evaluation.
         batch_size: images per step and process.
         gpus_wanted: the number of processes that the configuration is made for.
+        backbone: the name of the backbone.
         teraflops: floating-point operations of one forward pass of one image, in 10^12.
         parameters: trainable parameters.
     """
@@ -57,6 +58,7 @@ class Training:
     evaluations: int
     batch_size: int
     gpus_wanted: int
+    backbone: str
     teraflops: float
     parameters: int
 
@@ -119,6 +121,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         evaluations=epochs // every,
         batch_size=data_options["batch_size"],
         gpus_wanted=_processes(trainer),
+        backbone=module_options["backbone"],
         teraflops=teraflops,
         parameters=parameters,
     )

@@ -13,7 +13,8 @@ import torchvision
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.training.optim import parameter_groups
-from dino_lightning.weights.loading import load_initial_weights, load_weights, start_backbone_from
+from dino_lightning.weights.backbone_loading import start_backbone_from
+from dino_lightning.weights.loading import load_initial_weights, load_weights
 from dino_lightning.weights.published_layout import (
     backbone_to_published_key,
     from_published,
