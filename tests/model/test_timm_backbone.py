@@ -1,4 +1,4 @@
-"""Backbones of the timm library: the same numbers, maps of any image, frozen stages, rates by stage, weights by name."""
+"""Backbones of the library timm: the same numbers, maps of any image, frozen stages, rates by stage, named weights."""
 
 import re
 import sys
