@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,17 +25,47 @@ def run(args: Sequence[str]) -> int:
     def action() -> int:
         options = _parser().parse_args(args)
         from dino_lightning.training.conversion import convert  # takes seconds to import
+        from dino_lightning.weights.download import HUB_SCHEME
 
         place = options.weights
         if place == LAST or Path(place).is_dir():
             place = str(model_file(place))
+        if options.output.startswith(HUB_SCHEME):
+            _to_hub(place, options)
+            return 0
         try:
-            print(convert(place, options.output, options.layout, options.overwrite, options.contiguous))
+            print(convert(place, Path(options.output), options.layout, options.overwrite, options.contiguous))
         except OSError as error:
             raise UsageError(f"{options.output} cannot be written ({error.strerror or error}).") from error
         return 0
 
     return run_command(action)
+
+
+def _to_hub(place: str, options: argparse.Namespace) -> None:
+    """Upload a model directory of the weights; the run's configuration, which has paths of this machine, stays here."""
+    from dino_lightning.cli.export import fill_model_directory
+    from dino_lightning.export.hub import push, repository_of
+    from dino_lightning.training.conversion import convert
+    from dino_lightning.weights.download import HUB_SCHEME
+    from dino_lightning.weights.reading import read_weights
+    from dino_lightning.weights.zoo import weights_file
+
+    repository = repository_of(options.output)
+    if options.layout not in (None, "ours"):
+        raise UsageError(f"--layout {options.layout}: a model directory on the Hugging Face Hub has our layout.")
+    with tempfile.TemporaryDirectory() as temporary:
+        file, folder = weights_file(place), Path(temporary) / "model"
+        if options.contiguous or read_weights(file).source != "dino_lightning checkpoint":
+            converted = Path(temporary) / "converted.ckpt"
+            convert(place, converted, "ours", False, options.contiguous)
+            file = converted
+        folder.mkdir()
+        fill_model_directory(file, folder)
+        (folder / "config.yaml").unlink(missing_ok=True)
+        address = push(folder, repository, options.overwrite)
+    print(f"{address}: a model directory with a card. Use it with load_detector({HUB_SCHEME + repository!r}).")
+    print("A repository made so is private, and the card names no licence: set both on its page.")
 
 
 def _parser() -> CommandParser:
@@ -48,7 +80,11 @@ def _parser() -> CommandParser:
         help="a checkpoint, published, ours, or of detrex or mmdetection: a file, an address, a name that `weights` "
         "lists, the folder of a run, or 'last': the newest run",
     )
-    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="the file to write; or hf://OWNER/REPO: a model directory with a card, on the Hugging Face Hub",
+    )
     parser.add_argument(
         "--layout",
         choices=("published", "ours", "detrex", "mmdet"),

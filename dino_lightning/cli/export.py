@@ -121,25 +121,12 @@ def _export_file(checkpoint: Path, output: Path, kind: str, preprocessing: str, 
 
 
 def _export_directory(checkpoint: Path, output: Path) -> None:
-    import torch  # takes seconds
-
-    from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
-    from dino_lightning.export.package_code import serving_code
-    from dino_lightning.inference.detector import load_module
-
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists already; give another --output.")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        folder = checkpoint.parent
-        run_dir = folder.parent if folder.name == "checkpoints" else folder
-        module = load_module(checkpoint)
-        code = serving_code(module.hparams["backbone"])
-        write_model_directory(checkpoint, run_dir, temporary, code, complete=True)
-        before, after = module.state_dict(), load_module(temporary / MODEL_FILE).state_dict()
-        if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-            raise UsageError(f"{output} is not written: the weights in it are not those of {checkpoint}.")
+        fill_model_directory(checkpoint, temporary)
         temporary.chmod(0o755)
         if output.exists():
             output.rmdir()
@@ -147,3 +134,23 @@ def _export_directory(checkpoint: Path, output: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def fill_model_directory(checkpoint: Path, folder: Path) -> None:
+    """Write a checkpoint's model directory into an empty folder, with the results of its run; and read it again.
+
+    Raises:
+        UsageError: other weights were read than written.
+    """
+    import torch  # takes seconds
+
+    from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
+    from dino_lightning.export.package_code import serving_code
+    from dino_lightning.inference.detector import load_module
+
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    module = load_module(checkpoint)
+    write_model_directory(checkpoint, run_dir, folder, serving_code(module.hparams["backbone"]), complete=True)
+    before, after = module.state_dict(), load_module(folder / MODEL_FILE).state_dict()
+    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+        raise UsageError(f"Nothing is written: the weights in the model directory are not those of {checkpoint}.")

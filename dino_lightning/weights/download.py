@@ -22,7 +22,8 @@ from tqdm import tqdm
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
 
-_SCHEMES = ("https://", "http://", "s3://", "hf://")
+HUB_SCHEME = "hf://"
+_SCHEMES = ("https://", "http://", "s3://", HUB_SCHEME)
 _CHUNK = 1 << 20
 _TRIES = 5
 _PAUSE = 1.0  # seconds before the second try, doubled for each further one
@@ -76,22 +77,42 @@ def local_file(place: str) -> Path:
     return path
 
 
-def _hub() -> str:
+def hub_endpoint() -> str:
     """The address of the Hugging Face Hub, or of a mirror of it, as its own programs find it."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def _hub_address(place: str) -> str:
-    """hf://OWNER/REPO/FILE -> the address of the file in the newest version of the repository.
+def _hub_parts(place: str) -> tuple[str, str]:
+    """hf://OWNER/REPO/FILE -> OWNER/REPO and FILE.
 
     Raises:
         CheckpointError: there is no owner or no repository in it.
     """
-    owner, _, rest = place.removeprefix("hf://").partition("/")
+    owner, _, rest = place.removeprefix(HUB_SCHEME).partition("/")
     repository, _, file = rest.partition("/")
     if not owner or not repository:
         raise CheckpointError(f"{place}: addresses of the Hugging Face Hub have the form hf://OWNER/REPO/FILE.")
-    return f"{_hub()}/{owner}/{repository}/resolve/main/{file or 'model.ckpt'}"
+    return f"{owner}/{repository}", file or "model.ckpt"
+
+
+def _by_the_hubs_client(repository: str, file: str) -> Path | None:
+    """The newest version of a file through huggingface_hub, with its cache and its login; None if it cannot give it.
+
+    Raises:
+        CheckpointError: HF_HUB_OFFLINE forbids to ask elsewhere.
+    """
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:
+        return None
+    try:
+        return Path(hf_hub_download(repository, file, endpoint=hub_endpoint()))
+    except Exception as error:  # of the client and of its HTTP library; the plain download says what is wrong
+        if constants.HF_HUB_OFFLINE:
+            raise CheckpointError(
+                f"{HUB_SCHEME}{repository}/{file} is not in the cache of huggingface_hub, and HF_HUB_OFFLINE is set."
+            ) from error
+        return None
 
 
 def downloaded_file(address: str) -> Path:
@@ -121,8 +142,14 @@ def interprocess_lock(name: str) -> Iterator[None]:
 
 def _downloaded(place: str) -> Path:
     address, checksum = _split(place)
-    if address.startswith("hf://"):
-        address = _hub_address(address)
+    if address.startswith(HUB_SCHEME):
+        repository, file = _hub_parts(address)
+        fetched = _by_the_hubs_client(repository, file)
+        if fetched is not None:
+            if checksum is not None and not (sha256 := sha256_of(fetched)).startswith(checksum):
+                raise CheckpointError(f"{address} is not the expected file: its sha256 is {sha256}, not {checksum}.")
+            return fetched
+        address = f"{hub_endpoint()}/{repository}/resolve/main/{file}"
     path = downloaded_file(address)
     with interprocess_lock(path.name):
         if path.is_file() and checksum is not None and not sha256_of(path).startswith(checksum):
@@ -218,7 +245,7 @@ def _open_http(address: str, have: int, known: str) -> _Part:
     headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
     request = urllib.request.Request(address, headers=headers)
     token = os.environ.get("HF_TOKEN")
-    if token and address.startswith(f"{_hub()}/"):
+    if token and address.startswith(f"{hub_endpoint()}/"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # not to where the file itself lies
     try:
         answer = urllib.request.urlopen(request, timeout=_SECONDS_WITHOUT_DATA)

@@ -298,6 +298,7 @@ def test_a_file_of_the_hugging_face_hub(server, monkeypatch):
         handler.end_headers()
 
     monkeypatch.setattr(server, "answer", answer)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed: plain HTTPS
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert local_file("hf://me/rooms/weights/last.pth").read_bytes() == server.content
