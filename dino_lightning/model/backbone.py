@@ -29,9 +29,9 @@ class Backbone(nn.Module):
 
     Args:
         name: a ResNet (`resnet18`, `resnet50`, ...), any torchvision network with a `features` sequence
-            (`mobilenet_v2`, `mobilenet_v3_large`, `convnext_tiny`, `swin_t`, `efficientnet_b0`, ...), `swin_l` or
-            `convnext_xl` as in published DINO models, or `resnet10`, a narrow four-block ResNet of our own (32 to 256
-            channels) for training from scratch on a CPU.
+            (`mobilenet_v2`, `mobilenet_v3_large`, `convnext_tiny`, `swin_t`, `efficientnet_b0`, ...), `swin_l`,
+            `swin_l_224`, `swin_b_384` or `convnext_xl` as in published DINO models, or `resnet10`, a narrow
+            four-block ResNet of our own (32 to 256 channels) for training from scratch on a CPU.
         strides: strides of the maps to return, from 4, 8, 16, 32, ascending.
         norm: what batch norms become: `frozen` (fixed statistics and affine, as published; needs pretrained weights),
             `batch` (left alone) or `group` (GroupNorm, for training from scratch with small batches).
@@ -196,7 +196,7 @@ def _build_network(name: str) -> nn.Module:
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"Unknown backbone {name!r}. Use resnet10, or a torchvision network such as resnet18, resnet50, "
-            "mobilenet_v2, convnext_tiny, swin_t or efficientnet_b0, or swin_l or convnext_xl."
+            "mobilenet_v2, convnext_tiny, swin_t or efficientnet_b0, or swin_l, swin_l_224, swin_b_384 or convnext_xl."
         )
     network: nn.Module = torchvision.models.get_model(name, weights=None)
     if not hasattr(network, "layer4") and not isinstance(getattr(network, "features", None), nn.Sequential):

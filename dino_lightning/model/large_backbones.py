@@ -1,4 +1,4 @@
-"""The large backbones of published DINO models, which torchvision has the parts for but not the sizes."""
+"""The backbones of published DINO models that torchvision has not, or computes otherwise at the borders of images."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ def convnext(*, depths: Sequence[int], widths: Sequence[int]) -> ConvNeXt:
 
 
 LARGE_BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    # by the names and with the drop paths of torchvision's, whose weights fit
+    "swin_t": partial(swin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window=7, drop_path=0.2),
+    "swin_s": partial(swin, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), window=7, drop_path=0.3),
+    "swin_b": partial(swin, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window=7, drop_path=0.5),
+    # trained on images of another size, or with more channels
+    "swin_b_384": partial(swin, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window=12),
+    "swin_l_224": partial(swin, embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=7),
     "swin_l": partial(swin, embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=12),
     "convnext_xl": partial(convnext, depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048)),
 }

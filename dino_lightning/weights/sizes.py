@@ -14,7 +14,7 @@ from dino_lightning.weights.published_layout import backbone_kind, map_widths
 
 # Names to try for each family of backbones; those of published checkpoints first.
 _CANDIDATES = {
-    "swin": ("swin_l", "swin_t", "swin_s", "swin_b"),
+    "swin": ("swin_l", "swin_t", "swin_s", "swin_b", "swin_b_384", "swin_l_224"),
     "convnext": ("convnext_xl", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large"),
     "resnet": ("resnet50", "resnet101", "resnet10", "resnet18", "resnet34", "resnet152"),
     "other": ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0"),

@@ -225,7 +225,7 @@ class Plan:
         limits: maximum time and cost.
         spot: whether to use spot instances.
         image: the container image.
-        places: S3 addresses by name.
+        places: where the weights come from, and S3 addresses, by name.
         price_source: the source of the price.
     """
 

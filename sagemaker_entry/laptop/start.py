@@ -115,6 +115,7 @@ def make_plan(options: LaunchOptions, training: Training, account: Account | Non
         spot=options.spot,
         image=options.image or resolve_image(region, compute.instance_type, IMAGE_VERSION),
         places={
+            "weights": training.start,
             "dataset": f"s3://{bucket}/{PREFIX}/datasets/<content>/",
             "checkpoints": f"s3://{bucket}/{PREFIX}/runs/<run>/checkpoints/",
             "model": f"s3://{bucket}/{PREFIX}/runs/<run>/output/",

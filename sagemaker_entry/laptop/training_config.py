@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Training:
         batch_size: images per step and process.
         gpus_wanted: the number of processes that the configuration is made for.
         backbone: the name of the backbone.
+        start: the initial weights, in words.
         teraflops: floating-point operations of one forward pass of one image, in 10^12.
         parameters: trainable parameters.
     """
@@ -59,6 +60,7 @@ class Training:
     batch_size: int
     gpus_wanted: int
     backbone: str
+    start: str
     teraflops: float
     parameters: int
 
@@ -122,6 +124,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         batch_size=data_options["batch_size"],
         gpus_wanted=_processes(trainer),
         backbone=module_options["backbone"],
+        start=_start(module_options, weights),
         teraflops=teraflops,
         parameters=parameters,
     )
@@ -192,6 +195,18 @@ def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
     if weights is not None and "model.weights" not in found and not comes_along and not needs_download(weights):
         raise Problem(f"--model.weights: {weights} does not exist.")
     return found
+
+
+def _start(model: dict[str, Any], local: Mapping[str, Path]) -> str:
+    """Where the initial weights come from, in words."""
+    if local:
+        return ", ".join(f"{path}, uploaded once" for path in local.values())
+    name = model.get("weights")
+    if name is None:
+        return f"of the backbone alone: {model['backbone_weights']}" if model.get("backbone_weights") else "random"
+    if name in zoo():
+        return f"{name}, fetched by the job; `python -m dino_lightning weights get {name}` first sends them along"
+    return f"{name}, in the package" if name in SHIPPED else f"{name}, fetched by the job"
 
 
 def _is_file(value: object) -> bool:

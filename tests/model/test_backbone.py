@@ -74,6 +74,27 @@ def test_unneeded_stages_are_dropped():
     assert "layer4" not in names
 
 
+@pytest.mark.parametrize("name", ["swin_t", "swin_s", "swin_b"])
+def test_published_swins_by_torchvisions_names_take_its_weights(name):
+    with torch.device("meta"):
+        ours = Backbone(name=name, strides=(4, 8, 16, 32)).body.state_dict()
+        theirs = torchvision.models.get_model(name, weights=None).state_dict()
+    theirs = {key: value for key, value in theirs.items() if key.startswith("features.")}
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+@pytest.mark.parametrize(("name", "like", "window"), [("swin_b_384", "swin_b", 12), ("swin_l_224", "swin_l", 7)])
+def test_published_swins_of_another_window(name, like, window):
+    with torch.device("meta"):
+        own, other = (Backbone(name=one, strides=(4, 8, 16, 32)).state_dict() for one in (name, like))
+    assert own.keys() == other.keys()
+    for key, value in own.items():
+        if "relative_position" not in key:
+            assert value.shape == other[key].shape, key
+        elif key.endswith("bias_table"):
+            assert value.shape == ((2 * window - 1) ** 2, other[key].shape[1])
+
+
 def test_weights_that_torchvision_has_not_are_refused():
     with pytest.raises(ValueError, match="no torchvision weights 'IMAGENET9K'"):
         pretrained_state("resnet18", "IMAGENET9K")

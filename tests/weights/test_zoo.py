@@ -2,9 +2,12 @@
 
 import hashlib
 import inspect
+import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import yaml
 from dino_lightning import DINOModule, load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
+from dino_lightning.files import sha256_of
 from dino_lightning.model import DINO
 from dino_lightning.training.initial_weights import detector_weights
 from dino_lightning.weights import zoo as zoo_module
@@ -200,6 +204,18 @@ def test_a_wrong_file_is_not_loaded_and_one_put_by_hand_is_taken(served, cache):
         zoo_module.fetch(zoo_module.zoo()["dino_tiny"])
     by_hand.write_bytes(served.files["/mirror/tiny.pth"][:-4])
     assert zoo_module.fetch(zoo_module.zoo()["dino_tiny"]) == by_hand
+
+
+def test_two_processes_at_once_fetch_a_file_once(served, cache):
+    """As the ranks of a run that starts by name."""
+    script = "import sys; from pathlib import Path; from dino_lightning.weights import zoo; "
+    script += (
+        f"zoo.TABLE = Path({str(zoo_module.TABLE)!r}); zoo.STRIDES[2] = [16, 32]; print(zoo.weights_file('dino_tiny'))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=120)[0].split()[-1] for process in started)
+    assert first == second and sha256_of(Path(first)) == served.sha256
+    assert served.asked.count("/mirror/tiny.pth") == 1
 
 
 def test_a_name_that_is_none_lists_near_ones():
