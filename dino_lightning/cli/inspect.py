@@ -55,7 +55,7 @@ def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
         Path(data["root"]),
         {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
     )
-    report = inspect_dataset(files, limits=_limits(data, fit["model"]))
+    report = inspect_dataset(files, limits=_limits(data, fit["model"]), crowd=data["crowd"])
     say(as_text(report))
     places = {
         output / "health.html": as_html(report, str(data["root"])),

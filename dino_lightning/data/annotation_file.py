@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -23,21 +24,23 @@ MAX_COORDINATE = 1e12  # larger than any image; NaN and infinity fail the compar
 MAX_SIDE = 2**31 - 1  # pixels; no image format allows more
 LONGEST_VALUE = 100  # characters of a faulty value that a message repeats
 
+CrowdRule = Literal["regions", "objects"]
 Report = Callable[[Problem], None]
 
 
-def load_coco(annotations: Path, images: Path) -> CocoAnnotations:
+def load_coco(annotations: Path, images: Path, crowd: CrowdRule = "regions") -> CocoAnnotations:
     """Read and check a COCO annotation file.
 
     Args:
         annotations: the JSON file.
         images: the folder its file names are relative to; not looked into here.
+        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
 
     Raises:
         DataError: the file cannot be read, is no JSON, or breaks the format; names the file and the first faulty
             entry, and says how many more there are.
     """
-    found, problems = read_coco(annotations, images)
+    found, problems = read_coco(annotations, images, crowd)
     problems = [problem for problem in problems if KINDS[problem.kind].severity == "error"]
     if problems:
         more = f" (And {len(problems) - 1} more problems in this file.)" if len(problems) > 1 else ""
@@ -46,12 +49,15 @@ def load_coco(annotations: Path, images: Path) -> CocoAnnotations:
     return found
 
 
-def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, list[Problem]]:
+def read_coco(
+    annotations: Path, images: Path, crowd: CrowdRule = "regions"
+) -> tuple[CocoAnnotations | None, list[Problem]]:
     """Read a COCO annotation file and collect everything that is wrong with it.
 
     Args:
         annotations: the JSON file.
         images: the folder its file names are relative to; not looked into here.
+        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
 
     Returns:
         What remains without the faulty entries, or None if nothing does; and the problems.
@@ -82,6 +88,8 @@ def read_coco(annotations: Path, images: Path) -> tuple[CocoAnnotations | None, 
     found = _parse_annotations(
         path, Path(images), categories, entries, faulty, document["annotations"], problems.append
     )
+    if crowd == "objects":
+        found = replace(found, iscrowd=np.zeros_like(found.iscrowd))
     return found, problems
 
 

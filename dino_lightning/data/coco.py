@@ -144,6 +144,21 @@ class CocoAnnotations:
             images_without_boxes=int((per_image == 0).sum()),
         )
 
+    def nothing_to_learn(self) -> str:
+        """Why there is no box to learn from, after the path; empty if there are some."""
+        summary, total = self.summary, len(self.usable)
+        if summary.boxes:
+            return ""
+        if not total:
+            return "no box to learn from: it has no annotations. Export the dataset again, with its boxes."
+        crowd = "crowd regions (iscrowd 1), as CVAT exports masks"
+        hint = " --data.crowd objects reads crowd regions as objects." if summary.crowd else ""
+        outside = "boxes without area inside their image"
+        if summary.crowd == total or summary.degenerate == total:
+            return f"no box to learn from: all {total} annotations are {crowd if summary.crowd else outside}.{hint}"
+        reasons = f"{summary.crowd} are {crowd}, and {summary.degenerate} are {outside}"
+        return f"no box to learn from: of {total} annotations {reasons}.{hint}"
+
     def used_category_ids(self) -> set[int]:
         """The ids that at least one annotation uses."""
         return {self.categories[index].id for index in np.unique(self.category_indices).tolist()}

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
 from dino_lightning.console import aligned
+from dino_lightning.data.annotation_file import CrowdRule
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, Sample, available_cores
@@ -52,6 +53,9 @@ class CocoDataModule(lightning.LightningDataModule):
         val_images: its image folder.
         test_annotations: the test JSON.
         test_images: its image folder.
+        crowd: what annotations with `iscrowd` 1 are: "regions", as in COCO, which are not learnt from and in which
+            detections do not count as wrong; or "objects" like all others, for files of programs that write it for
+            every mask, as CVAT does.
         batch_size: training images per step and process.
         val_batch_size: evaluation images per step and process; 1 pads nothing.
         num_workers: loader processes; by default chosen from the number of cores and images, at most 8.
@@ -105,6 +109,7 @@ class CocoDataModule(lightning.LightningDataModule):
         val_images: str | None = None,
         test_annotations: str | None = None,
         test_images: str | None = None,
+        crowd: CrowdRule = "regions",
         batch_size: int = 2,
         val_batch_size: int = 1,
         num_workers: int | None = None,
@@ -141,6 +146,8 @@ class CocoDataModule(lightning.LightningDataModule):
         if fixed_size is None and fixed_size_mode != "pad":
             raise ValueError(f"fixed_size_mode={fixed_size_mode} needs a fixed_size.")
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
+        if crowd not in ("regions", "objects"):
+            raise ValueError(f"crowd is {crowd!r}; choose regions or objects.")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
@@ -169,7 +176,9 @@ class CocoDataModule(lightning.LightningDataModule):
             "test_annotations": test_annotations,
             "test_images": test_images,
         }
-        splits = read_splits(given, val_fraction=val_fraction, seed=seed, files_must_exist=on_bad_image == "error")
+        splits = read_splits(
+            given, val_fraction=val_fraction, seed=seed, files_must_exist=on_bad_image == "error", crowd=crowd
+        )
         for note in splits.notes:
             rank_zero_info(note)
         for repair in splits.repairs:

@@ -40,6 +40,9 @@ KINDS: dict[str, Kind] = {
     "unknown-category": Kind(
         "error", "annotations of categories that are not listed", "Add the category, or remove the annotation."
     ),
+    "nothing-to-learn": Kind(
+        "error", "no box to learn from", "Export the dataset with its boxes; the sentence says what there is instead."
+    ),
     "box-malformed": Kind(
         "error", "boxes that are not four finite numbers", "Write x, y, width, height in pixels; NaN is no number."
     ),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_lightning.data.annotation_file import load_coco
+from dino_lightning.data.annotation_file import CrowdRule, load_coco
 from dino_lightning.data.classes import Classes, check_classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.splits import (
@@ -18,6 +18,8 @@ from dino_lightning.data.splits import (
     split_images,
 )
 from dino_lightning.errors import DataError
+
+NAMES_SHOWN = 5  # of classes, in one sentence
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,14 @@ class Splits:
     repairs: tuple[str, ...] = ()
 
 
-def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: int, files_must_exist: bool) -> Splits:
+def read_splits(
+    given: Mapping[str, str | None],
+    *,
+    val_fraction: float,
+    seed: int,
+    files_must_exist: bool,
+    crowd: CrowdRule = "regions",
+) -> Splits:
     """Find, read and check the annotation files of all splits; opens no image.
 
     Args:
@@ -49,6 +58,7 @@ def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: i
         val_fraction: share of the training images that becomes the validation split where there is none.
         seed: decides which ones.
         files_must_exist: whether every image file listed has to be there.
+        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
 
     Raises:
         DataError: something is wrong with the files; the message says what, where, and how to see everything.
@@ -58,7 +68,7 @@ def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: i
         {name: (given[f"{name}_annotations"], given[f"{name}_images"]) for name in ("train", "val", "test")},
     )
     try:
-        found, classes = _read(files, files_must_exist=files_must_exist)
+        found, classes = _read(files, files_must_exist=files_must_exist, crowd=crowd)
     except DataError as error:
         options = " ".join(f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
         inspect = f"python -m dino_lightning inspect {options}"
@@ -71,6 +81,10 @@ def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: i
         )
     repairs = [sentence for split in found.values() if (sentence := _repairs(split))]
     train, val = found["train"], found.get("val")
+    if sentence := _classes_without_boxes(train, classes):
+        repairs.append(sentence)
+    if val is not None and not val.summary.boxes:
+        repairs.append(f"{val.path}: no box to evaluate against, so AP and F1 say nothing.")
     if val is None:
         source = train
         train, val = split_images(source, val_fraction, seed)
@@ -81,8 +95,12 @@ def read_splits(given: Mapping[str, str | None], *, val_fraction: float, seed: i
     return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs))
 
 
-def _read(files: Mapping[str, SplitFiles], *, files_must_exist: bool) -> tuple[dict[str, CocoAnnotations], Classes]:
-    found = {name: load_coco(split.annotations, split.images) for name, split in files.items()}
+def _read(
+    files: Mapping[str, SplitFiles], *, files_must_exist: bool, crowd: CrowdRule
+) -> tuple[dict[str, CocoAnnotations], Classes]:
+    found = {name: load_coco(split.annotations, split.images, crowd) for name, split in files.items()}
+    if reason := found["train"].nothing_to_learn():
+        raise DataError(f"{found['train'].path}: {reason}")
     for split in found.values():
         check_images_folder(split)
         if files_must_exist:
@@ -91,6 +109,17 @@ def _read(files: Mapping[str, SplitFiles], *, files_must_exist: bool) -> tuple[d
     for split in found.values():
         check_classes(split, classes)
     return found, classes
+
+
+def _classes_without_boxes(train: CocoAnnotations, classes: Classes) -> str:
+    """Which classes cannot be learnt, in a sentence; empty if there are none."""
+    labels = classes.labels_of(train)[train.usable & ~train.iscrowd]
+    empty = sorted(set(range(len(classes))) - set(labels.tolist()))
+    if not empty:
+        return ""
+    named = ", ".join(classes.names[label] for label in empty[:NAMES_SHOWN])
+    more = f" and {len(empty) - NAMES_SHOWN} more" if len(empty) > NAMES_SHOWN else ""
+    return f"{train.path}: {len(empty)} of {len(classes)} classes have no box to learn from: {named}{more}."
 
 
 def _repairs(split: CocoAnnotations) -> str:

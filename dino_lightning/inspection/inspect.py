@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dino_lightning.data.annotation_file import read_coco
+from dino_lightning.data.annotation_file import CrowdRule, read_coco
 from dino_lightning.data.classes import Classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
@@ -25,7 +25,11 @@ from dino_lightning.inspection.report import HealthReport, SplitHealth
 
 
 def inspect_dataset(
-    files: Mapping[str, SplitFiles], *, limits: Limits | None = None, progress: bool = True
+    files: Mapping[str, SplitFiles],
+    *,
+    limits: Limits | None = None,
+    progress: bool = True,
+    crowd: CrowdRule = "regions",
 ) -> HealthReport:
     """Read all annotations, decode all images, and collect the problems.
 
@@ -33,6 +37,7 @@ def inspect_dataset(
         files: the splits by name, including "train".
         limits: the limits of training and evaluation; the defaults of `fit` when None.
         progress: whether to show a progress bar.
+        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
 
     Returns:
         The numbers of each split, and the findings, most severe first.
@@ -40,13 +45,15 @@ def inspect_dataset(
     found: dict[tuple[str, str], list[Case]] = defaultdict(list)
     loaded: dict[str, CocoAnnotations | None] = {}
     for name, split in files.items():
-        loaded[name], problems = read_coco(split.annotations, split.images)
+        loaded[name], problems = read_coco(split.annotations, split.images, crowd)
         for problem in problems:
             sentence = problem.message.removeprefix(f"{split.annotations}: ")
             case = Case(sentence, problem.image_id, problem.annotation_id, problem.file_name)
             found[problem.kind, name].append(case)
     training = loaded.get("train")
     classes = None if training is None else classes_of(training)
+    if training is not None and (reason := training.nothing_to_learn()):
+        found["nothing-to-learn", "train"].append(Case(reason))
     splits: dict[str, SplitHealth] = {}
     for name, split in files.items():
         annotations = loaded[name]

@@ -202,7 +202,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
     axes.hist(per_image, bins=np.arange(0, highest + 2 * step, step) - 0.5, label=names)
     axes.set_xlabel("boxes")
     axes.set_ylabel("images")
-    axes.legend()
+    _legend(axes)
     add(figure, "Histogram of boxes in an image")
 
     figure, axes = _figure("Size of boxes")
@@ -216,7 +216,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
         axes.axvline(limit, color="grey", linestyle=":", linewidth=1)
     axes.set_xlabel("square root of the area in pixels (dotted: 32, 96)")
     axes.set_ylabel("boxes")
-    axes.legend()
+    _legend(axes)
     add(figure, "Histogram of box sizes")
 
     figure, axes = _figure("Size of images")
@@ -228,7 +228,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
     largest = max((int(split.image_sizes().max(initial=1)) for split in splits), default=1)
     axes.set_xlim(0, largest * 1.08)
     axes.set_ylim(0, largest * 1.08)
-    axes.legend()
+    _legend(axes)
     add(figure, "Width and height of images")
 
     rows = sorted(class_rows(report), key=lambda row: -sum(row["boxes"].values()))[:CLASSES_SHOWN]
@@ -245,9 +245,14 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("boxes")
-        axes.legend()
+        _legend(axes)
         add(figure, "Boxes of each class")
     return plots
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:  # matplotlib warns where nothing is drawn
+        axes.legend()
 
 
 def _figure(title: str, rows: int = 0) -> tuple[Figure, Any]:

@@ -149,7 +149,7 @@ def interrupted(command, cwd, number, delay=0.0):
 def test_a_signal_ends_every_command_without_a_traceback(command, number, trained, rooms):
     options = [text.format(rooms=rooms, plans=rooms / "val" / "images") for text in LONG[command]]
     code, error = interrupted([sys.executable, "-m", "dino_lightning", command, *options], trained, number, 0.2)
-    # A shell sees 130 in both cases: Python itself ends by SIGINT if it came while text was executed, as dataclasses do.
+    # A shell sees 130 in both cases: Python ends by SIGINT if it came while text was executed, as dataclasses do.
     assert code in {128 + number, *({-number} if number == signal.SIGINT else ())}, error
     assert "Traceback" not in error and "Interrupted" in error
     assert not list(trained.glob("**/tmp*")) and not (trained / "published.pth").exists()

@@ -234,7 +234,7 @@ FAULTS: dict[str, Fault] = {
     "annotations null": refused("file-unreadable", put("annotations", None)),
     "no images": refused("file-unreadable", put("images", [])),
     "no categories": refused("file-unreadable", put("categories", [])),
-    "no annotations": Fault("category-unused", "trains", put("annotations", [])),
+    "no annotations": refused("nothing-to-learn", put("annotations", [])),
     "image a string": refused("entry-malformed", put("images.1", "2.png")),
     "annotation null": refused("entry-malformed", put("annotations.2", None)),
     "category a list": refused("entry-malformed", put("categories.0", [1, "kitchen"])),
