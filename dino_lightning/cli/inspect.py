@@ -45,6 +45,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
+    from dino_lightning.data.annotation_file import ReadOptions
     from dino_lightning.data.splits import resolve_split_files
     from dino_lightning.inspection.inspect import inspect_dataset
     from dino_lightning.inspection.page import as_html
@@ -55,7 +56,8 @@ def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
         Path(data["root"]),
         {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
     )
-    report = inspect_dataset(files, limits=_limits(data, fit["model"]), crowd=data["crowd"])
+    options = ReadOptions(crowd=data["crowd"], box_format=data["box_format"])
+    report = inspect_dataset(files, limits=_limits(data, fit["model"]), options=options)
     say(as_text(report))
     places = {
         output / "health.html": as_html(report, str(data["root"])),

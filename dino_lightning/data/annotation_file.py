@@ -8,13 +8,14 @@ this module has to check annotations again. `read_coco` continues after a faulty
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
+from dino_lightning.data.box_formats import BoxFormat, another_format, outline_of, to_xyxy
 from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, ImageEntry, Problem
 from dino_lightning.data.findings import KINDS
 from dino_lightning.errors import DataError
@@ -25,22 +26,39 @@ MAX_SIDE = 2**31 - 1  # pixels; no image format allows more
 LONGEST_VALUE = 100  # characters of a faulty value that a message repeats
 
 CrowdRule = Literal["regions", "objects"]
+OUTLINES = 2000  # polygons that are compared with their boxes
 Report = Callable[[Problem], None]
 
 
-def load_coco(annotations: Path, images: Path, crowd: CrowdRule = "regions") -> CocoAnnotations:
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read what files of other programs write otherwise than COCO; see the arguments of `CocoDataModule`.
+
+    Attributes:
+        crowd: what annotations with `iscrowd` 1 are.
+        box_format: what the four numbers of a box are; None for COCO's, of which the file is checked to have them.
+    """
+
+    crowd: CrowdRule = "regions"
+    box_format: BoxFormat | None = None
+
+
+AS_COCO = ReadOptions()
+
+
+def load_coco(annotations: Path, images: Path, options: ReadOptions = AS_COCO) -> CocoAnnotations:
     """Read and check a COCO annotation file.
 
     Args:
         annotations: the JSON file.
         images: the folder its file names are relative to; not looked into here.
-        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
+        options: how to read what files of other programs write otherwise.
 
     Raises:
         DataError: the file cannot be read, is no JSON, or breaks the format; names the file and the first faulty
             entry, and says how many more there are.
     """
-    found, problems = read_coco(annotations, images, crowd)
+    found, problems = read_coco(annotations, images, options)
     problems = [problem for problem in problems if KINDS[problem.kind].severity == "error"]
     if problems:
         more = f" (And {len(problems) - 1} more problems in this file.)" if len(problems) > 1 else ""
@@ -50,14 +68,14 @@ def load_coco(annotations: Path, images: Path, crowd: CrowdRule = "regions") -> 
 
 
 def read_coco(
-    annotations: Path, images: Path, crowd: CrowdRule = "regions"
+    annotations: Path, images: Path, options: ReadOptions = AS_COCO
 ) -> tuple[CocoAnnotations | None, list[Problem]]:
     """Read a COCO annotation file and collect everything that is wrong with it.
 
     Args:
         annotations: the JSON file.
         images: the folder its file names are relative to; not looked into here.
-        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
+        options: how to read what files of other programs write otherwise.
 
     Returns:
         What remains without the faulty entries, or None if nothing does; and the problems.
@@ -86,9 +104,9 @@ def read_coco(
     if not categories or not entries:
         return None, problems
     found = _parse_annotations(
-        path, Path(images), categories, entries, faulty, document["annotations"], problems.append
+        path, Path(images), categories, entries, faulty, document["annotations"], options.box_format, problems.append
     )
-    if crowd == "objects":
+    if options.crowd == "objects":
         found = replace(found, iscrowd=np.zeros_like(found.iscrowd))
     return found, problems
 
@@ -207,11 +225,13 @@ def _parse_annotations(
     images: tuple[ImageEntry, ...],
     faulty_images: set[int],
     entries: list[dict[str, Any]],
+    box_format: BoxFormat | None,
     report: Report,
 ) -> CocoAnnotations:
     index_of_image = {image.id: index for index, image in enumerate(images)}
     index_of_category = {category.id: index for index, category in enumerate(categories)}
-    boxes_xywh: list[list[float]] = []
+    numbers_of_boxes: list[list[float]] = []
+    outlines: list[Sequence[float]] = []
     image_indices: list[int] = []
     category_indices: list[int] = []
     iscrowd: list[bool] = []
@@ -255,7 +275,7 @@ def _parse_annotations(
         if _is_number(given_area) and given_area >= 0:
             area.append(given_area)
         else:
-            area.append(box[2] * box[3])
+            area.append(np.nan)
             if given_area is not None:
                 detail = f"has area {shown_value(given_area)}; width times height is taken instead."
                 odd.append(("area-malformed", detail))
@@ -265,7 +285,8 @@ def _parse_annotations(
             message = f"{path}: {_annotation(entry, position)} {sentence}"
             name = images[index_of_image[image_id]].file_name
             report(Problem(kind, message, image_id, _id_or_none(entry.get("id")), name))
-        boxes_xywh.append(box)
+        numbers_of_boxes.append(box)
+        outlines.append(outline_of(entry.get("segmentation") if len(outlines) < OUTLINES else None))
         image_indices.append(index_of_image[image_id])
         category_indices.append(index_of_category[category_id])
         iscrowd.append(bool(crowd))
@@ -275,9 +296,18 @@ def _parse_annotations(
     owners = np.array(image_indices, dtype=np.int64)
     order = np.argsort(owners, kind="stable")
     owners = owners[order]
-    xywh = np.array(boxes_xywh, dtype=np.float64).reshape(-1, 4)[order]
-    boxes_xyxy = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+    numbers = np.array(numbers_of_boxes, dtype=np.float64).reshape(-1, 4)[order]
     sizes = np.array([image.size for image in images], dtype=np.float64)[owners]
+    if box_format is None:
+        corners = np.array(outlines, dtype=np.float64).reshape(-1, 4)[order]
+        if sentence := another_format(numbers, sizes, corners):
+            report(Problem("box-format", f"{path}: {sentence}"))
+    boxes_xyxy = to_xyxy(numbers, sizes, box_format or "xywh")
+    areas = np.array(area, dtype=np.float64)[order]
+    if box_format in (None, "xywh"):
+        areas = np.where(np.isnan(areas), numbers[:, 2] * numbers[:, 3], areas)
+    else:  # the file's own may be made of the numbers as if they were COCO's
+        areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
     limits = sizes[:, [1, 0, 1, 0]]
     inside = np.clip(boxes_xyxy, 0, limits).astype(np.float32)  # checked in the precision that training uses
     usable = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
@@ -292,7 +322,7 @@ def _parse_annotations(
         boxes_xyxy=boxes_xyxy,
         category_indices=np.array(category_indices, dtype=np.int64)[order],
         iscrowd=np.array(iscrowd, dtype=np.bool_)[order],
-        area=np.array(area, dtype=np.float64)[order],
+        area=areas,
         usable=usable,
         clipped=usable & sticks_out,
         annotation_ids=np.array(annotation_ids, dtype=np.int64)[order],

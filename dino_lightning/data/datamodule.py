@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
 from dino_lightning.console import aligned
-from dino_lightning.data.annotation_file import CrowdRule
+from dino_lightning.data.annotation_file import CrowdRule, ReadOptions
 from dino_lightning.data.augmentation import train_transform
+from dino_lightning.data.box_formats import BoxFormat
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, Sample, available_cores
 from dino_lightning.data.drawn_plans import MOST_DRAWN_ROOMS, WithDrawnPlans
@@ -56,6 +57,10 @@ class CocoDataModule(lightning.LightningDataModule):
         crowd: what annotations with `iscrowd` 1 are: "regions", as in COCO, which are not learnt from and in which
             detections do not count as wrong; or "objects" like all others, for files of programs that write it for
             every mask, as CVAT does.
+        box_format: what the four numbers of a box are. By default COCO's, x, y, width and height in pixels, and a file
+            whose boxes are another's by all the evidence is refused; "xywh" takes them as they are. "xyxy" are corners,
+            "cxcywh" has the centre first, and with "normalized-" before it they are shares of the image. Areas are then
+            those of the boxes.
         batch_size: training images per step and process.
         val_batch_size: evaluation images per step and process; 1 pads nothing.
         num_workers: loader processes; by default chosen from the number of cores and images, at most 8.
@@ -110,6 +115,7 @@ class CocoDataModule(lightning.LightningDataModule):
         test_annotations: str | None = None,
         test_images: str | None = None,
         crowd: CrowdRule = "regions",
+        box_format: BoxFormat | None = None,
         batch_size: int = 2,
         val_batch_size: int = 1,
         num_workers: int | None = None,
@@ -148,6 +154,8 @@ class CocoDataModule(lightning.LightningDataModule):
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
         if crowd not in ("regions", "objects"):
             raise ValueError(f"crowd is {crowd!r}; choose regions or objects.")
+        if box_format is not None and box_format not in get_args(BoxFormat):
+            raise ValueError(f"box_format is {box_format!r}; choose one of {', '.join(get_args(BoxFormat))}.")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; choose error or skip.")
 
@@ -177,7 +185,11 @@ class CocoDataModule(lightning.LightningDataModule):
             "test_images": test_images,
         }
         splits = read_splits(
-            given, val_fraction=val_fraction, seed=seed, files_must_exist=on_bad_image == "error", crowd=crowd
+            given,
+            val_fraction=val_fraction,
+            seed=seed,
+            files_must_exist=on_bad_image == "error",
+            options=ReadOptions(crowd, box_format),
         )
         for note in splits.notes:
             rank_zero_info(note)

@@ -43,6 +43,11 @@ KINDS: dict[str, Kind] = {
     "nothing-to-learn": Kind(
         "error", "no box to learn from", "Export the dataset with its boxes; the sentence says what there is instead."
     ),
+    "box-format": Kind(
+        "error",
+        "boxes that are not x, y, width, height in pixels",
+        "Read them as what they are, with --data.box_format.",
+    ),
     "box-malformed": Kind(
         "error", "boxes that are not four finite numbers", "Write x, y, width, height in pixels; NaN is no number."
     ),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_lightning.data.annotation_file import CrowdRule, load_coco
+from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, load_coco
 from dino_lightning.data.classes import Classes, check_classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.splits import (
@@ -49,7 +49,7 @@ def read_splits(
     val_fraction: float,
     seed: int,
     files_must_exist: bool,
-    crowd: CrowdRule = "regions",
+    options: ReadOptions = AS_COCO,
 ) -> Splits:
     """Find, read and check the annotation files of all splits; opens no image.
 
@@ -58,7 +58,7 @@ def read_splits(
         val_fraction: share of the training images that becomes the validation split where there is none.
         seed: decides which ones.
         files_must_exist: whether every image file listed has to be there.
-        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
+        options: how to read what files of other programs write otherwise.
 
     Raises:
         DataError: something is wrong with the files; the message says what, where, and how to see everything.
@@ -68,10 +68,12 @@ def read_splits(
         {name: (given[f"{name}_annotations"], given[f"{name}_images"]) for name in ("train", "val", "test")},
     )
     try:
-        found, classes = _read(files, files_must_exist=files_must_exist, crowd=crowd)
+        found, classes = _read(files, files_must_exist=files_must_exist, options=options)
     except DataError as error:
-        options = " ".join(f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
-        inspect = f"python -m dino_lightning inspect {options}"
+        given_here = " ".join(
+            f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None
+        )
+        inspect = f"python -m dino_lightning inspect {given_here}"
         raise DataError(f"{error} All that is wrong with the dataset: {inspect}") from error
     notes = []
     if classes.left_out is not None:
@@ -96,9 +98,9 @@ def read_splits(
 
 
 def _read(
-    files: Mapping[str, SplitFiles], *, files_must_exist: bool, crowd: CrowdRule
+    files: Mapping[str, SplitFiles], *, files_must_exist: bool, options: ReadOptions
 ) -> tuple[dict[str, CocoAnnotations], Classes]:
-    found = {name: load_coco(split.annotations, split.images, crowd) for name, split in files.items()}
+    found = {name: load_coco(split.annotations, split.images, options) for name, split in files.items()}
     if reason := found["train"].nothing_to_learn():
         raise DataError(f"{found['train'].path}: {reason}")
     for split in found.values():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dino_lightning.data.annotation_file import CrowdRule, read_coco
+from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, read_coco
 from dino_lightning.data.classes import Classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
@@ -29,7 +29,7 @@ def inspect_dataset(
     *,
     limits: Limits | None = None,
     progress: bool = True,
-    crowd: CrowdRule = "regions",
+    options: ReadOptions = AS_COCO,
 ) -> HealthReport:
     """Read all annotations, decode all images, and collect the problems.
 
@@ -37,7 +37,7 @@ def inspect_dataset(
         files: the splits by name, including "train".
         limits: the limits of training and evaluation; the defaults of `fit` when None.
         progress: whether to show a progress bar.
-        crowd: what `iscrowd` 1 means, see `CocoDataModule`.
+        options: how to read what files of other programs write otherwise.
 
     Returns:
         The numbers of each split, and the findings, most severe first.
@@ -45,7 +45,7 @@ def inspect_dataset(
     found: dict[tuple[str, str], list[Case]] = defaultdict(list)
     loaded: dict[str, CocoAnnotations | None] = {}
     for name, split in files.items():
-        loaded[name], problems = read_coco(split.annotations, split.images, crowd)
+        loaded[name], problems = read_coco(split.annotations, split.images, options)
         for problem in problems:
             sentence = problem.message.removeprefix(f"{split.annotations}: ")
             case = Case(sentence, problem.image_id, problem.annotation_id, problem.file_name)
