@@ -134,10 +134,11 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
     except (KeyboardInterrupt, Terminated) as stop:
         _say_interrupted(interrupted())
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run by exit(1)
+    except (SystemExit, RuntimeError) as stop:
+        # Lightning ends an interrupted run by exit(1), and PyTorch's writer fails at the file that it was writing.
+        if isinstance(stop.__context__, (KeyboardInterrupt, Terminated)):
             _say_interrupted(interrupted())
-            return INTERRUPTED
+            return TERMINATED if isinstance(stop.__context__, Terminated) else INTERRUPTED
         raise
 
 

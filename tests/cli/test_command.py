@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dino_lightning.__main__ import COMMANDS, run
+from dino_lightning.cli.command import Terminated, run_command
 from dino_lightning.cli.help_pages import pages
 from sagemaker_entry import launch
 from tests.conftest import TINY_ARGS
@@ -153,6 +155,33 @@ def test_a_signal_ends_every_command_without_a_traceback(command, number, traine
     assert code in {128 + number, *({-number} if number == signal.SIGINT else ())}, error
     assert "Traceback" not in error and "Interrupted" in error
     assert not list(trained.glob("**/tmp*")) and not (trained / "published.pth").exists()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_while_a_checkpoint_is_written_is_no_error(tmp_path, capsys, stop, code):
+    """PyTorch's writer complains, on its way out, of the file that it could not finish."""
+
+    class Stopping:
+        def __init__(self, file):
+            self.file, self.written = file, 0
+
+        def write(self, data):
+            self.written += 1
+            if self.written == 3:
+                raise stop
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    def action():
+        with (tmp_path / "model.ckpt").open("wb") as file:
+            torch.save({"weights": [torch.zeros(100_000) for _ in range(4)]}, Stopping(file))
+        return 0
+
+    assert run_command(action) == code
+    error = capsys.readouterr().err
+    assert "Interrupted." in error and "Traceback" not in error
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads which signals a process handles from /proc")

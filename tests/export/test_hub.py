@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -170,6 +171,12 @@ def test_wrong_requests_are_refused_before_anything_is_asked(server, trained, ca
     assert run(["convert", "--weights", str(trained), *more]) in (1, 2)
     assert sentence in capsys.readouterr().err
     assert not server.asked
+
+
+def test_without_the_client_the_sentence_says_what_to_install(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert run(["convert", "--weights", str(trained), "--output", "hf://me/rooms"]) == 1
+    assert "needs the package huggingface_hub: pip install 'dino-lightning[hub]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -24,6 +24,7 @@ def page_with(room: Room) -> Image.Image:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000))
+@example(seed=259)
 def test_the_outline_follows_a_photographed_room(seed):
     seen, rooms = photograph(page_with(SQUARE), [SQUARE], np.random.default_rng(seed))
     dark = np.asarray(seen.convert("L"))
@@ -34,7 +35,8 @@ def test_the_outline_follows_a_photographed_room(seed):
     assert (dark[shrunk] < 30).all()
     x0, y0, x1, y1 = rooms[0].bbox_xyxy
     assert 0 < x0 < x1 < 200 and 0 < y0 < y1 < 150
-    assert abs(inside.sum() - (dark < 25).sum()) < 0.1 * inside.sum()
+    around = np.asarray(mask.resize((40, 30)).resize(seen.size)) > 0  # the corners of a photograph are dark, too
+    assert abs(inside.sum() - (around & (dark < 25)).sum()) < 0.1 * inside.sum()
 
 
 def test_rooms_are_tinted_and_nothing_else():

@@ -72,6 +72,16 @@ def break_dataset(root: Path, *faults: Fault) -> None:
             fault.files(root)
 
 
+def _as_shares(document: Any) -> None:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in document["images"]}
+    shares = [
+        [number / side for number, side in zip(entry["bbox"], sizes[entry["image_id"]] * 2, strict=True)]
+        for entry in document["annotations"]
+    ]
+    for entry, box in zip(document["annotations"], shares, strict=True):
+        entry["bbox"] = box
+
+
 def add(key: str, entry: Any) -> Callable[[Any], None]:
     return lambda document: document[key].append(entry)
 
@@ -276,6 +286,7 @@ FAULTS: dict[str, Fault] = {
     "annotation of no category": refused("unknown-category", put("annotations.3.category_id", 9)),
     "category_id true": refused("unknown-category", put("annotations.3.category_id", True)),
     "category_id a float": refused("unknown-category", put("annotations.3.category_id", 1.0)),
+    "bboxes as shares of the image": refused("box-format", _as_shares),
     "bbox missing": refused("box-malformed", put("annotations.4.bbox", ...)),
     "bbox of three": refused("box-malformed", put("annotations.4.bbox", [1, 2, 3])),
     "bbox of strings": refused("box-malformed", put("annotations.4.bbox", ["1", "2", "3", "4"])),
