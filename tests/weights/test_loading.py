@@ -1,8 +1,11 @@
 """Weights from addresses: servers that break off, skip, forget and change; checksums; the cache; S3."""
 
+import datetime
 import hashlib
+import ipaddress
 import os
 import re
+import ssl
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +111,44 @@ def test_a_dropped_connection_goes_on_where_it_was(server):
     server.break_after = [100_000, 50_000]
     assert local_file(server.address).read_bytes() == server.content
     assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_an_https_server_is_trusted_by_its_certificate_alone(server, tmp_path, monkeypatch):
+    """As of a mirror within a company, whose certificate SSL_CERT_FILE names."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, private = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    forms = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(*forms))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, private)
+    server.httpd.socket = context.wrap_socket(server.httpd.socket, server_side=True)
+    address = server.address.replace("http://", "https://")
+    with pytest.raises(CheckpointError, match=r"failed 5 times \(last: .*certificate"):
+        local_file(address)
+    assert not server.asked
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    server.break_after = [100_000]
+    checksum = hashlib.sha256(server.content).hexdigest()
+    assert local_file(f"{address}#sha256={checksum}").read_bytes() == server.content
+    assert server.asked == [None, "bytes=100000-"]
 
 
 def test_the_next_start_goes_on_where_the_last_one_ended(server, cache):
