@@ -67,10 +67,10 @@ class TimmBackbone(nn.Module):
                 f"to {NUM_STAGES} or 0, to train all of them or none."
             )
         settings = self.body.pretrained_cfg
-        scale = torch.tensor(IMAGENET_STD) / torch.tensor(settings.get("std", IMAGENET_STD))
-        shift = torch.tensor(IMAGENET_MEAN) - torch.tensor(settings.get("mean", IMAGENET_MEAN))
-        shift = shift / torch.tensor(settings.get("std", IMAGENET_STD))
-        self._as_it_is = bool((scale == 1).all() and (shift == 0).all())
+        mean, std = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
+        self._as_it_is = (mean, std) == (IMAGENET_MEAN, IMAGENET_STD)
+        scale = torch.tensor(IMAGENET_STD) / torch.tensor(std)
+        shift = (torch.tensor(IMAGENET_MEAN) - torch.tensor(mean)) / torch.tensor(std)
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
@@ -141,9 +141,7 @@ def timm_state(name: str, strides: Sequence[int], file: Path | None = None) -> d
     """
     given: dict[str, Any] = {} if file is None else {"pretrained_cfg_overlay": {"file": str(file)}}
     try:
-        if (
-            file is not None
-        ):  # timm leaves out what does not fit a feature extractor, but not what does not fit a network
+        if file is not None:  # what does not fit a whole network is an error; a feature extractor would leave it out
             import timm
 
             timm.create_model(name.removeprefix(PREFIX), pretrained=True, **given)
@@ -206,9 +204,7 @@ def _quotient(side: int, part: int) -> int:
 def _end_of(module: str, order: Mapping[str, int]) -> int:
     """The place of the last part of a module; feature extractors flatten or wrap the names that timm's tables have."""
     parts = module.split(".")
-    names = [
-        "_".join(parts[:count]) + "".join(f".{part}" for part in parts[count:]) for count in range(1, len(parts) + 1)
-    ]
+    names = [".".join(("_".join(parts[:count]), *parts[count:])) for count in range(1, len(parts) + 1)]
     for name in (*names, f"model.{module}"):
         inside = [place for other, place in order.items() if other == name or other.startswith(f"{name}.")]
         if inside:

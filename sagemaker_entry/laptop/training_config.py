@@ -133,16 +133,17 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
 def forward_cost(model: dict[str, Any], data: CocoDataModule) -> tuple[float, int]:
     """(10^12 floating-point operations of a forward pass of one image of average size, trainable parameters).
 
-    Counted on fake tensors, so that the model needs neither memory nor time. A multiply-add counts as two operations.
+    Counted on fake tensors, so that the pass needs neither memory nor time; the model is a real one, because some
+    backbones read values while they are built. A multiply-add counts as two operations.
     """
     sizes = np.array(
         [resized_size(image.size, data.image_size, data.max_size) for image in data.train_set.annotations.images]
     )
     height, width = (max(32, round(float(side))) for side in sizes.mean(axis=0))
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        module = DINOModule(num_classes=data.num_classes, **{k: v for k, v in model.items() if k != "num_classes"})
-        parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        module.requires_grad_(False).eval()
+    module = DINOModule(num_classes=data.num_classes, **{k: v for k, v in model.items() if k != "num_classes"})
+    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    module.requires_grad_(False).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         module.model(Batch.from_images([image]))
     return counter.get_total_flops() / 1e12, parameters
