@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -51,8 +51,7 @@ class Backbone(nn.Module):
         trainable_layers: int = 3,
     ) -> None:
         super().__init__()
-        if not 0 <= trainable_layers <= NUM_STAGES:
-            raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {NUM_STAGES}.")
+        check_trainable_layers(trainable_layers)
         self.name, self.norm = name, norm
         network = _build_network(name)
         self._steps = _RESNET_STEPS if hasattr(network, "layer4") else _feature_steps(network)
@@ -63,12 +62,7 @@ class Backbone(nn.Module):
             if not hasattr(self.body, top):
                 self.body.add_module(top, network.get_submodule(top))
         step_strides, step_channels = self._probe()
-        missing = [stride for stride in strides if stride not in step_strides]
-        if missing or not strides or list(strides) != sorted(set(strides)):
-            raise ValueError(
-                f"feature_strides={list(strides)} must be ascending strides that {name} has: "
-                f"{sorted(set(step_strides) & {4, 8, 16, 32})}."
-            )
+        check_strides(name, strides, step_strides)
         last = len(step_strides) - 1 - step_strides[::-1].index(strides[-1])
         self._drop_after(last)
         self._taps = tuple(last - step_strides[last::-1].index(stride) for stride in strides)
@@ -130,6 +124,35 @@ class Backbone(nn.Module):
             stage = 0 if step in ("conv1", "bn1") else stage_of_stride(stride)
             if stage < first_trained_stage:
                 self.body.get_submodule(step).requires_grad_(False)
+
+
+def check_trainable_layers(trainable_layers: int) -> None:
+    """Refuse a number of trained stages that no backbone has.
+
+    Raises:
+        ValueError: it is not between 0 and `NUM_STAGES`.
+    """
+    if not 0 <= trainable_layers <= NUM_STAGES:
+        raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {NUM_STAGES}.")
+
+
+def check_strides(name: str, strides: Sequence[int], known: Iterable[int]) -> None:
+    """Refuse strides of maps that a network does not have.
+
+    Args:
+        name: of the network.
+        strides: those wanted.
+        known: those that it has.
+
+    Raises:
+        ValueError: one is missing, there is none, or they do not ascend.
+    """
+    known = set(known)
+    if not strides or list(strides) != sorted(set(strides)) or not known.issuperset(strides):
+        raise ValueError(
+            f"feature_strides={list(strides)} must be ascending strides that {name} has: "
+            f"{sorted(known & {4, 8, 16, 32})}."
+        )
 
 
 def stage_of_stride(stride: int) -> int:

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.model.backbone import IMAGENET_MEAN, IMAGENET_STD, NUM_STAGES, NormKind, stage_of_stride
+from dino_lightning.model.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NUM_STAGES,
+    NormKind,
+    check_strides,
+    check_trainable_layers,
+    stage_of_stride,
+)
 
 PREFIX = "timm/"
 _MULTIPLE = 32  # sides that every network of these strides takes
@@ -47,8 +55,7 @@ class TimmBackbone(nn.Module):
         trainable_layers: int = 3,
     ) -> None:
         super().__init__()
-        if not 0 <= trainable_layers <= NUM_STAGES:
-            raise ValueError(f"trainable_backbone_layers={trainable_layers} is not between 0 and {NUM_STAGES}.")
+        check_trainable_layers(trainable_layers)
         self.name, self.norm, self.strides = name, norm, tuple(strides)
         self.body = _features(name, self.strides)
         info = self.body.feature_info
@@ -175,11 +182,7 @@ def _features(name: str, strides: Sequence[int], **options: Any) -> Any:
     except RuntimeError as error:  # an unknown tag, or no feature extractor
         raise ValueError(f"Backbone {name!r} cannot be built by timm ({error}).") from error
     found = {entry["reduction"]: index for index, entry in info}
-    if not strides or list(strides) != sorted(set(strides)) or any(stride not in found for stride in strides):
-        raise ValueError(
-            f"feature_strides={list(strides)} must be ascending strides that {name} has: "
-            f"{sorted(set(found) & {4, 8, 16, 32})}."
-        )
+    check_strides(name, strides, found)
     indices = tuple(found[stride] for stride in strides)
     return timm.create_model(network, features_only=True, out_indices=indices, **size_options, **options)
 
