@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     "inspect": ("dino_lightning.cli.inspect:run", "find what is wrong with a dataset, before training on it"),
     "preview": ("dino_lightning.cli.preview:run", "draw training images as the model sees them, with their boxes"),
+    "to_coco": ("dino_lightning.cli.to_coco:run", "write any dataset that fit reads as clean COCO"),
     "rooms": ("dino_lightning.cli.rooms:run", "draw synthetic floor plans as a COCO dataset"),
 }
 

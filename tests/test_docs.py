@@ -26,8 +26,20 @@ FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*")
 
-COMMANDS = ("fit", "validate", "test", "predict", "export", "convert", "weights", "inspect", "preview", "rooms")
-TAKE_OPTIONS_OF_FIT = ("inspect", "preview")
+COMMANDS = (
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "export",
+    "convert",
+    "weights",
+    "inspect",
+    "preview",
+    "to_coco",
+    "rooms",
+)
+TAKE_OPTIONS_OF_FIT = ("inspect", "preview", "to_coco")
 JOB_COMMANDS = ("status", "attach", "stop", "fetch", "resume")
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     "fit __main__",  # entry files
 )
 SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference")
-MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "callbacks", "cli", "inference")
+MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "data/split_loaders.py", "callbacks", "cli", "inference")
 MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"
 

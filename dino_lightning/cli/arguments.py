@@ -134,7 +134,7 @@ def explain_argument_error(message: str) -> str:
     if absent := re.fullmatch(r'Parser key "config": File does not exist: (.*)', message):
         return f"--config: {absent[1]} does not exist."
     key = re.match(r'Parser key "([\w.]+)": ', message)
-    value = re.search(r"(?:Got value|Given value): (.*)$", message)
+    value = re.search(r".*(?:Got value|Given value): (.*)$", message)  # the last is the whole one
     kinds = " or ".join(
         dict.fromkeys(_kind(name) for name in re.findall(r"<class '(\w+)'>", message.partition("Given value type")[0]))
     )
@@ -156,6 +156,7 @@ def explain_argument_error(message: str) -> str:
 def _kind(name: str) -> str:
     """A Python type in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+    words |= {"list": "a list", "dict": "a mapping"}
     return words.get(name, name)
 
 

@@ -45,19 +45,16 @@ def run(args: Sequence[str]) -> int:
 
 
 def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
-    from dino_lightning.data.annotation_file import ReadOptions
+    from dino_lightning.data.read_splits import read_options, split_options
     from dino_lightning.data.splits import resolve_split_files
     from dino_lightning.inspection.inspect import inspect_dataset
     from dino_lightning.inspection.page import as_html
     from dino_lightning.inspection.text import as_json, as_text
 
     data = fit["data"]
-    files = resolve_split_files(
-        Path(data["root"]),
-        {split: (data[f"{split}_annotations"], data[f"{split}_images"]) for split in ("train", "val", "test")},
-    )
-    options = ReadOptions(crowd=data["crowd"], box_format=data["box_format"])
-    report = inspect_dataset(files, limits=_limits(data, fit["model"]), options=options)
+    root = Path(data["root"])
+    files = resolve_split_files(root, split_options(data))
+    report = inspect_dataset(files, root=root, limits=_limits(data, fit["model"]), options=read_options(data))
     say(as_text(report))
     places = {
         output / "health.html": as_html(report, str(data["root"])),

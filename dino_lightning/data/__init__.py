@@ -8,7 +8,8 @@ from dino_lightning.data.datamodule import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.data.images import read_image
 from dino_lightning.data.loading import collate
-from dino_lightning.data.splits import SplitFiles, find_split_files
+from dino_lightning.data.split_files import SplitFiles
+from dino_lightning.data.splits import find_split_files
 from dino_lightning.data.transforms import eval_transform
 from dino_lightning.errors import DataError
 

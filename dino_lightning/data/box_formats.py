@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,22 +73,6 @@ def another_format(numbers: Boxes, sizes: Boxes, outlines: Boxes) -> str:
                 f"{len(numbers)} leave their image, by up to {outside.max():.0f} pixels, and read so none does."
             )
     return ""
-
-
-def outline_of(segmentation: Any) -> Sequence[float]:
-    """The corners of a polygon's extent, or four NaN where there is no polygon of numbers."""
-    nothing = (np.nan,) * 4
-    if not isinstance(segmentation, list) or not segmentation:
-        return nothing
-    parts = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]
-    try:
-        points = [np.asarray(part, dtype=np.float64)[: len(part) // 2 * 2].reshape(-1, 2) for part in parts]
-    except (TypeError, ValueError):
-        return nothing
-    if not points:
-        return nothing
-    every = np.concatenate(points)
-    return (*every.min(axis=0), *every.max(axis=0))
 
 
 def _by_outlines(numbers: Boxes, sizes: Boxes, outlines: Boxes) -> str:

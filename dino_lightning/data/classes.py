@@ -29,10 +29,28 @@ class Classes:
         return len(self.category_ids)
 
     def labels_of(self, annotations: CocoAnnotations) -> npt.NDArray[np.int64]:
-        """(A,) int64 labels 0..K-1 of all rows of a file that `check_classes` has accepted."""
-        label_of_id = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        table = np.array([label_of_id.get(category.id, -1) for category in annotations.categories], dtype=np.int64)
-        return table[annotations.category_indices]
+        """(A,) int64 labels 0..K-1 of all rows of a file that `check_classes` has accepted.
+
+        By the ids, or by the names where these agree and the ids do not (`by_name`).
+        """
+        if self.by_name(annotations):
+            label_of_name = {name: label for label, name in enumerate(self.names)}
+            labels = [label_of_name.get(category.name, -1) for category in annotations.categories]
+        else:
+            label_of_id = {category_id: label for label, category_id in enumerate(self.category_ids)}
+            labels = [label_of_id.get(category.id, -1) for category in annotations.categories]
+        return np.array(labels, dtype=np.int64)[annotations.category_indices]
+
+    def by_name(self, annotations: CocoAnnotations) -> bool:
+        """Whether a file numbers the same classes otherwise than the training file, so that names tell them.
+
+        Programs that export each split by itself number classes by their first appearance.
+        """
+        used = annotations.used_category_ids()
+        names = [category.name for category in annotations.categories if category.id in used]
+        unlike = bool(_conflicts_by_id(annotations, self))
+        clear = len(set(names)) == len(names) and len(set(self.names)) == len(self.names)
+        return unlike and clear and set(names) <= set(self.names)
 
 
 def classes_of(training: CocoAnnotations) -> Classes:
@@ -71,6 +89,10 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
 
 def class_conflicts(annotations: CocoAnnotations, classes: Classes) -> list[str]:
     """Where a validation or test file does not mean the same classes as the training file, a sentence each."""
+    return [] if classes.by_name(annotations) else _conflicts_by_id(annotations, classes)
+
+
+def _conflicts_by_id(annotations: CocoAnnotations, classes: Classes) -> list[str]:
     name_of_id = dict(zip(classes.category_ids, classes.names, strict=True))
     used = annotations.used_category_ids()
     conflicts = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import eq
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,74 @@ class ImageEntry:
     size: tuple[int, int]
 
 
+@dataclass(frozen=True, eq=False)
+class ImageTable(Sequence[ImageEntry]):
+    """The images of a file as arrays: an `ImageEntry` is made when it is asked for.
+
+    A hundred thousand Python objects would be copied into every loader worker as soon as it counts references to them.
+
+    Attributes:
+        ids: (images,) int64.
+        sizes: (images, 2) int64, height and width in pixels.
+        name_bytes: all file names in UTF-8, one after the other; uint8.
+        name_ends: (images + 1,) int64, where each name begins and the last one ends.
+    """
+
+    ids: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    name_bytes: npt.NDArray[np.uint8]
+    name_ends: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> ImageTable:
+        """A table of ids, file names, and (height, width) in pixels."""
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        return cls(
+            ids=np.array(ids, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+            name_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
+            name_ends=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageEntry: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ImageTable: ...
+
+    def __getitem__(self, index: int | slice) -> ImageEntry | ImageTable:
+        """One image, or a table of some of them."""
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
+        index = range(len(self))[index]
+        height, width = self.sizes[index].tolist()
+        return ImageEntry(int(self.ids[index]), self.name(index), (height, width))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def name(self, index: int) -> str:
+        """The file name of one image, relative to its folder."""
+        content = self.name_bytes[self.name_ends[index] : self.name_ends[index + 1]].tobytes()
+        return content.decode("utf-8", "surrogatepass")
+
+    def subset(self, indices: Sequence[int]) -> ImageTable:
+        """The images at `indices`, in that order."""
+        rows = np.array(indices, dtype=np.int64)
+        names = [self.name_bytes[self.name_ends[i] : self.name_ends[i + 1]] for i in rows.tolist()]
+        return ImageTable(
+            ids=self.ids[rows],
+            sizes=self.sizes[rows],
+            name_bytes=np.concatenate([np.zeros(0, np.uint8), *names]),
+            name_ends=np.cumsum([0, *map(len, names)], dtype=np.int64),
+        )
+
+
 @dataclass(frozen=True)
 class AnnotationSummary:
     """What an annotation file holds, and what was dropped or clipped.
@@ -94,7 +164,7 @@ class CocoAnnotations:
         boxes_xyxy: (A, 4) float64, corners in pixels as annotated, not clipped.
         category_indices: (A,) int64, index into `categories`.
         iscrowd: (A,) bool.
-        area: (A,) float64, square pixels; the file's `area` where it has one, else width times height.
+        area: (A,) float64, square pixels; the file's `area` where it has one that can be, else width times height.
         usable: (A,) bool, False for a box without area inside its image.
         clipped: (A,) bool, True for a usable box that sticks out of its image.
         annotation_ids: (A,) int64, -1 for an annotation without an id.
@@ -103,7 +173,7 @@ class CocoAnnotations:
     path: Path
     images_folder: Path
     categories: tuple[Category, ...]
-    images: tuple[ImageEntry, ...]
+    images: ImageTable
     offsets: npt.NDArray[np.int64]
     boxes_xyxy: npt.NDArray[np.float64]
     category_indices: npt.NDArray[np.int64]
@@ -115,7 +185,7 @@ class CocoAnnotations:
 
     def image_path(self, index: int) -> Path:
         """Where the file of image `index` lies."""
-        return self.images_folder / self.images[index].file_name
+        return self.images_folder / self.images.name(index)
 
     def subset(self, indices: Sequence[int]) -> CocoAnnotations:
         """The same file with only the images at `indices`, in that order."""
@@ -125,8 +195,17 @@ class CocoAnnotations:
         )
         return replace(
             self,
-            images=tuple(self.images[i] for i in indices),
+            images=self.images.subset(indices),
             offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS},
+        )
+
+    def keep_rows(self, rows: npt.NDArray[np.bool_]) -> CocoAnnotations:
+        """The same file with only the annotations where `rows`, (A,), is True; all images stay."""
+        before = np.concatenate(([0], np.cumsum(rows)))
+        return replace(
+            self,
+            offsets=before[self.offsets].astype(np.int64),
             **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS},
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +62,7 @@ class CocoDetection(Dataset[Sample]):
         on_bad_image: "error" refuses an image that cannot be read; "skip" gives an empty page in its place, with a
             notice, for an image that was readable when the run began.
         cache: where big images are kept scaled down, or None.
+        reader: gives the image (3, h, w) uint8 of a file name in the annotations, in place of the image folder.
 
     Raises:
         DataError: the categories of the file do not fit `classes`.
@@ -76,6 +77,7 @@ class CocoDetection(Dataset[Sample]):
         with_ground_truth: bool = True,
         on_bad_image: Literal["error", "skip"] = "error",
         cache: ImageCache | None = None,
+        reader: Callable[[str], Tensor] | None = None,
     ) -> None:
         check_classes(annotations, classes)
         self.annotations = annotations
@@ -84,6 +86,7 @@ class CocoDetection(Dataset[Sample]):
         self.with_ground_truth = with_ground_truth
         self.on_bad_image = on_bad_image
         self.cache = cache
+        self.reader = reader
         self._labels = classes.labels_of(annotations)
         self._all_readable = False
 
@@ -115,6 +118,12 @@ class CocoDetection(Dataset[Sample]):
                     f"{message} Restore the file, take the image out of the annotations, or set on_bad_image=skip."
                 ) from error
             return self._empty_page(index, landscape, message)
+        if size != entry.size and self.reader is not None:
+            raise DataError(
+                f"{self.annotations.path}[{entry.file_name}]: the image is {size[1]} x {size[0]} now, and was "
+                f"{entry.size[1]} x {entry.size[0]} when its boxes were read. What changes sizes at random "
+                "does not belong into the dataset; give it as transforms."
+            )
         if size != entry.size:
             raise DataError(
                 f"Image {entry.id} of {self.annotations.path}: width and height are "
@@ -151,7 +160,7 @@ class CocoDetection(Dataset[Sample]):
         path = self.annotations.image_path(index)
         if self.cache is not None:
             return self.cache.read(path)
-        image = read_image(path)
+        image = read_image(path) if self.reader is None else self.reader(self.annotations.images[index].file_name)
         return image, (int(image.shape[1]), int(image.shape[2]))
 
     def _empty_page(self, index: int, landscape: bool | None, message: str) -> Sample:
@@ -192,7 +201,8 @@ class CocoDetection(Dataset[Sample]):
         """
         if self._all_readable:
             return []
-        with ThreadPoolExecutor(available_cores()) as pool:  # decoders work outside Python's global lock
+        # decoders work outside Python's global lock; a dataset of the user's may not bear several threads
+        with ThreadPoolExecutor(available_cores() if self.reader is None else 1) as pool:
             results = pool.map(self._is_readable, range(len(self)))
             name = f"Reading the images of {self.annotations.path.name}"
             readable = list(tqdm(results, name, len(self), unit="image", disable=len(self) < FEW_IMAGES))

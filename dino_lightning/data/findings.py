@@ -35,14 +35,15 @@ KINDS: dict[str, Kind] = {
     "duplicate-image-id": Kind("error", "image ids listed twice", "Give each image its own id."),
     "duplicate-category-id": Kind("error", "category ids listed twice", "Give each category its own id."),
     "unknown-image": Kind(
-        "error", "annotations of images that are not listed", "Add the image, or remove the annotation."
+        "error", "annotations of images that are not listed", "Correct the image_id, or add the image."
     ),
     "unknown-category": Kind(
-        "error", "annotations of categories that are not listed", "Add the category, or remove the annotation."
+        "error", "annotations of categories that are not listed", "Correct the category_id, or add the category."
     ),
     "nothing-to-learn": Kind(
         "error", "no box to learn from", "Export the dataset with its boxes; the sentence says what there is instead."
     ),
+    "class-unknown": Kind("error", "classes that the options name and no file has", "Use the names of the file."),
     "box-format": Kind(
         "error",
         "boxes that are not x, y, width, height in pixels",
@@ -51,9 +52,7 @@ KINDS: dict[str, Kind] = {
     "box-malformed": Kind(
         "error", "boxes that are not four finite numbers", "Write x, y, width, height in pixels; NaN is no number."
     ),
-    "segmentation-only": Kind(
-        "error", "outlines without a box", "Write the extent of each segmentation as its bbox: x, y, width, height."
-    ),
+    "segmentation-only": Kind("error", "neither a box nor a usable outline", "Write each bbox: x, y, width, height."),
     "too-few-images": Kind(
         "error", "too few images to hold some out for validation", "Add images, or give a validation split."
     ),
@@ -77,6 +76,25 @@ KINDS: dict[str, Kind] = {
     ),
     "size-differs": Kind(
         "error", "size in the annotations unlike the file's", "Boxes would be misplaced: correct the size or the file."
+    ),
+    "class-slivers": Kind(
+        "warning",
+        "classes whose boxes are nearly all slivers",
+        "Are they walls or lines under the name of a class, or a wrong format? Look at the samples of the class. "
+        "Slivers of a few pixels are hardly learnt, and boxes around walls are no rooms: annotate what the name "
+        "says, or take the class out.",
+    ),
+    "class-all-the-same": Kind(
+        "warning",
+        "classes whose boxes are all the same",
+        "Left from a template, or written by a wrong export? Look at the samples of the class. A detector would learn "
+        "one size or one place, not what the objects look like.",
+    ),
+    "image-damaged": Kind(
+        "warning",
+        "images that the decoder repaired",
+        "Bytes are missing or wrong, so parts of the image may be grey, shifted or of other colours under boxes that "
+        "were right. Training uses it as it is. Look at it, and restore the file; the sentence is the decoder's.",
     ),
     "box-without-area": Kind(
         "warning", "boxes without area inside their image", "They are dropped. Zero or negative width or height?"
@@ -111,6 +129,16 @@ KINDS: dict[str, Kind] = {
         "warning",
         "areas that are no number or negative",
         "Width times height is taken. The area decides whether evaluation counts a box as small, medium or large.",
+    ),
+    "area-implausible": Kind(
+        "warning",
+        "areas that cannot be those of their boxes",
+        "Width times height is taken. The area decides whether evaluation counts a box as small, medium or large.",
+    ),
+    "other-annotations": Kind(
+        "warning",
+        "annotation files that are not used",
+        'Several files of a split are read where all are named: --data.train_annotations "[a.json, b.json]".',
     ),
     "same-file": Kind("warning", "image files listed under two ids", "Merge their annotations under one id."),
     "duplicate-image": Kind(
@@ -153,6 +181,23 @@ KINDS: dict[str, Kind] = {
     "sixteen-bit": Kind("note", "16-bit images", "Scaled to 8 bits: 65535 becomes 255."),
     "palette": Kind("note", "palette images", "Read as RGB."),
     "transparent": Kind("note", "images with transparency", "Laid on white."),
+    "value-converted": Kind(
+        "note", "numbers and ids written as another type", "Read without loss. Other tools may refuse them."
+    ),
+    "classes-chosen": Kind("note", "classes left out or merged", "As the options say; their boxes are background."),
+    "empty-dropped": Kind("note", "training images without a box left out", "As drop_empty says."),
+    "id-numbered": Kind("note", "image ids that are text", "These images are numbered; predictions name their files."),
+    "image-size-from-file": Kind("note", "images listed without width and height", "Read from the files' headers."),
+    "box-from-outline": Kind("note", "outlines without a box", "The extent of the outline is the box."),
+    "category-repeated": Kind("note", "categories listed several times", "Read as one category."),
+    "classes-by-name": Kind(
+        "note", "category ids unlike the training file's", "The names agree, and classes are matched by name."
+    ),
+    "file-name-matched": Kind(
+        "note", "file names of another machine or program", "Matched with the files in the image folder."
+    ),
+    "images-of-no-split": Kind("note", "images of no split", "The file gives each image a split, and these have none."),
+    "other-format": Kind("note", "a dataset in another format than COCO's", "Read as that format defines it."),
     "crowd-odd": Kind("note", "values of iscrowd that are no number", "Read as 0: an ordinary box. Write 0 or 1."),
     "cmyk": Kind("note", "CMYK images", "Converted to RGB."),
     "name-unlike-format": Kind("note", "file names unlike the format", "Read by content; other tools go by the name."),

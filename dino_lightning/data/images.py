@@ -8,6 +8,8 @@ damaged one.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; a drawing office's largest scans (A0 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
 _PILLOWS_LIMIT = threading.Lock()
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
@@ -79,23 +82,56 @@ def read_image(path: Path) -> Tensor:
         (3, height, width) uint8, RGB, in channels-last memory, which torchvision resizes fastest.
 
     Raises:
-        DataError: the file is missing or cannot be decoded.
+        DataError: the file is missing, no regular file, or cannot be decoded.
     """
     return decode_bytes(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an image file.
+    """The content of an image file, which may be a link to one.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: it is missing, cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """An image file, open for reading; it may be a link to one.
+
+    Raises:
+        DataError: it is missing, cannot be read, or is no regular file: a named pipe would wait for a writer, and a
+            device may have no end.
     """
     try:
-        return path.read_bytes()
+        kind = _kind_of_file(path.stat().st_mode)  # before it is opened: devices may act on that
+        if not kind:
+            # should it have been replaced since: an opened pipe does not wait
+            with open(os.open(path, _OPEN_FLAGS), "rb") as file:  # noqa: PTH123  # of a descriptor
+                kind = _kind_of_file(os.fstat(file.fileno()).st_mode)
+                if not kind:
+                    yield file
+                    return
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise DataError(f"{path} cannot be decoded ({error}).") from error
+    raise DataError(f"{path} is not a regular file but {kind}.")
+
+
+def _kind_of_file(mode: int) -> str:
+    """What a file is by its `st_mode`, as a message names it; "" for a regular file."""
+    if stat.S_ISREG(mode):
+        return ""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def decode_image(file: BinaryIO, name: str) -> Tensor:

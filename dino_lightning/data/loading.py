@@ -12,11 +12,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning.data.dataset import Sample
+from dino_lightning.data.dataset import Sample, available_cores
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
 
+MAX_WORKERS = 8
+TINY_DATASET = 64  # images; starting workers takes longer than reading these
 MAX_DEATHS = 3  # of worker processes in one epoch
 
 
@@ -111,6 +113,13 @@ def _leave_deaths_to_the_loader() -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     if getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def default_workers(images: int, processes: int) -> int:
+    """Loader processes for one dataset, where `processes` training processes share this machine's cores."""
+    if images < TINY_DATASET:
+        return 0
+    return min(MAX_WORKERS, max(1, available_cores() // processes))
 
 
 def collate(samples: Sequence[Sample], *, pad_to: tuple[int, int] | None = None, pad_to_multiple: int = 1) -> Batch:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, load_coco
+from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, raise_first_error
+from dino_lightning.data.class_choice import class_choice
 from dino_lightning.data.classes import Classes, check_classes, classes_of
-from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.coco import CocoAnnotations, Problem
+from dino_lightning.data.findings import KINDS
+from dino_lightning.data.read_files import read_files
+from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.data.splits import (
-    SplitFiles,
+    Given,
     check_files_exist,
     check_images_folder,
     resolve_split_files,
@@ -19,6 +24,7 @@ from dino_lightning.data.splits import (
 )
 from dino_lightning.errors import DataError
 
+MOST_ALIKE = 3  # sentences of one kind about one file; more are one sentence with their number
 NAMES_SHOWN = 5  # of classes, in one sentence
 
 
@@ -44,7 +50,7 @@ class Splits:
 
 
 def read_splits(
-    given: Mapping[str, str | None],
+    given: Mapping[str, Given],
     *,
     val_fraction: float,
     seed: int,
@@ -63,25 +69,25 @@ def read_splits(
     Raises:
         DataError: something is wrong with the files; the message says what, where, and how to see everything.
     """
-    files = resolve_split_files(
-        Path(given["root"] or ""),
-        {name: (given[f"{name}_annotations"], given[f"{name}_images"]) for name in ("train", "val", "test")},
-    )
+    root = Path(str(given["root"] or ""))
+    files = resolve_split_files(root, split_options(given))
     try:
-        found, classes = _read(files, files_must_exist=files_must_exist, options=options)
+        found, classes, problems = _read(root, files, files_must_exist=files_must_exist, options=options)
     except DataError as error:
         given_here = " ".join(
-            f"--data.{name} {shlex.quote(value)}" for name, value in given.items() if value is not None
+            f"--data.{name} {shlex.quote(value if isinstance(value, str) else str(list(value)))}"
+            for name, value in given.items()
+            if value is not None
         )
         inspect = f"python -m dino_lightning inspect {given_here}"
         raise DataError(f"{error} All that is wrong with the dataset: {inspect}") from error
-    notes = []
+    notes, repairs = said_once(problems)
     if classes.left_out is not None:
         notes.append(
             f"Category {classes.left_out.id} ({classes.left_out.name!r}) has no annotations and is the "
             "supercategory of all others: it is not a class."
         )
-    repairs = [sentence for split in found.values() if (sentence := _repairs(split))]
+    repairs += [sentence for split in found.values() if (sentence := repairs_of(split))]
     train, val = found["train"], found.get("val")
     if sentence := _classes_without_boxes(train, classes):
         repairs.append(sentence)
@@ -97,10 +103,40 @@ def read_splits(
     return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs))
 
 
+def split_options(given: Mapping[str, Given]) -> dict[str, tuple[Given, str | None]]:
+    """Annotations and images of each split as `resolve_split_files` takes them, from the data module's options."""
+    named = {}
+    for name in ("train", "val", "test"):
+        images = given[f"{name}_images"]
+        assert images is None or isinstance(images, str)
+        named[name] = (given[f"{name}_annotations"], images)
+    return named
+
+
+def read_options(options: Mapping[str, Any]) -> ReadOptions:
+    """How to read the annotations, from the data module's options by name.
+
+    Raises:
+        ValueError: the choice of classes contradicts itself.
+    """
+    return ReadOptions(
+        crowd=options["crowd"],
+        box_format=options["box_format"],
+        choice=class_choice(options["classes"], options["merge_classes"]),
+        drop_empty=options["drop_empty"],
+    )
+
+
 def _read(
-    files: Mapping[str, SplitFiles], *, files_must_exist: bool, options: ReadOptions
-) -> tuple[dict[str, CocoAnnotations], Classes]:
-    found = {name: load_coco(split.annotations, split.images, options) for name, split in files.items()}
+    root: Path, files: Mapping[str, SplitFiles], *, files_must_exist: bool, options: ReadOptions
+) -> tuple[dict[str, CocoAnnotations], Classes, list[Problem]]:
+    found: dict[str, CocoAnnotations] = {}
+    problems: list[Problem] = []
+    for name, read in read_files(root, files, options).items():
+        raise_first_error(read.problems)
+        assert read.annotations is not None
+        found[name] = read.annotations
+        problems += read.problems
     if reason := found["train"].nothing_to_learn():
         raise DataError(f"{found['train'].path}: {reason}")
     for split in found.values():
@@ -110,7 +146,34 @@ def _read(
     classes = classes_of(found["train"])
     for split in found.values():
         check_classes(split, classes)
-    return found, classes
+        if classes.by_name(split):
+            problems.append(classes_by_name(split))
+    return found, classes, problems
+
+
+def classes_by_name(annotations: CocoAnnotations) -> Problem:
+    """That the ids of a file's categories are not those of the training file."""
+    message = "category ids differ from those of the training file, names agree; classes are matched by name."
+    return Problem("classes-by-name", f"{annotations.path}: {message}")
+
+
+def said_once(problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    """What was converted, guessed or dropped while reading: notes and warnings, a sentence for each kind and file."""
+    grouped: dict[tuple[str, str], list[Problem]] = {}
+    for problem in {problem.message: problem for problem in problems}.values():  # splits may share a file
+        grouped.setdefault((problem.kind, problem.message.split(": ")[0]), []).append(problem)
+    notes: list[str] = []
+    repairs: list[str] = []
+    for (kind, path), cases in grouped.items():
+        sentences = [case.message for case in cases]
+        if len(cases) > MOST_ALIKE:
+            first = sentences[0].removeprefix(f"{path}: ")
+            sentences = [f"{path}: {len(cases)} {KINDS[kind].title}. {KINDS[kind].advice} The first: {first}"]
+        if KINDS[kind].severity == "note":
+            notes += sentences
+        else:
+            repairs += sentences
+    return notes, repairs
 
 
 def _classes_without_boxes(train: CocoAnnotations, classes: Classes) -> str:
@@ -124,7 +187,7 @@ def _classes_without_boxes(train: CocoAnnotations, classes: Classes) -> str:
     return f"{train.path}: {len(empty)} of {len(classes)} classes have no box to learn from: {named}{more}."
 
 
-def _repairs(split: CocoAnnotations) -> str:
+def repairs_of(split: CocoAnnotations) -> str:
     """What had to be repaired in a split, in a sentence; empty if nothing."""
     summary = split.summary
     if not summary.degenerate and not summary.clipped:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dino_lightning.data.annotation_file import shown_value
 from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.json_file import shown_value
+from dino_lightning.data.other_formats.voc import find_voc
+from dino_lightning.data.other_formats.yolo import find_yolo
+from dino_lightning.data.search import (
+    coco_files,
+    files_in,
+    first_file_names,
+    foreign_format,
+    image_folders,
+    json_files,
+    looks_like_coco,
+    split_of,
+    split_word,
+    splits_in_entries,
+)
+from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles, is_file
 from dino_lightning.errors import DataError
 
+FILES_NAMED = 8  # in one sentence
 FILES_TO_PROBE = 8  # to tell whether a folder is the right one
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """One split: its annotation file and the folder its file names are relative to."""
-
-    annotations: Path
-    images: Path
 
 
 @dataclass(frozen=True)
@@ -53,72 +62,90 @@ WHOLE_LAYOUTS = (  # one file for everything: all of it is for training
 
 
 def find_split_files(root: Path) -> dict[str, SplitFiles]:
-    """Find the splits of a dataset folder by the usual conventions: `LAYOUTS`, then `WHOLE_LAYOUTS`.
+    """Find the splits of a dataset folder.
+
+    First by the usual conventions, `LAYOUTS` and `WHOLE_LAYOUTS`; then any JSON file that looks like COCO's, by the
+    words for a split in its name and in those of its folders; then YOLO's and Pascal VOC's folders.
 
     Returns:
         The splits found, by name: "train", "val", "test".
 
     Raises:
-        DataError: the folder does not exist, or none of the conventions fits.
+        DataError: the folder does not exist, or nothing fits.
     """
     found = _discover(Path(root))
     if not found:
-        looked_for = ", ".join(layout.annotations for layout in (*LAYOUTS, *WHOLE_LAYOUTS))
-        names = "; ".join(" or ".join(names) for names in SPLIT_NAMES.values())
-        raise DataError(
-            f"{root}: no annotation file found. Looked for {looked_for} (split: {names}). "
-            "Move the files to such places, or name them with train_annotations and train_images."
-        )
+        raise DataError(_nothing_found(Path(root)))
     return found
 
 
-def resolve_split_files(root: Path, explicit: Mapping[str, tuple[str | None, str | None]]) -> dict[str, SplitFiles]:
+Given = str | Sequence[str] | None
+
+
+def resolve_split_files(root: Path, explicit: Mapping[str, tuple[Given, str | None]]) -> dict[str, SplitFiles]:
     """The files of each split: those the user names, the others as found in the root.
 
     Args:
         root: the dataset folder.
-        explicit: per split the annotation file and the image folder, either of them or both None. Paths are
-            relative to the working directory or to `root`.
+        explicit: per split the annotation file, files or pattern, and the image folder, either of them or both None.
+            Paths are relative to the working directory or to `root`.
 
     Raises:
         DataError: no training files, or a named file or folder that does not exist.
     """
     found = find_split_files(root) if explicit["train"][0] is None else _discover(root)
-    for split, (json_file, images) in explicit.items():
-        if json_file is not None:
-            path = _existing(root, json_file, f"{split}_annotations")
-            candidates = [path.parent / "images", path.parent, root / split, root / "images", root]
-            found[split] = SplitFiles(path, choose_image_folder(path, candidates))
+    for split, (given, images) in explicit.items():
+        if given is not None:
+            paths = _named(root, given, f"--data.{split}_annotations")
+            found[split] = _together([_of_file(root, path, split) for path in paths])
         if images is not None:
             if split not in found:
-                raise DataError(f"{split}_images: given without annotations for it. Give {split}_annotations as well.")
-            found[split] = SplitFiles(found[split].annotations, _existing(root, images, f"{split}_images"))
+                raise DataError(
+                    f"--data.{split}_images: given without annotations for it. Give --data.{split}_annotations as well."
+                )
+            folder = _existing(root, images, f"--data.{split}_images")
+            files = found[split]
+            also = tuple(replace(other, images=folder) for other in files.also)
+            found[split] = replace(files, images=folder, also=also)
     if "train" not in found:
         raise DataError(
             f"{root}: has {' and '.join(found)} files but no training files, which define the classes. "
-            "Give train_annotations."
+            "Give --data.train_annotations."
         )
-    return found
+    return _parts_of_file(found)
 
 
-def choose_image_folder(annotations: Path, candidates: Sequence[Path]) -> Path:
+def unused_files(root: Path, files: Mapping[str, SplitFiles]) -> list[Path]:
+    """Files in the root that look like COCO's and belong to no split; those for other tasks are left out."""
+    used = {Path(os.path.realpath(each.annotations)) for split in files.values() for each in (split, *split.also)}
+    if not root.is_dir() or any(split.format != "coco" for split in files.values()):
+        return []
+    choices = [path for splits in coco_files(root).values() for choice in splits for path in choice]
+    return sorted(path for path in choices if Path(os.path.realpath(path)) not in used)
+
+
+def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Path | None = None) -> Path:
     """Of the candidates that exist, the one in which most of the first files listed in `annotations` lie.
 
-    Ties go to the first one, so the order of the candidates matters.
+    Ties go to the first one, so the order of the candidates matters. Where none holds any, and a root is given, all its
+    folders with images are candidates, and base names count as well.
     """
     folders = [folder for folder in candidates if folder.is_dir()]
-    if len(folders) <= 1:
-        return folders[0] if folders else candidates[0]
-    names = _first_file_names(annotations)
-    return max(folders, key=lambda folder: sum(is_file(folder / name) for name in names))
-
-
-def is_file(path: Path) -> bool:
-    """As `Path.is_file`, and False for a name too long for the file system, at which that raises."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    if len(folders) == 1 and root is None:
+        return folders[0]
+    names = first_file_names(annotations)
+    best = max(folders, key=lambda folder: files_in(folder, names)[0], default=None)
+    if best is not None and (root is None or not names or files_in(best, names)[0]):
+        return best
+    if root is not None and root.is_dir():
+        split = split_of(annotations, root) if annotations.is_relative_to(root) else None
+        others = sorted(image_folders(root), key=lambda folder: split_of(folder / "x", root) != split)
+        choice = max([*folders, *others], key=lambda folder: files_in(folder, names), default=None)
+        if choice is not None and any(files_in(choice, names)):
+            return choice
+        if best is None and len(others) == 1:
+            return others[0]
+    return best or candidates[0]
 
 
 def split_images(annotations: CocoAnnotations, fraction: float, seed: int) -> tuple[CocoAnnotations, CocoAnnotations]:
@@ -141,7 +168,7 @@ def split_images(annotations: CocoAnnotations, fraction: float, seed: int) -> tu
     count = len(annotations.images)
     if count < 2:
         raise DataError(
-            f"{annotations.path}: one image is too few to hold some out for validation. Give val_annotations."
+            f"{annotations.path}: one image is too few to hold some out for validation. Give --data.val_annotations."
         )
     ranked = sorted(range(count), key=lambda i: _rank(seed, annotations.images[i].id))
     held_out = set(ranked[: min(max(1, round(fraction * count)), count - 1)])
@@ -156,13 +183,93 @@ def _rank(seed: int, image_id: int) -> bytes:
 
 
 def _discover(root: Path) -> dict[str, SplitFiles]:
-    if not root.is_dir():
-        raise DataError(f"{root}: the dataset folder does not exist.")
+    if root.suffix.lower() in (".yaml", ".yml") and is_file(root):  # as YOLO's own commands take it
+        root = root.parent
+    _check_folder(root)
     year = _newest_year(root)
-    found = {split: _first_match(root, LAYOUTS, names, year) for split, names in SPLIT_NAMES.items()}
-    if not any(found.values()):
-        found["train"] = _first_match(root, WHOLE_LAYOUTS, ("",), year)
-    return {split: files for split, files in found.items() if files is not None}
+    matches = {split: _first_match(root, LAYOUTS, names, year) for split, names in SPLIT_NAMES.items()}
+    if not any(matches.values()):
+        matches["train"] = _first_match(root, WHOLE_LAYOUTS, ("",), year)
+    found = {split: files for split, files in matches.items() if files is not None}
+    if "train" in found and found["train"].part is None and len(found) > 1:
+        return found
+    others = coco_files(root)
+    for split in SPLIT_NAMES:
+        if split not in found and split in others:
+            found[split] = _together([_of_file(root, path, split) for path in others[split][0]])
+    if not found and len(others.get(None, [])) == 1:
+        found["train"] = _together([_of_file(root, path, "train") for path in others[None][0]])
+    if not found:
+        found = {split: replace(files, format="yolo") for split, files in find_yolo(root).items()}
+    if not found:
+        found = {split: replace(files, format="voc") for split, files in find_voc(root).items()}
+    return found
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        next(root.iterdir(), None)
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: the dataset folder does not exist.") from error
+    except NotADirectoryError as error:
+        raise DataError(f"{root}: is a file. Give its folder, and the file as --data.train_annotations.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root}: the dataset folder cannot be read ({getattr(error, 'strerror', error)}).") from error
+
+
+def _nothing_found(root: Path) -> str:
+    """What lies in a folder in which no split was found, and the command to name it."""
+    files = json_files(root)
+    if not files:
+        return (
+            f"{root}: no annotation file found: there is no JSON file in it, no data.yaml of YOLO and no XML of Pascal "
+            "VOC. Is it the folder of the dataset?"
+        )
+    likely = [path for path in files if looks_like_coco(path)]
+    shown = [path.relative_to(root).as_posix() for path in (likely or files)[:FILES_NAMED]]
+    more = f" and {len(likely or files) - len(shown)} more" if len(likely or files) > len(shown) else ""
+    if not likely:
+        format_ = foreign_format(files[0])
+        what = f" {shown[0]} has {format_}." if format_ else ""
+        return (
+            f"{root}: none of its JSON files ({', '.join(shown)}{more}) is a COCO file, with images, annotations and "
+            f"categories.{what}"
+        )
+    return (
+        f"{root}: {', '.join(shown)}{more} look like COCO files, but their names do not tell which is for training. "
+        f"Name one or all of them: --data.root {shlex.quote(str(root))} --data.train_annotations "
+        f"{shlex.quote(shown[0] if len(shown) == 1 else '[' + ', '.join(shown[:2]) + ']')}"
+    )
+
+
+def _of_file(root: Path, path: Path, split: str) -> SplitFiles:
+    """A COCO file of which only the path is known, with the folder that its images are in."""
+    stem = path.name.split(".")[0]
+    word = next((name for name in (path.parent.name, stem) if split_word(name) == split), split)
+    near, above = path.parent, path.parent.parent
+    candidates = [
+        near / "images", near, root / split, root / word, root / "images" / word, above / "images" / word, above / word,
+        root / "images", above / "images", root / "data", root,
+    ]  # fmt: skip
+    inside = [folder for folder in candidates if folder == near or folder.is_relative_to(root) or folder.parent == near]
+    return SplitFiles(path, choose_image_folder(path, list(dict.fromkeys(inside)), root))
+
+
+def _together(files: Sequence[SplitFiles]) -> SplitFiles:
+    return replace(files[0], also=tuple(files[1:]))
+
+
+def _parts_of_file(found: dict[str, SplitFiles]) -> dict[str, SplitFiles]:
+    """One file for everything, whose images have a `split` field, is as many splits as it names."""
+    train = found["train"]
+    if "val" in found or train.also or train.format != "coco" or train.annotations.suffix.lower() != ".json":
+        return found
+    declared = splits_in_entries(train.annotations)
+    if "train" not in declared or len(declared) == 1:
+        return found
+    return {split: replace(train, part=split) for split in SPLIT_NAMES if split in declared} | {
+        split: files for split, files in found.items() if split != "train"
+    }
 
 
 def _first_match(root: Path, layouts: Sequence[Layout], names: Sequence[str], year: str) -> SplitFiles | None:
@@ -171,7 +278,7 @@ def _first_match(root: Path, layouts: Sequence[Layout], names: Sequence[str], ye
             annotations = root / layout.annotations.format(split=name, year=year)
             if is_file(annotations):
                 folders = [root / folder.format(split=name, year=year) for folder in layout.images]
-                return SplitFiles(annotations, choose_image_folder(annotations, folders))
+                return SplitFiles(annotations, choose_image_folder(annotations, folders, root))
     return None
 
 
@@ -185,17 +292,20 @@ def _newest_year(root: Path) -> str:
     return ""
 
 
-def _first_file_names(annotations: Path, count: int = 3) -> list[str]:
-    # Searched as text: a large file should be parsed once, by `load_coco`, which also says what is wrong.
-    names: list[str] = []
-    for match in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', annotations.read_bytes()):
-        try:
-            names.append(str(json.loads(match[1])).replace("\\", "/"))
-        except ValueError:
-            continue
-        if len(names) == count:
-            break
-    return names
+def _named(root: Path, given: str | Sequence[str], argument: str) -> list[Path]:
+    """The files that an option names: one, a list, or a pattern."""
+    paths: list[Path] = []
+    for name in [given] if isinstance(given, str) else given:
+        if glob.has_magic(name) and not any(is_file(folder / name) for folder in (Path(), root)):
+            matches = sorted({Path(match) for folder in (Path(), root) for match in glob.glob(str(folder / name))})  # noqa: PTH207
+            if not matches:
+                raise DataError(f"{argument}: no file fits {name}, neither in the working directory nor in {root}.")
+            paths += matches
+        else:
+            paths.append(_existing(root, name, argument))
+    if not paths:
+        raise DataError(f"{argument}: the list is empty. Name at least one file.")
+    return list(dict.fromkeys(paths))
 
 
 def _existing(root: Path, given: str, argument: str) -> Path:
@@ -211,8 +321,8 @@ def check_images_folder(split: CocoAnnotations) -> None:
     if not any(is_file(split.image_path(index)) for index in probed):
         others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
         raise DataError(
-            f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the "
-            "folder that the file names are relative to as train_images, val_images or test_images."
+            f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the folder "
+            "that the file names are relative to as --data.train_images, --data.val_images or --data.test_images."
         )
 
 

@@ -16,20 +16,29 @@ from dino_lightning.data.augmentation import (
     PlansAugmentation,
 )
 from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.own_transforms import OwnTransforms
 from dino_lightning.data.transforms import Resize, Transform, resized_size
 from dino_lightning.structures import Batch
 
 Size = tuple[int, int]  # (height, width) in pixels
+MOST_ELONGATED = 8  # long side by short side of what own transforms make; beyond it a size may be a few pixels short
 
 
 def largest_sizes(transform: Transform | None, size: Size) -> list[Size]:
     """Sizes such that whatever a transform makes of an image of `size` lies within one of them; canvases aside.
+
+    Own transforms that may change the size can give any shape up to `MOST_ELONGATED`, before it is resized.
 
     Raises:
         TypeError: a transform that this function does not know.
     """
     if transform is None:
         return [size]
+    if isinstance(transform, OwnTransforms):
+        if transform.keep_size:
+            return largest_sizes(transform.then, size)
+        shapes = _of_any_shape(*_limits(transform.then), MOST_ELONGATED)
+        return [*largest_sizes(transform.then, size), *shapes]
     if not isinstance(transform, Resize | FlipsAugmentation | PlansAugmentation | CocoAugmentation):
         raise TypeError(f"The largest image that {type(transform).__name__} can make is not known.")
     # the largest scale gives the largest image; a crop of plans is scaled as the whole image is
@@ -42,18 +51,30 @@ def largest_sizes(transform: Transform | None, size: Size) -> list[Size]:
 
 
 def turns(transform: Transform | None) -> bool:
-    """Whether a transform turns images by quarters."""
+    """Whether a transform turns images by quarters, to an orientation that may be asked for."""
+    if isinstance(transform, OwnTransforms):
+        return turns(transform.then)
     return isinstance(transform, FlipsAugmentation | PlansAugmentation) and transform.quarter_turns
 
 
 def _after_published_crop(image_size: int, max_size: int) -> list[Size]:
     """Its windows have any shape, up to this ratio of their sides, and their short side is resized in full."""
     smallest, largest = (max(1, round(side * image_size / REFERENCE_SIZE)) for side in CROP_SIDES)
-    ratio = largest / smallest
+    return _of_any_shape(image_size, max_size, largest / smallest)
+
+
+def _of_any_shape(image_size: int, max_size: int, ratio: float) -> list[Size]:
+    """The largest sizes by the published rule, of images of any shape up to a ratio of their sides."""
     short = min(image_size, max_size)
     # `resized_size` rounds the short side, so the long one may pass its limit by half the ratio
     long = min(math.ceil(image_size * ratio), math.floor(max_size + ratio / 2))
     return [(short, long), (long, short)]
+
+
+def _limits(transform: Transform) -> Size:
+    """`image_size` and `max_size` of a preset."""
+    assert isinstance(transform, Resize | FlipsAugmentation | PlansAugmentation | CocoAugmentation)
+    return transform.image_size, transform.max_size
 
 
 def largest_canvas(

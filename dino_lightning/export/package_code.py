@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,15 +17,21 @@ SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js", ".txt")
 WEIGHTS = ".pt"  # that come with the package: a job may start from them, a served model has its own
 
 
-def requirements(backbone: str = "") -> list[str]:
-    """What the package needs beside torch and torchvision, which come with the image; timm for a backbone of timm."""
+def requirements(backbone: str = "", extras: Sequence[str] = ()) -> list[str]:
+    """What the package needs beside torch and torchvision, which come with the image.
+
+    Args:
+        backbone: its name; timm is added for one of timm.
+        extras: of this package, whose requirements are added.
+    """
     shipped = PROJECT / REQUIREMENTS
     if shipped.is_file():  # in a job the package is not installed, but its list lies beside it
         return shipped.read_text().split("\n")[:-1]
     needed = metadata.requires(DISTRIBUTION) or []
     own = [line for line in needed if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in FROM_THE_IMAGE]
-    extra = backbone.partition("/")[0]  # a library of networks, which an extra of this package has
-    return own + [line.partition(";")[0].strip() for line in needed if re.search(f"extra == .{extra}\\W", line + " ")]
+    for extra in (backbone.partition("/")[0], *extras):  # the first is a library of networks, which an extra has
+        own += [line.partition(";")[0].strip() for line in needed if re.search(f"extra == .{extra}\\W", line + " ")]
+    return own
 
 
 def package_files() -> dict[str, Path]:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dino_lightning.data.annotation_file import parse_images, read_json
+from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco import Problem
+from dino_lightning.data.image_entries import read_images
+from dino_lightning.data.json_file import read_tables
+from dino_lightning.data.lossless import Conversions
 from dino_lightning.data.splits import choose_image_folder
 from dino_lightning.errors import DataError
 
@@ -107,6 +110,8 @@ def _found(source: str) -> Iterator[str]:
         for name in glob.iglob(source, recursive=True):  # noqa: PTH207 - absolute patterns
             if _is_image(name) and Path(name).is_file():
                 yield name
+    elif os.path.exists(source):  # noqa: PTH110 - as above
+        raise DataError(f"{source} is neither a regular file nor a folder.")
     else:
         raise DataError(f"{source} does not exist.")
 
@@ -117,17 +122,16 @@ def _is_image(name: str) -> bool:
 
 
 def _images_of_coco(path: Path, image_folder: Path | None) -> list[ListedImage]:
-    document = read_json(path)
-    entries = document.get("images")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(f"{path}: has no list of images; give a COCO file, images, or folders with images.")
-    problems: list[Problem] = []
-    images, _ = parse_images(path, entries, problems.append)
-    if problems:
-        raise DataError(problems[0].message)
+    try:
+        tables = read_tables(path, needed=["images"])
+    except DataError as error:
+        raise DataError(f"{error} Give a COCO file, images, or folders with images.") from error
     if image_folder is not None and not image_folder.is_dir():
         raise DataError(f"{image_folder}: the image folder does not exist.")
     folder = image_folder or choose_image_folder(path, _likely_folders(path))
+    problems: list[Problem] = []
+    images = read_images(path, folder, tables.images, Conversions(), problems.append).table
+    raise_first_error(problems)
     return [_listed(folder / image.file_name, image.file_name, image.id, image.size) for image in images]
 
 

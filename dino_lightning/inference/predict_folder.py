@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined]  # exported, not declared
 
 from dino_lightning.console import say
-from dino_lightning.data.datamodule import default_workers
+from dino_lightning.data.loading import default_workers
 from dino_lightning.errors import UsageError
 from dino_lightning.files import sha256_of
 from dino_lightning.inference.detector import load_module

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,8 @@ def check_images(found: Found, split: str, source: CocoAnnotations, facts: Seque
             detail = f"annotated {entry.size[1]} x {entry.size[0]}, the file has {width} x {height} as displayed"
             swapped = fact.turned and fact.size == entry.size[::-1]
             add("size-swapped" if swapped else "size-differs", detail)
+        if fact.damage:
+            add("image-damaged", fact.damage)
         if per_image[index] == 0:
             add("no-boxes")
 
@@ -132,12 +134,16 @@ def check_categories(
     found: Found, split: str, source: CocoAnnotations, classes: Classes | None, counts: Sequence[int]
 ) -> None:
     """Check that every class has a name of its own and boxes, and is the same class as in training."""
-    names = Counter(category.name for category in source.categories)
-    for category in source.categories:
+    root = None if classes is None else classes.left_out
+    listed = [category for category in source.categories if root is None or category != root]
+    names = Counter(category.name for category in listed)
+    for category in listed:
         if names[category.name] > 1:
             found["duplicate-category-name", split].append(Case(f"category {category.id} ({category.name})"))
     if classes is None:
         return
+    if classes.by_name(source):
+        found["classes-by-name", split].append(Case())
     if split == "train" and classes.left_out is not None:
         found["root-category", split].append(Case(f"category {classes.left_out.id} ({classes.left_out.name})"))
     for category_id, name, count in zip(classes.category_ids, classes.names, counts, strict=True):
@@ -150,13 +156,20 @@ def check_categories(
 
 
 def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
-    """Find image files in the splits' folders that no annotation file lists."""
+    """Find image files in the splits' folders that no annotation file lists, not even in a faulty entry."""
     roots = {name: Path(os.path.realpath(split.files.images)) for name, split in splits.items()}
     listed = {
         roots[name] / image.file_name
         for name, split in splits.items()
         if split.annotations is not None
         for image in split.annotations.images
+    }
+    named_in_findings = [
+        (split, case.file_name) for (_, split), cases in found.items() for case in cases if case.file_name
+    ]
+    listed |= {  # "../images/1.png" is refused too
+        Path(os.path.normpath(roots[split] / PureWindowsPath(file_name).as_posix()))
+        for split, file_name in named_in_findings
     }
     for name in splits:
         for folder, _, files in os.walk(roots[name]):  # skips folders that cannot be read

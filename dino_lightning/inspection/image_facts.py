@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dino_lightning.data.dataset import available_cores
 from dino_lightning.data.images import EXIF_ORIENTATION, decode_bytes, open_image, read_bytes
 from dino_lightning.errors import DataError
+from dino_lightning.inspection.jpeg_damage import jpeg_damage
 
 THUMBNAIL = 32  # pixels; enough to compare two images
 SUFFIXES = {
@@ -37,6 +38,7 @@ class ImageFacts:
     Attributes:
         missing: the file does not exist.
         error: why it cannot be decoded, or "".
+        damage: what the decoder repaired, in its words, or "".
         size: (height, width) in pixels as displayed; (0, 0) if it cannot be decoded.
         notes: kinds of findings (see `KINDS`) about how the file is stored.
         turned: EXIF rotates it by 90 degrees, which swaps height and width.
@@ -46,6 +48,7 @@ class ImageFacts:
 
     missing: bool
     error: str
+    damage: str
     size: tuple[int, int]
     notes: tuple[str, ...]
     turned: bool
@@ -60,18 +63,18 @@ def image_facts(path: Path) -> ImageFacts:
         content = read_bytes(path)
     except DataError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
-        return ImageFacts(missing, str(error), (0, 0), (), False, b"", nothing)
+        return ImageFacts(missing, str(error), "", (0, 0), (), False, b"", nothing)
     digest = hashlib.blake2b(content, digest_size=16).digest()
     notes, turned = _how_it_is_stored(content, path.suffix.lower())
     try:
         image = decode_bytes(content, str(path))
     except (DataError, MemoryError) as error:
         message = str(error) or f"{path} cannot be decoded (out of memory)."
-        return ImageFacts(False, message, (0, 0), tuple(notes), turned, digest, nothing)
+        return ImageFacts(False, message, "", (0, 0), tuple(notes), turned, digest, nothing)
     small = functional.resize(image, [THUMBNAIL, THUMBNAIL], antialias=True)
     grey = functional.rgb_to_grayscale(small)[0].numpy()
     size = (int(image.shape[1]), int(image.shape[2]))
-    return ImageFacts(False, "", size, tuple(notes), turned, digest, grey)
+    return ImageFacts(False, "", jpeg_damage(content), size, tuple(notes), turned, digest, grey)
 
 
 def facts_of_all(paths: Sequence[Path], name: str, *, progress: bool = True) -> list[ImageFacts]:

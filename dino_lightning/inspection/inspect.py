@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, read_coco
+from dino_lightning.data.annotation_file import AS_COCO, ReadOptions
 from dino_lightning.data.classes import Classes, classes_of
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
-from dino_lightning.data.splits import SplitFiles
+from dino_lightning.data.read_files import read_files
+from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.inspection.checks import (
     Limits,
     check_boxes,
@@ -20,6 +22,7 @@ from dino_lightning.inspection.checks import (
     check_folders,
     check_images,
 )
+from dino_lightning.inspection.class_shapes import check_class_shapes
 from dino_lightning.inspection.image_facts import ImageFacts, facts_of_all
 from dino_lightning.inspection.report import HealthReport, SplitHealth
 
@@ -27,6 +30,7 @@ from dino_lightning.inspection.report import HealthReport, SplitHealth
 def inspect_dataset(
     files: Mapping[str, SplitFiles],
     *,
+    root: Path | None = None,
     limits: Limits | None = None,
     progress: bool = True,
     options: ReadOptions = AS_COCO,
@@ -35,6 +39,7 @@ def inspect_dataset(
 
     Args:
         files: the splits by name, including "train".
+        root: the dataset folder, in which annotation files that are not used are looked for; by default not.
         limits: the limits of training and evaluation; the defaults of `fit` when None.
         progress: whether to show a progress bar.
         options: how to read what files of other programs write otherwise.
@@ -44,10 +49,10 @@ def inspect_dataset(
     """
     found: dict[tuple[str, str], list[Case]] = defaultdict(list)
     loaded: dict[str, CocoAnnotations | None] = {}
-    for name, split in files.items():
-        loaded[name], problems = read_coco(split.annotations, split.images, options)
-        for problem in problems:
-            sentence = problem.message.removeprefix(f"{split.annotations}: ")
+    for name, read in read_files(root, files, options).items():
+        loaded[name] = read.annotations
+        for problem in read.problems:
+            sentence = problem.message.removeprefix(f"{files[name].annotations}: ").removeprefix(f"{root}: ")
             case = Case(sentence, problem.image_id, problem.annotation_id, problem.file_name)
             found[problem.kind, name].append(case)
     training = loaded.get("train")
@@ -66,6 +71,7 @@ def inspect_dataset(
             check_images(found, name, annotations, facts)
             check_boxes(found, name, annotations, limits or Limits())
             check_categories(found, name, annotations, classes, counts)
+            check_class_shapes(found, name, annotations, classes)
         splits[name] = SplitHealth(name, split, annotations, facts, counts)
     check_folders(found, splits)
     check_copies(found, splits)

@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
 
 from dino_lightning.console import shown
 from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Finding
-from dino_lightning.data.images import read_image
-from dino_lightning.errors import DataError
+from dino_lightning.inspection.class_samples import ClassSamples, class_samples
+from dino_lightning.inspection.pictures import Picture, data_uri, picture_of_case
 from dino_lightning.inspection.report import HealthReport, SplitHealth
-from dino_lightning.inspection.text import CLASSES_SHOWN, SPREAD, class_rows, describe, splits_rows
+from dino_lightning.inspection.text import (
+    CLASSES_SHOWN,
+    MEDIAN_COLUMNS,
+    MEDIANS,
+    SPREAD,
+    class_rows,
+    describe,
+    medians_of,
+    splits_rows,
+)
 
 CASES_SHOWN = 200  # of each finding
 CASE_LENGTH = 400  # characters
 CLASSES_LISTED = 1000
 PICTURE_BYTES = 5_000_000  # of the images of all findings as base64; later findings have none
 PICTURES_SHOWN = 6  # of each finding
-SAMPLES_SHOWN = 12  # of each split
-PICTURE_SIDE = 300  # pixels
-LARGEST_SCALE = 4.0
-SURROUNDINGS = 10  # times the longer side of a box
+CLASSES_OPEN = 12  # whose samples are seen without a click
 NAME_LENGTH = 24  # characters of a class name in a plot
-MOST_BOXES = 300  # drawn on one image
-BOX_COLOUR, CASE_COLOUR = "#00798c", "#d1495b"
-WITHOUT_PICTURES = {"image-missing", "image-undecodable", "not-listed", "no-boxes"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with boxes drawn on it.
-
-    Attributes:
-        source: a data URI.
-        caption: its file, size and case.
-    """
-
-    source: str
-    caption: str
+CLASS_SHAPE_KINDS = ("class-slivers", "class-all-the-same")  # said above the samples of the class too
+WITHOUT_PICTURES = {"image-missing", "image-undecodable", "not-listed"}
 
 
 def as_html(report: HealthReport, root: str) -> str:
-    """The page as HTML text: findings with images, tables, plots and samples; it loads nothing."""
+    """The page as HTML text: samples of each class, findings with images, tables and plots; it loads nothing."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(
         resources.files("dino_lightning.inspection").joinpath("health.html.jinja").read_text(encoding="utf-8")
@@ -60,18 +48,25 @@ def as_html(report: HealthReport, root: str) -> str:
     rows = class_rows(report)
     for row in rows:
         row["name"] = shown(row["name"], CASE_LENGTH)
+        row["medians"] = medians_of(row)
+    samples = class_samples(report)
     page = template.render(
         root=shown(root, CASE_LENGTH),
         spread=SPREAD,
+        medians=MEDIANS,
+        median_columns=MEDIAN_COLUMNS,
         severities=SEVERITIES,
-        counts={severity: report.count(severity) for severity in SEVERITIES},
+        counts={severity: report.count_findings(severity) for severity in SEVERITIES},
+        cases={severity: report.count(severity) for severity in SEVERITIES},
         findings=_within_budget([_finding(report, finding) for finding in report.findings]),
         split_rows=splits_rows(report),
         classes=rows[:CLASSES_LISTED],
         classes_hidden=max(0, len(rows) - CLASSES_LISTED),
         class_splits=[split.name for split in report.splits.values() if split.counts],
         plots=_plots(report),
-        samples={name: _samples(split) for name, split in report.splits.items() if split.annotations is not None},
+        class_samples=[_class_sample(report, rows[sample.label], sample) for sample in samples],
+        classes_open=CLASSES_OPEN,
+        samples_left_out=sum(sample.left_out for sample in samples),
     )
     return page.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are not UTF-8
 
@@ -107,6 +102,27 @@ def _finding(report: HealthReport, finding: Finding) -> dict[str, Any]:
     }
 
 
+def _class_sample(report: HealthReport, row: Mapping[str, Any], sample: ClassSamples) -> dict[str, Any]:
+    """What the page says of a class above its samples, given its row of the table."""
+    assert report.classes is not None
+    beginning = f"{report.classes.names[sample.label]} (category {row['category_id']}): "
+    return {
+        "warnings": [
+            shown(f"{finding.split}: {case.detail.removeprefix(beginning)}.", CASE_LENGTH)
+            for finding in report.findings
+            if finding.kind in CLASS_SHAPE_KINDS
+            for case in finding.cases
+            if case.detail.startswith(beginning)
+        ],
+        "name": row["name"],
+        "category_id": row["category_id"],
+        "boxes": sample.boxes,
+        "images": sample.images,
+        "pictures": sample.pictures,
+        "medians": dict(zip(MEDIAN_COLUMNS, medians_of(row), strict=True)),
+    }
+
+
 def _one_for_each_image(cases: Sequence[Case]) -> list[Case]:
     chosen: dict[int, Case] = {}
     for case in cases:
@@ -117,68 +133,13 @@ def _one_for_each_image(cases: Sequence[Case]) -> list[Case]:
     return list(chosen.values())
 
 
-def _samples(split: SplitHealth) -> list[Picture]:
-    """Some images drawn at random, the same ones each time."""
-    assert split.annotations is not None
-    readable = [index for index, fact in enumerate(split.facts) if not fact.error]
-    chosen = np.random.default_rng(0).permutation(len(readable))[:SAMPLES_SHOWN]
-    pictures = [_draw(split, readable[number], None) for number in sorted(chosen.tolist())]
-    return [picture for picture in pictures if picture is not None]
-
-
 def _picture_of(split: SplitHealth, case: Case) -> Picture | None:
     if split.annotations is None:
         return None
     for index, entry in enumerate(split.annotations.images):
         if entry.id == case.image_id:
-            return None if split.facts[index].error else _draw(split, index, case)
+            return None if split.facts[index].error else picture_of_case(split, index, case)
     return None
-
-
-def _draw(split: SplitHealth, index: int, case: Case | None) -> Picture | None:
-    """The image with its boxes, that of the case highlighted, and enlarged if it is small."""
-    source = split.annotations
-    assert source is not None
-    entry = source.images[index]
-    try:
-        pixels = read_image(source.image_path(index)).permute(1, 2, 0).numpy()
-    except (DataError, MemoryError):  # readable a moment ago
-        return None
-    image = Image.fromarray(pixels)
-    rows = range(int(source.offsets[index]), int(source.offsets[index + 1]))
-    marked = [row for row in rows if case is not None and source.annotation_ids[row] == case.annotation_id]
-    left, top, right, bottom = _view(image.size, source.boxes_xyxy[marked])
-    scale = min(1.0 if not marked else LARGEST_SCALE, PICTURE_SIDE / max(right - left, bottom - top))
-    size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    image = image.resize(size, box=(left, top, right, bottom))
-    canvas = ImageDraw.Draw(image)
-    for row in [row for row in rows if row not in marked][:MOST_BOXES] + marked:
-        corners = (source.boxes_xyxy[row] - [left, top, left, top]) * scale
-        x1, y1, x2, y2 = corners.clip(-10, 10 + max(size)).tolist()
-        box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        canvas.rectangle(box, outline=CASE_COLOUR if row in marked else BOX_COLOUR, width=3 if row in marked else 1)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    caption = f"image {entry.id}: {entry.file_name}, {entry.size[1]} x {entry.size[0]}"
-    detail = case.detail if case is not None else f"{len(rows)} boxes"
-    return Picture(
-        _data_uri("jpeg", buffer.getvalue()), shown(f"{caption}. {detail}" if detail else caption, CASE_LENGTH)
-    )
-
-
-def _view(size: tuple[int, int], boxes_xyxy: npt.NDArray[np.float64]) -> tuple[int, int, int, int]:
-    """The part of a (width, height) image to show: around the first box if that is small, else all of it."""
-    width, height = size
-    if len(boxes_xyxy) == 0:
-        return 0, 0, width, height
-    x1, y1, x2, y2 = boxes_xyxy[0].clip(0, [width, height, width, height]).tolist()
-    side = round(max(abs(x2 - x1), abs(y2 - y1), 8.0)) * SURROUNDINGS
-    if side >= max(width, height):
-        return 0, 0, width, height
-    window_width, window_height = min(side, width), min(side, height)
-    left = min(max(0, round((x1 + x2 - window_width) / 2)), width - window_width)
-    top = min(max(0, round((y1 + y2 - window_height) / 2)), height - window_height)
-    return left, top, left + window_width, top + window_height
 
 
 def _plots(report: HealthReport) -> list[dict[str, str]]:
@@ -193,7 +154,7 @@ def _plots(report: HealthReport) -> list[dict[str, str]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks; the name is in the table
             figure.savefig(buffer, format="png", dpi=100)
-        plots.append({"source": _data_uri("png", buffer.getvalue()), "title": title})
+        plots.append({"source": data_uri("png", buffer.getvalue()), "title": title})
 
     figure, axes = _figure("Boxes in an image")
     per_image = [split.boxes_per_image() for split in splits]
@@ -264,7 +225,3 @@ def _figure(title: str, rows: int = 0) -> tuple[Figure, Any]:
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     return figure, axes
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

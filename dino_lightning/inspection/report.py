@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dino_lightning.data.classes import Classes
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.findings import Finding, Severity
-from dino_lightning.data.splits import SplitFiles
+from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.inspection.image_facts import ImageFacts
 
 
@@ -47,6 +47,12 @@ class SplitHealth:
         boxes = clipped_boxes(source)[learnable_boxes(source)]
         return boxes[:, 2:] - boxes[:, :2]
 
+    def box_areas(self) -> npt.NDArray[np.float64]:
+        """(boxes,) square pixels of the boxes to learn from: the `area` by which evaluation counts them."""
+        if self.annotations is None:
+            return np.zeros(0)
+        return self.annotations.area[learnable_boxes(self.annotations)]
+
     def relative_box_sizes(self) -> npt.NDArray[np.float64]:
         """(boxes,) square root of the area of each box to learn from, divided by that of its image; 0-1."""
         if self.annotations is None:
@@ -79,6 +85,10 @@ class HealthReport:
     def count(self, severity: Severity) -> int:
         """Number of cases of a severity, over all findings."""
         return sum(len(finding.cases) for finding in self.findings if finding.severity == severity)
+
+    def count_findings(self, severity: Severity) -> int:
+        """Number of findings of a severity, each of one kind in one split."""
+        return sum(finding.severity == severity for finding in self.findings)
 
 
 def learnable_boxes(source: CocoAnnotations) -> npt.NDArray[np.bool_]:

@@ -4,35 +4,56 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dino_lightning.console import aligned, columns, columns_of, shown
-from dino_lightning.data.findings import KINDS, SEVERITIES, Case
+from dino_lightning.data.findings import KINDS, SEVERITIES, Case, Severity
+from dino_lightning.inspection.class_shapes import class_shapes
 from dino_lightning.inspection.report import HealthReport, SplitHealth
 
 CASES_SHOWN = 3
 CASE_LENGTH = 170  # columns, on two or three lines
 CLASSES_SHOWN = 30
-SMALL, LARGE = 32.0**2, 96.0**2  # square pixels, COCO's limits
+SMALL, LARGE = 32.0**2, 96.0**2  # square pixels, COCO's limits; a box of just that area is on both sides
 RELATIVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the square root of the image's area
 WIDTH = 100
-SPREAD = "sizes in pixels; three numbers are minimum / median / maximum"
+SPREAD = (
+    "sizes in pixels; three numbers are minimum / median / maximum; small, medium and large are by the area of the "
+    "annotation, as evaluation counts them"
+)
+MEDIAN_KEYS = (
+    "median_width",
+    "median_height",
+    "median_aspect_ratio",
+    "median_elongation",
+    "median_percent_of_image",
+)
+MEDIAN_COLUMNS = ("width", "height", "w/h", "long/short", "% area")
+MEDIANS = (
+    "boxes of each class in each split; medians over all of them: width and height in pixels, width / height, "
+    "the longer by the shorter side, and percent of the image's area"
+)
 
 
 def as_text(report: HealthReport) -> str:
     """Splits, classes and findings as tables of at most 100 columns."""
     rows = splits_rows(report)
-    return "\n\n".join([aligned(rows) + f"\n({SPREAD})", _class_table(report), _findings_text(report)])
+    return "\n\n".join([aligned(rows) + f"\n{_remark(SPREAD)}", _class_table(report), _findings_text(report)])
+
+
+def _remark(text: str) -> str:
+    return textwrap.fill(f"({text})", WIDTH)
 
 
 def as_json(report: HealthReport) -> dict[str, Any]:
     """The whole report, with all cases of all findings."""
     return {
         "counts": {severity: report.count(severity) for severity in SEVERITIES},
+        "findings_by_severity": {severity: report.count_findings(severity) for severity in SEVERITIES},
         "splits": {name: split_numbers(split) for name, split in report.splits.items()},
         "classes": class_rows(report),
         "findings": [
@@ -59,13 +80,13 @@ def as_json(report: HealthReport) -> dict[str, Any]:
 
 
 def split_numbers(split: SplitHealth) -> dict[str, Any]:
-    """The counts and sizes of a split; sizes in pixels."""
+    """The counts and sizes of a split; sizes in pixels, and small, medium and large as COCO's evaluation has them."""
     per_image, boxes, sizes = split.boxes_per_image(), split.box_sizes(), split.image_sizes()
     numbers: dict[str, Any] = {"annotations": str(split.files.annotations), "image_folder": str(split.files.images)}
     if split.annotations is None:
         return numbers
     summary = split.annotations.summary
-    areas = boxes.prod(axis=1)
+    areas = split.box_areas()
     numbers |= {
         "images": summary.images,
         "images_decoded": len(sizes),
@@ -79,8 +100,8 @@ def split_numbers(split: SplitHealth) -> dict[str, Any]:
         "box_height": _spread(boxes[:, 1].tolist()),
         "box_aspect_ratio": _spread((boxes[:, 0] / boxes[:, 1]).tolist() if len(boxes) else []),
         "box_relative_size": _spread(split.relative_box_sizes().tolist()),
-        "boxes_small": int((areas < SMALL).sum()),
-        "boxes_medium": int(((areas >= SMALL) & (areas < LARGE)).sum()),
+        "boxes_small": int((areas <= SMALL).sum()),
+        "boxes_medium": int(((areas >= SMALL) & (areas <= LARGE)).sum()),
         "boxes_large": int((areas >= LARGE).sum()),
         "image_width": _spread(sizes[:, 1].tolist()),
         "image_height": _spread(sizes[:, 0].tolist()),
@@ -122,7 +143,7 @@ def _histogram(values: npt.NDArray[np.float64], edges: Sequence[float]) -> list[
 
 
 def class_rows(report: HealthReport) -> list[dict[str, Any]]:
-    """Category id, label, name and number of boxes in each split, for every class."""
+    """For every class its category id, label, name, number of boxes in each split, and medians of all of them."""
     if report.classes is None:
         return []
     return [
@@ -131,8 +152,15 @@ def class_rows(report: HealthReport) -> list[dict[str, Any]]:
             "label": label,
             "name": name,
             "boxes": {split.name: split.counts[label] for split in report.splits.values() if split.counts},
+            "median_width": shape and shape.width,
+            "median_height": shape and shape.height,
+            "median_aspect_ratio": shape and shape.aspect_ratio,
+            "median_elongation": shape and shape.elongation,
+            "median_percent_of_image": shape and shape.percent_of_image,
         }
-        for label, (category_id, name) in enumerate(zip(report.classes.category_ids, report.classes.names, strict=True))
+        for label, (category_id, name, shape) in enumerate(
+            zip(report.classes.category_ids, report.classes.names, class_shapes(report), strict=True)
+        )
     ]
 
 
@@ -181,7 +209,7 @@ def splits_rows(report: HealthReport) -> list[list[str]]:
         if values is None:
             return "-"
         parts = [values[part] for part in ("min", "median", "max")]
-        return " / ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in parts)
+        return " / ".join(map(short_number, parts))
 
     counts = {
         "images": "images",
@@ -191,9 +219,9 @@ def splits_rows(report: HealthReport) -> list[list[str]]:
         "crowd regions": "crowd",
         "boxes without area": "boxes_without_area",
         "boxes that stick out": "boxes_clipped",
-        "small, < 32 px": "boxes_small",
+        "small, to 32 x 32 px": "boxes_small",
         "medium": "boxes_medium",
-        "large, > 96 px": "boxes_large",
+        "large, from 96 x 96 px": "boxes_large",
     }
     spreads = {
         "boxes per image": "boxes_per_image",
@@ -217,23 +245,54 @@ def _class_table(report: HealthReport) -> str:
     if not rows_of_classes:
         return "No classes: the training annotations cannot be used."
     splits = [split.name for split in report.splits.values() if split.counts]
-    rows = [["category_id", "label", "name", *(f"{name} boxes" for name in splits)]]
+    rows = [["category_id", "label", "name", *splits, *MEDIAN_COLUMNS]]
     rows += [
         [
-            shown(str(row["category_id"]), 20),
+            shown(str(row["category_id"]), 11),
             str(row["label"]),
             shown(row["name"], 30),
             *(str(row["boxes"][name]) for name in splits),
+            *medians_of(row),
         ]
         for row in rows_of_classes[:CLASSES_SHOWN]
     ]
+    excess = max(map(columns, aligned(rows).splitlines())) - WIDTH
+    if excess > 0:  # three splits of a large dataset
+        widest = max(columns(cells[2]) for cells in rows)
+        for cells in rows[1:]:
+            cells[2] = shown(cells[2], max(columns("name"), widest - excess))
     hidden = len(rows_of_classes) - CLASSES_SHOWN
-    return aligned(rows) + (f"\n... and {hidden} more classes (all in the JSON)" if hidden > 0 else "")
+    more = f"\n... and {hidden} more classes (all in the JSON)" if hidden > 0 else ""
+    return f"{aligned(rows)}{more}\n{_remark(MEDIANS)}"
+
+
+def medians_of(row: Mapping[str, Any]) -> list[str]:
+    """The cells below `MEDIAN_COLUMNS` for one of `class_rows`."""
+    values = [row[key] for key in MEDIAN_KEYS]
+    return ["-" if value is None else short_number(value) for value in values]
+
+
+def short_number(value: float) -> str:
+    """A number of at least 0 with three digits, or as many as it has before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def counted(count: int, word: str) -> str:
+    """Such as "1 note" and "2 notes"."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def finding_counts(report: HealthReport) -> dict[Severity, str]:
+    """The number of findings of each severity, and of their cases where these are more: "1 note (8 cases)"."""
+    texts = {}
+    for severity in SEVERITIES:
+        findings, cases = report.count_findings(severity), report.count(severity)
+        texts[severity] = counted(findings, severity) + (f" ({counted(cases, 'case')})" if cases > findings else "")
+    return texts
 
 
 def _findings_text(report: HealthReport) -> str:
-    counts = ", ".join(f"{report.count(severity)} {severity}s" for severity in SEVERITIES)
-    lines = [f"Findings: {counts}"]
+    lines = [f"Findings: {', '.join(finding_counts(report).values())}"]
     for finding in report.findings:
         kind = KINDS[finding.kind]
         lines.append(f"\n{finding.severity.upper():<8}{finding.split}: {len(finding.cases)} x {kind.title}")

@@ -231,7 +231,7 @@ def start(options: LaunchOptions, training: Training, plan: Plan, account: Accou
         f"Dataset: {dataset.size / 1e6:,.1f} MB in {len(dataset.manifest.shards)} shards at {sent.uri}, "
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
-    archive = build_archive(training.backbone)
+    archive = build_archive(training.backbone, training.extras)
     code_key = f"{PREFIX}/code/{content_key(archive)}/source.tar.gz"
     code = upload_bytes(s3, archive, bucket, code_key, owner)
     weights = ""

@@ -18,6 +18,7 @@ from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.config_files import config_path
 from dino_lightning.cli.lightning_cli import parse_fit
+from dino_lightning.data.class_paths import KNOWN_PACKAGES, class_paths
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.weights.backbone_loading import needs_download
 from dino_lightning.weights.shipped import SHIPPED
@@ -48,6 +49,7 @@ class Training:
         start: the initial weights, in words.
         teraflops: floating-point operations of one forward pass of one image, in 10^12.
         parameters: trainable parameters.
+        extras: of the package, whose requirements the job installs.
     """
 
     name: str
@@ -63,11 +65,12 @@ class Training:
     start: str
     teraflops: float
     parameters: int
+    extras: tuple[str, ...] = ()
 
     @property
     def train_images(self) -> int:
-        """The number of images in the training split."""
-        return len(self.data.train_set)
+        """The number of training images in an epoch, each as often as it is drawn; drawn plans too."""
+        return self.data.images_per_epoch
 
     @property
     def val_images(self) -> int:
@@ -127,6 +130,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         start=_start(module_options, weights),
         teraflops=teraflops,
         parameters=parameters,
+        extras=_extras_of_transforms(data_options["transforms"]),
     )
 
 
@@ -208,6 +212,22 @@ def _start(model: dict[str, Any], local: Mapping[str, Path]) -> str:
     if name in zoo():
         return f"{name}, fetched by the job; `python -m dino_lightning weights get {name}` first sends them along"
     return f"{name}, in the package" if name in SHIPPED else f"{name}, fetched by the job"
+
+
+def _extras_of_transforms(transforms: Any) -> tuple[str, ...]:
+    """The extras of the package that own transforms need.
+
+    Raises:
+        Problem: a transform of a package that the job does not have.
+    """
+    paths = list(class_paths(transforms))
+    for path in paths:
+        if path.partition(".")[0] not in KNOWN_PACKAGES:
+            raise Problem(
+                f"--data.transforms: {path} is of a package that the job does not have; a job can take transforms of "
+                f"{', '.join(KNOWN_PACKAGES)}."
+            )
+    return ("albumentations",) if any(path.startswith("albumentations.") for path in paths) else ()
 
 
 def _is_file(value: object) -> bool:

@@ -43,6 +43,7 @@ WRONG = {
     "weights": (["--bogus"], "There is no option --bogus."),
     "inspect": (["--bogus", "3"], "There is no option --bogus."),
     "preview": (["--num_image", "3"], "There is no option --num_image."),
+    "to_coco": (["--data.root", "x", "--output", "y", "--imags", "link"], "There is no option --imags."),
     "rooms": (["--root", "x", "--sed", "1"], "Did you mean --seed?"),
 }
 BAD = {
@@ -55,6 +56,7 @@ BAD = {
     "weights": ["get", "nowhere"],
     "inspect": ["--data.root", "nowhere"],
     "preview": ["--data.root", "nowhere"],
+    "to_coco": ["--data.root", "nowhere", "--output", "copy"],
     "rooms": ["--root", "plans", "--num_train", "0"],
 }
 
@@ -120,6 +122,7 @@ LONG = {  # what takes long enough to be interrupted, if only because of its imp
     "convert": ["--weights", "runs/one", "--output", "published.pth"],
     "inspect": ["--data.root", "{rooms}"],
     "preview": ["--data.root", "{rooms}"],
+    "to_coco": ["--data.root", "{rooms}", "--output", "copy"],
     "rooms": ["--root", "more", "--num_train", "5000"],
     "fit": ["--data.root", "{rooms}"],
 }

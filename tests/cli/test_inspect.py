@@ -203,7 +203,7 @@ def test_the_page_shows_plots_samples_and_the_case_marked(root):
     assert drawn.size == (160, 120)  # four times as large, for a case
     red, green, _ = drawn.getpixel((60, 60))  # the right side of the case's box
     assert red > green + 60
-    assert sum("2 boxes" in alt for alt in pictures) >= 5  # the samples of both splits
+    assert sum(alt.endswith((" train, 1 box", " val, 1 box")) for alt in pictures) == 6  # samples of both splits
 
 
 def test_fit_refuses_what_inspect_calls_an_error_and_names_the_command(root, capsys):

@@ -442,6 +442,7 @@ def test_the_newest_run_and_run_folders_are_found(checkpoint, plans, tmp_path, m
     ("options", "code", "sentence"),
     [
         (["--images", "nowhere.png"], 1, "error: nowhere.png does not exist."),
+        (["--images", "/dev/zero"], 1, "error: /dev/zero is neither a regular file nor a folder."),
         (["--images", "nowhere*.png"], 1, "error: nowhere*.png: no images there"),
         (["--images", "{empty}"], 1, "no images there; looked for files ending in .bmp"),
         (["--images", "nowhere.json"], 1, "nowhere.json: the annotation file does not exist"),

@@ -93,9 +93,10 @@ def test_an_image_without_boxes_stays(tmp_path):
         (put("images", []), "lists no images."),
         (put("categories", []), "lists no categories."),
         (put("images.2.id", 1), "image id 1 is listed twice."),
-        (put("images.0.id", "7"), "'id' of image number 0 is '7', a string; it must be an integer."),
-        (put("images.0.width", ...), "'width' of image 1 is missing; it must be an integer."),
-        (put("images.0.height", 0), "image 1 has width 40 and height 0."),
+        (put("images.0.id", 7.5), "'id' of image number 0 is 7.5, a number; it must be an integer."),
+        (put("images.0.width", ...), "image 1 has no width and height, and they cannot be read from its file:"),
+        (put("images.0.width", "wide"), "'width' of image 1 is 'wide', a string; it must be an integer."),
+        (put("images.0.height", -1), "image 1 has width 40 and height -1."),
         (put("images.1.file_name", ...), "image 2 has no file_name."),
         (put("categories.1.id", 1), "category id 1 is listed twice."),
         (put("categories.1.id", "bath"), "'id' of category number 1 is 'bath', a string;"),
@@ -107,7 +108,9 @@ def test_an_image_without_boxes_stays(tmp_path):
         (put("annotations.3.category_id", True), "annotation 5 has category_id True, which no category"),
         (put("annotations.3.bbox", ...), "annotation 5 has no bbox; it needs four finite numbers"),
         (put("annotations.3.bbox", [1, 2, 3]), "annotation 5 has bbox [1, 2, 3]; it needs four"),
-        (put("annotations.3.bbox", [1, 2, 3, "4"]), "annotation 5 has bbox [1, 2, 3, '4']; it needs"),
+        (put("annotations.3.bbox", [1, 2, 3, "4 px"]), "annotation 5 has bbox [1, 2, 3, '4 px']; it needs"),
+        (put("annotations.3.bbox", {"x": 1}), "annotation 5 has an object with 'x' as bbox, as imglab"),
+        (put("annotations.3.bbox", []), "annotation 5 has an empty bbox and no segmentation, as X-AnyLabeling"),
         (put("annotations.3.bbox", [1, 2, 3, float("nan")]), "annotation 5 has bbox [1, 2, 3, nan];"),
         (put("annotations.3.bbox", [1, 2, float("inf"), 4]), "annotation 5 has bbox [1, 2, inf, 4];"),
         (put("annotations.3.bbox", [1, 2, 10**400, 4]), "annotation 5 has bbox [1, 2, 1000"),
@@ -137,7 +140,7 @@ def test_broken_json_is_located(tmp_path):
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        (b'{"images": "\xff"}', "is not UTF-8 text (byte 12)"),
+        (b'{"images": "\xff"}', "is not UTF-8 text (byte 12, line 1); it looks like Latin-1"),
         (b"[1]", "must hold a JSON object, not a list"),
         (b"[" * 200_000, "is nested too deeply"),
         (b'{"images": ' + b"1" * 5000 + b"}", "is not valid JSON"),
@@ -269,9 +272,26 @@ def test_categories_must_mean_the_same_in_all_files(tmp_path):
         check_classes(load(tmp_path, unknown, "val.json"), classes)
 
     renamed = document()
-    renamed["categories"] = [{"id": 1, "name": "bath"}, {"id": 2, "name": "kitchen"}]
-    with pytest.raises(DataError, match=r"val\.json: category 1 is named 'bath' here but 'kitchen' in the"):
+    renamed["categories"] = [{"id": 1, "name": "bathroom"}, {"id": 2, "name": "kitchen"}]
+    with pytest.raises(DataError, match=r"val\.json: category 1 is named 'bathroom' here but 'kitchen' in the"):
         check_classes(load(tmp_path, renamed, "val.json"), classes)
+
+
+def test_classes_are_matched_by_name_where_only_the_ids_differ(tmp_path):
+    classes = classes_of(load(tmp_path, document(), "train.json"))
+    numbered_otherwise = document()
+    numbered_otherwise["categories"] = [{"id": 1, "name": "bath"}, {"id": 2, "name": "kitchen"}]
+    val = load(tmp_path, numbered_otherwise, "val.json")
+    check_classes(val, classes)
+    assert classes.by_name(val) and not classes.by_name(load(tmp_path, document(), "same.json"))
+    assert classes.labels_of(val).tolist() == [1, 0] * 3
+
+    ambiguous = document()
+    ambiguous["categories"] = [
+        {"id": 1, "name": "bath"}, {"id": 2, "name": "bath", "supercategory": "wet"}, {"id": 3, "name": "kitchen"}
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="category 1 is named 'bath' here but 'kitchen'"):
+        check_classes(load(tmp_path, ambiguous, "val.json"), classes)
 
 
 def test_boxes_keep_the_order_of_the_file(tmp_path):

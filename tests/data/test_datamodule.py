@@ -16,20 +16,11 @@ from PIL import Image
 
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy, xyxy_to_normalized_cxcywh
 from dino_lightning.data import CocoDataModule, Sample, collate
-from dino_lightning.data.datamodule import default_workers
+from dino_lightning.data.loading import default_workers
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
 from tests.data.small_coco import annotation, document, write_images, write_json, write_split
-
-
-@pytest.fixture
-def lightning_log(caplog):
-    """What is said through Lightning's logger, which does not propagate to pytest's handler by itself."""
-    logger = logging.getLogger("lightning.pytorch")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def small(root, **arguments) -> CocoDataModule:
@@ -172,11 +163,11 @@ def test_classes_that_differ_between_files_are_refused(root):
 
 
 def test_a_wrong_image_folder_is_noticed_at_once(root):
-    shutil.move(root / "images", root / "pictures")
+    pictures = shutil.move(root / "images", root.parent / "pictures")
     (root / "images").mkdir()
     with pytest.raises(DataError, match=r"1\.png does not exist \(nor do the next 5 images listed\)"):
         small(root)
-    assert len(small(root, train_images="pictures", val_images="pictures").train_set) == 6
+    assert len(small(root, train_images=str(pictures), val_images=str(pictures)).train_set) == 6
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dino_lightning.data import read_image
-from dino_lightning.data.images import to_pixels
+from dino_lightning.data.cache import ImageCache
+from dino_lightning.data.images import read_bytes, to_pixels
 from dino_lightning.errors import DataError
 
 GRADIENT = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
@@ -126,12 +131,10 @@ def whole_jpeg(tmp_path):
     return (tmp_path / "whole.jpg").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "png_cut", "folder", "32 bits"])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "png_cut", "32 bits"])
 def test_what_cannot_be_decoded_is_named(tmp_path, damage):
     path = tmp_path / "bad.tiff"
-    if damage == "folder":
-        path.mkdir()
-    elif damage == "32 bits":
+    if damage == "32 bits":
         Image.fromarray(COLOURS[:, :, 0].astype(np.float32)).save(path)
     elif damage == "png_cut":
         Image.fromarray(COLOURS).save(tmp_path / "whole.png")
@@ -140,6 +143,55 @@ def test_what_cannot_be_decoded_is_named(tmp_path, damage):
         whole = whole_jpeg(tmp_path)
         path.write_bytes({"text": b"no image", "empty": b"", "cut": whole[: len(whole) // 2]}[damage])
     with pytest.raises(DataError, match=r"bad\.tiff cannot be decoded \("):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (Path.mkdir, "a folder"),
+        (lambda path: os.mknod(path, stat.S_IFSOCK | 0o600), "a socket"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_only_regular_files_are_opened(tmp_path, make, kind):
+    path = tmp_path / "a.png"
+    make(path)
+    with pytest.raises(DataError, match=rf"a\.png is not a regular file but {kind}\.$"):
+        read_image(path)
+    with pytest.raises(DataError, match=kind):
+        ImageCache(tmp_path / "cache", image_size=100, max_size=200, max_bytes=10**6).read(path)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    path, file = tmp_path / "a.png", tmp_path / "b.png"
+    file.write_bytes(b"x")
+    status = file.stat()
+    os.mkfifo(path)
+    monkeypatch.setattr(Path, "stat", lambda self: status)
+    with pytest.raises(DataError, match="is not a regular file but a named pipe"):
+        read_bytes(path)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path):
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    assert np.array_equal(pixels(tmp_path / "b.png"), COLOURS)
+
+
+@pytest.mark.parametrize("step", ["stat", "open"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch, step):
+    path = tmp_path / "a.png"
+    Image.fromarray(COLOURS).save(path)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(*((Path, "stat") if step == "stat" else (os, "open")), refuse)
+    with pytest.raises(DataError, match=r"a\.png cannot be read \(Permission denied\)\.$"):
         read_image(path)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import shutil
+import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -147,6 +149,28 @@ def text_bomb() -> bytes:
     return png(40, 30, chunk(b"zTXt", b"Comment\0\0" + squeezed), chunk(b"IDAT", zlib.compress(bytes(121 * 30))))
 
 
+def zeroed(content: bytes, count: int = 200) -> bytes:
+    """The content with bytes in the middle lost, as a file system leaves them behind."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(count) + content[middle + count :]
+
+
+def walls(document: Any) -> None:
+    """Forty slivers beside the four boxes of class 1."""
+    for number in range(40):
+        box = [1 + number % 10, 2, 2, 18 + number // 10]
+        document["annotations"].append(annotation(1000 + number, 4, 1, box))
+
+
+def same_boxes(document: Any) -> None:
+    """Twenty-four boxes of class 1 of 20 x 10 pixels in six images."""
+    for image_id in (61, 62):
+        document["images"].append({"id": image_id, "file_name": "4.png", "width": 70, "height": 30})
+    for image_id in (1, 2, 3, 4, 61, 62):
+        for x in range(4 if image_id > 60 else 3):
+            document["annotations"].append(annotation(2000 + 10 * image_id + x, image_id, 1, [x, 6 + x, 20, 10]))
+
+
 def instead_of_json(make: Callable[[Path], None]) -> Callable[[Path], None]:
     return image_file(make, TRAIN)
 
@@ -216,6 +240,7 @@ def each(key: str, change: Callable[[Any], None]) -> Callable[[Any], None]:
     return edit
 
 
+EXTRA = {"file_name": "4.png", "width": 70, "height": 30}
 NAN, INFINITY = float("nan"), float("inf")
 ROOT_CATEGORY = [{"id": 0, "name": "rooms", "supercategory": "none"}] + [
     {"id": number, "name": name, "supercategory": "rooms"} for number, name in ((1, "kitchen"), (2, "bath"))
@@ -228,8 +253,14 @@ FAULTS: dict[str, Fault] = {
     "json empty": text("file-unreadable", lambda content: b""),
     "json is text": text("file-unreadable", lambda content: b"id,file\n1,1.png\n"),
     "json with a comma too many": text("file-unreadable", lambda content: content[:-1] + b",}"),
-    "json in latin-1": text("file-unreadable", lambda content: content.replace(b"kitchen", b"k\xfcche")),
-    "json in utf-16": text("file-unreadable", lambda content: content.decode("utf-8", "replace").encode("utf-16")),
+    "json in utf-16": Fault("", "trains", text=lambda content: content.decode("utf-8", "replace").encode("utf-16")),
+    "json in utf-16 cut": text(
+        "file-unreadable", lambda content: content.decode("utf-8", "replace").encode("utf-16")[:-1]
+    ),
+    "json in gzip": Fault("", "trains", text=gzip.compress),
+    "json in gzip cut": text("file-unreadable", lambda content: gzip.compress(content)[:-9]),
+    "json in latin-1": text("file-unreadable", lambda content: content.replace(b"kitchen", b"caf\xe9")),
+    "json in a zip": text("file-unreadable", lambda content: b"PK\x03\x04" + content),
     "json of null bytes": text("file-unreadable", lambda content: bytes(len(content))),
     "json nested deeply": text("file-unreadable", lambda content: b"[" * 100_000),
     "json number of 5000 digits": text("file-unreadable", lambda content: b'{"images": ' + b"1" * 5000 + b"}"),
@@ -250,15 +281,21 @@ FAULTS: dict[str, Fault] = {
     "category a list": refused("entry-malformed", put("categories.0", [1, "kitchen"])),
     # images
     "image id missing": refused("entry-malformed", put("images.0.id", ...)),
-    "image id a string": refused("entry-malformed", put("images.0.id", "1")),
-    "image id a float": refused("entry-malformed", put("images.0.id", 1.0)),
+    "image id a string": Fault("value-converted", "trains", put("images.0.id", "1")),
+    "image id a float": Fault("value-converted", "trains", put("images.0.id", 1.0)),
+    "image id half": refused("entry-malformed", put("images.0.id", 1.5)),
+    "image id a word": Fault("id-numbered", "trains", add("images", {**EXTRA, "id": "plan"})),
     "image id true": refused("entry-malformed", put("images.0.id", True)),
     "image id NaN": refused("entry-malformed", put("images.0.id", NAN)),
     "image id twice": refused("duplicate-image-id", put("images.1.id", 1)),
-    "image id huge": Fault("", "trains", add("images", {"id": HUGE, "file_name": "4.png", "width": 70, "height": 30})),
-    "width a string": refused("entry-malformed", put("images.1.width", "50")),
-    "width missing": refused("entry-malformed", put("images.1.width", ...)),
-    "height zero": refused("entry-malformed", put("images.2.height", 0)),
+    "image id huge": Fault(
+        "id-numbered", "trains", add("images", {"id": HUGE, "file_name": "4.png", "width": 70, "height": 30})
+    ),
+    "width a string": Fault("value-converted", "trains", put("images.1.width", "50")),
+    "width a word": refused("entry-malformed", put("images.1.width", "wide")),
+    "width missing": Fault("image-size-from-file", "trains", put("images.1.width", ...)),
+    "height zero": Fault("image-size-from-file", "trains", put("images.2.height", 0)),
+    "width missing and no file": refused("entry-malformed", add("images", {"id": 9, "file_name": "none.png"})),
     "height negative": refused("entry-malformed", put("images.2.height", -30)),
     "width NaN": refused("entry-malformed", put("images.2.width", NAN)),
     "width huge": refused("entry-malformed", put("images.2.width", HUGE)),
@@ -268,28 +305,32 @@ FAULTS: dict[str, Fault] = {
     "file name a number": refused("entry-malformed", put("images.3.file_name", 4)),
     "file name upwards": refused("file-name-escapes", put("images.3.file_name", "../../val/images/11.png")),
     "file name absolute": refused("file-name-escapes", put("images.3.file_name", "/etc/passwd")),
-    "file name on a drive": refused("file-name-escapes", put("images.3.file_name", "C:\\plans\\4.png")),
+    "file name on a drive": refused("file-name-escapes", put("images.3.file_name", "C:\\plans\\9.png")),
+    "file name of another machine": Fault("file-name-matched", "trains", put("images.3.file_name", "C:\\plans\\4.png")),
     "file name with a null byte": Fault("image-undecodable", "bad image", put("images.3.file_name", "4\0.png")),
     "file name very long": Fault("image-undecodable", "bad image", put("images.3.file_name", LONG_NAME)),
     "file name half a character": Fault("image-undecodable", "bad image", put("images.3.file_name", "\ud800.png")),
     "file name a folder": Fault("image-undecodable", "bad image", put("images.3.file_name", ".")),
     "file name of markup": Fault("image-missing", "bad image", put("images.3.file_name", "<script>x</script>\x1b[2J")),
-    "file name through a file": Fault("image-undecodable", "bad image", put("images.3.file_name", "1.png/4.png")),
+    "file name through a file": Fault("image-undecodable", "bad image", put("images.3.file_name", "1.png/9.png")),
     "file under two ids": Fault(
         "same-file", "trains", add("images", {"id": 77, "file_name": "4.png", "width": 70, "height": 30})
     ),
     # annotations
     "annotation of no image": refused("unknown-image", put("annotations.3.image_id", 99)),
-    "image_id a string": refused("unknown-image", put("annotations.3.image_id", "2")),
+    "image_id a string": Fault("value-converted", "trains", put("annotations.3.image_id", "2")),
+    "image_id a word": refused("unknown-image", put("annotations.3.image_id", "two")),
     "image_id a list": refused("unknown-image", put("annotations.3.image_id", [2])),
     "image_id missing": refused("unknown-image", put("annotations.3.image_id", ...)),
     "annotation of no category": refused("unknown-category", put("annotations.3.category_id", 9)),
     "category_id true": refused("unknown-category", put("annotations.3.category_id", True)),
-    "category_id a float": refused("unknown-category", put("annotations.3.category_id", 1.0)),
+    "category_id a float": Fault("value-converted", "trains", put("annotations.3.category_id", 1.0)),
     "bboxes as shares of the image": refused("box-format", _as_shares),
     "bbox missing": refused("box-malformed", put("annotations.4.bbox", ...)),
     "bbox of three": refused("box-malformed", put("annotations.4.bbox", [1, 2, 3])),
-    "bbox of strings": refused("box-malformed", put("annotations.4.bbox", ["1", "2", "3", "4"])),
+    "bbox of numbers as text": Fault("value-converted", "trains", put("annotations.4.bbox", ["1", "2", "3", "4"])),
+    "bbox of words": refused("box-malformed", put("annotations.4.bbox", ["a", "2", "3", "4"])),
+    "bbox empty": refused("box-malformed", put("annotations.4.bbox", [])),
     "bbox an object": refused("box-malformed", put("annotations.4.bbox", {"x": 1})),
     "bbox nested": refused("box-malformed", put("annotations.4.bbox", [[1, 2, 3, 4]])),
     "bbox of nulls": refused("box-malformed", put("annotations.4.bbox", [None] * 4)),
@@ -303,25 +344,44 @@ FAULTS: dict[str, Fault] = {
     "bbox covers all": Fault("box-covers-image", "trains", put("annotations.4.bbox", [0, 0, 60, 30])),
     "bbox tiny": Fault("box-tiny", "trains", put("annotations.4.bbox", [5, 5, 0.01, 5])),
     "box twice": Fault("duplicate-box", "trains", add("annotations", annotation(91, 1, 1, [4, 5, 20, 10]))),
-    "outline only": refused("segmentation-only", add("annotations", OUTLINE)),
+    "outline only": Fault("box-from-outline", "trains", add("annotations", OUTLINE)),
+    "outline of words": refused("segmentation-only", add("annotations", {**OUTLINE, "segmentation": ["a"]})),
+    "boxes of walls": Fault("class-slivers", "trains", walls),
+    "boxes of a template": Fault("class-all-the-same", "trains", same_boxes),
     "annotation id twice": Fault("duplicate-annotation-id", "trains", put("annotations.1.id", 2)),
     "annotation ids missing": Fault("", "trains", each("annotations", lambda entry: entry.pop("id"))),
     "annotation id huge": Fault("", "trains", put("annotations.1.id", HUGE)),
     "annotation id a list": Fault("", "trains", put("annotations.1.id", [3])),
     "crowd of two": refused("entry-malformed", put("annotations.2.iscrowd", 2)),
-    "crowd a string": refused("entry-malformed", put("annotations.2.iscrowd", "1")),
+    "crowd a string": Fault("value-converted", "trains", put("annotations.2.iscrowd", "1")),
     "crowd an empty list": Fault("crowd-odd", "trains", put("annotations.2.iscrowd", [])),
     "area NaN": Fault("area-malformed", "trains", put("annotations.2.area", NAN)),
     "area negative": Fault("area-malformed", "trains", put("annotations.2.area", -4)),
-    "area a string": Fault("area-malformed", "trains", put("annotations.2.area", "200")),
+    "area a number as text": Fault("value-converted", "trains", put("annotations.2.area", "150")),
+    "area a word": Fault("area-malformed", "trains", put("annotations.2.area", "large")),
+    "area of the image": Fault("area-implausible", "trains", put("annotations.2.area", 1500)),
+    "area zero": Fault("area-implausible", "trains", put("annotations.2.area", 0)),
     # categories
     "category id twice": refused("duplicate-category-id", put("categories.1.id", 1)),
-    "category id a string": refused("entry-malformed", put("categories.1.id", "2")),
+    "category id a number as text": Fault("value-converted", "trains", put("categories.1.id", "2")),
+    "category id a word": refused("entry-malformed", put("categories.1.id", "two")),
     "category id missing": refused("entry-malformed", put("categories.1.id", ...)),
     "category name missing": refused("entry-malformed", put("categories.1.name", ...)),
     "category name blank": refused("entry-malformed", put("categories.1.name", "  ")),
     "category name a number": refused("entry-malformed", put("categories.1.name", 7)),
-    "category names alike": Fault("duplicate-category-name", "refused", put("categories.1.name", "kitchen")),
+    "category names alike": Fault("category-repeated", "refused", put("categories.1.name", "kitchen")),
+    "category names alike under others": Fault(
+        "duplicate-category-name", "refused", put("categories.1", {"id": 2, "name": "kitchen", "supercategory": "x"})
+    ),
+    "category listed again": Fault("category-repeated", "trains", add("categories", {"id": 2, "name": "bath"})),
+    "category ids other in val": Fault(
+        "classes-by-name",
+        "trains",
+        files=in_val(put("categories", [{"id": 1, "name": "bath"}, {"id": 2, "name": "kitchen"}])),
+    ),
+    "another annotation file": Fault(
+        "other-annotations", "trains", files=copied("train/annotations.json", "train/more.json")
+    ),
     "category names differ in val": Fault(
         "classes-differ", "refused", files=in_val(put("categories.0.name", "<img src=//evil.example/x>"))
     ),
@@ -353,11 +413,18 @@ FAULTS: dict[str, Fault] = {
     "image a folder": bad_image("image-undecodable", image_file(Path.mkdir)),
     "image points to itself": bad_image("image-undecodable", image_file(lambda path: path.symlink_to(path.name))),
     "image points nowhere": bad_image("image-missing", image_file(lambda path: path.symlink_to("gone.png"))),
+    "image a named pipe": bad_image("image-undecodable", image_file(os.mkfifo)),
+    "image a socket": bad_image(
+        "image-undecodable", image_file(lambda path: os.mknod(path, stat.S_IFSOCK | 0o600) and None)
+    ),
+    "image a device": bad_image("image-undecodable", image_file(lambda path: path.symlink_to("/dev/zero"))),
     "image of terapixels": bad_image("image-undecodable", written(png(2_000_000, 500_000, chunk(b"IDAT", b"")))),
     "image with a text bomb": bad_image("image-undecodable", written(text_bomb())),
     "image of 32-bit floats": bad_image("image-undecodable", written(saved("F", "TIFF"))),
     "image animated": image("animated", animated()),
     "image 16-bit": image("sixteen-bit", saved("I;16")),
+    "jpeg with zeros inside": image("image-damaged", zeroed(saved(form="JPEG"))),
+    "jpeg without its end": bad_image("image-undecodable", written(saved(form="JPEG")[:-2])),
     "image grey": image("grey", saved("L")),
     "image palette": image("palette", saved("P")),
     "image transparent": image("transparent", saved("RGBA")),

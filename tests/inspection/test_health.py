@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 
 from dino_lightning.console import columns, shown
+from dino_lightning.data.annotation_file import ReadOptions
+from dino_lightning.data.class_choice import class_choice
 from dino_lightning.data.findings import KINDS
-from dino_lightning.data.splits import SplitFiles, resolve_split_files
+from dino_lightning.data.split_files import SplitFiles
+from dino_lightning.data.splits import resolve_split_files
 from dino_lightning.errors import DataError
 from dino_lightning.floor_plans import write_rooms_dataset
 from dino_lightning.inspection.checks import Limits
@@ -21,7 +24,7 @@ from dino_lightning.inspection.inspect import inspect_dataset
 from dino_lightning.inspection.page import as_html
 from dino_lightning.inspection.text import as_json, as_text
 from tests.conftest import size_of
-from tests.data.small_coco import annotation, write_json
+from tests.data.small_coco import annotation, document, write_images, write_json
 from tests.inspection.faults import FAULTS, TRAIN, VAL, write_dataset
 
 NOT_EXPLICIT = dict.fromkeys(("train", "val", "test"), (None, None))
@@ -34,7 +37,7 @@ def root(tmp_path):
 
 
 def inspected(root: Path, **limits: int):
-    return inspect_dataset(resolve_split_files(root, NOT_EXPLICIT), limits=Limits(**limits), progress=False)
+    return inspect_dataset(resolve_split_files(root, NOT_EXPLICIT), root=root, limits=Limits(**limits), progress=False)
 
 
 def found(root: Path, **limits: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -60,9 +63,10 @@ def test_numbers_equal_an_independent_count(rooms):
     assert numbers["boxes"] == len(boxes)
     assert numbers["boxes_per_image"] == {"min": counts[0], "median": np.median(counts), "max": counts[-1]}
     assert numbers["boxes_per_image_histogram"] == {str(key): value for key, value in Counter(counts).items()}
-    assert numbers["boxes_small"] == sum(side < 32 for side in sides)
-    assert numbers["boxes_medium"] == sum(32 <= side < 96 for side in sides)
-    assert numbers["boxes_large"] == sum(side >= 96 for side in sides)
+    areas = [entry["area"] for entry in content["annotations"]]
+    assert numbers["boxes_small"] == sum(area <= 32**2 for area in areas)
+    assert numbers["boxes_medium"] == sum(32**2 <= area <= 96**2 for area in areas)
+    assert numbers["boxes_large"] == sum(area >= 96**2 for area in areas)
     assert numbers["box_width"]["median"] == pytest.approx(np.median([box[2] for box in boxes]))
     assert numbers["box_aspect_ratio"]["max"] == pytest.approx(max(box[2] / box[3] for box in boxes))
     widths = [size_of(Path(numbers["image_folder"]) / image["file_name"])[0] for image in content["images"]]
@@ -85,7 +89,8 @@ def test_classes_are_listed_with_their_boxes_in_each_split(root):
     content["annotations"][0]["iscrowd"] = 1
     write()
     (root / VAL).unlink()
-    assert as_json(inspected(root))["classes"] == [
+    named = ("category_id", "label", "name", "boxes")
+    assert [{key: row[key] for key in named} for row in as_json(inspected(root))["classes"]] == [
         {"category_id": 3, "label": 0, "name": "kitchen", "boxes": {"train": 3}},
         {"category_id": 7, "label": 1, "name": "bath", "boxes": {"train": 4}},
     ]
@@ -220,7 +225,7 @@ def test_a_terminal_line_is_cut_by_its_width():
 
 def test_wide_tables_stay_within_a_terminal(root):
     content, write = edit(root / TRAIN)
-    content["categories"] += [{"id": 10**30 + k, "name": "\u5e73\u9762\u56f3" * 30} for k in range(60)]
+    content["categories"] += [{"id": 10**30 + k, "name": "\u5e73\u9762\u56f3" * 30 + str(k)} for k in range(60)]
     content["images"] += [
         {"id": 50 + k, "file_name": "folder/" * 30 + f"{k}.png", "width": 9999, "height": 33} for k in range(9)
     ]
@@ -252,3 +257,44 @@ def test_the_page_stays_small(root):
 def test_a_folder_without_annotations_is_refused(tmp_path):
     with pytest.raises(DataError, match="no annotation file found"):
         inspected(tmp_path)
+
+
+def test_one_file_whose_images_name_their_split(tmp_path):
+    content = document(count=6)
+    for image, part in zip(content["images"], ["train", "train", "valid", "test", "train", "attic"], strict=True):
+        image["split"] = part
+    write_json(tmp_path / "annotations.json", content)
+    write_images(tmp_path / "images", content)
+    report = as_json(inspected(tmp_path))
+    assert {name: split["images"] for name, split in report["splits"].items()} == {"train": 3, "val": 1, "test": 1}
+    assert [finding["kind"] for finding in report["findings"]] == ["not-listed", "images-of-no-split"]
+    assert "images of no split that is known: 1, which are not used" in report["findings"][1]["cases"][0]["detail"]
+
+
+def test_options_that_choose_classes_are_told(root):
+    def kinds_with(**choice: Any) -> dict[str, str]:
+        options = ReadOptions(choice=class_choice(choice.get("classes"), choice.get("merge_classes")), drop_empty=True)
+        report = inspect_dataset(resolve_split_files(root, NOT_EXPLICIT), root=root, options=options, progress=False)
+        return {finding.kind: finding.cases[0].detail for finding in report.findings if finding.split == "train"}
+
+    content, write = edit(root / TRAIN)
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 1]
+    write()
+    chosen = kinds_with(classes=["bath"])
+    assert chosen["classes-chosen"] == "3 annotations of 1 other categories left out, as background."
+    assert chosen["empty-dropped"] == "1 of 4 images have no box and are left out."
+    assert "2 categories merged into room" in kinds_with(merge_classes={"room": ["bath", "kitchen"]})["classes-chosen"]
+    assert "Did you mean 'bath'" in kinds_with(classes=["bat"])["class-unknown"]
+
+
+def test_a_dataset_of_yolo_is_told(tmp_path):
+    write_images(tmp_path / "images/train", document(count=3))
+    for number in range(1, 4):
+        label = tmp_path / f"labels/train/{number}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [room]\n")
+    report = as_json(inspected(tmp_path))
+    told = {finding["kind"]: finding["cases"][0]["detail"] for finding in report["findings"]}
+    assert told["other-format"].startswith("read as YOLO.")
+    assert report["splits"]["train"]["boxes"] == 3 and report["classes"][0]["category_id"] == 0

@@ -32,7 +32,7 @@ def inspected(root: Path):
     """The report as JSON, or None with the sentence why there is none."""
     explicit = dict.fromkeys(("train", "val", "test"), (None, None))
     try:
-        report = inspect_dataset(resolve_split_files(root, explicit), progress=False)
+        report = inspect_dataset(resolve_split_files(root, explicit), root=root, progress=False)
     except DataError as error:
         assert_is_a_sentence(str(error))
         return None

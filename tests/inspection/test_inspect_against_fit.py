@@ -193,7 +193,7 @@ def counted(annotations: Path, folder: Path) -> dict[str, Any]:
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     boxes_of_class: Counter[int] = Counter()
     crowd = without_area = clipped = 0
-    relative = []
+    relative, areas = [], []
     for entry in content["annotations"]:
         x, y, width, height = entry["bbox"]
         image_width, image_height = sizes[entry["image_id"]]
@@ -207,6 +207,7 @@ def counted(annotations: Path, folder: Path) -> dict[str, Any]:
             continue
         boxes_of_class[entry["category_id"]] += 1
         of_image[entry["image_id"]].append((right - left, bottom - top))
+        areas.append(entry.get("area", width * height))  # by which COCO's evaluation goes
         relative.append(((right - left) * (bottom - top) / image_width / image_height) ** 0.5)
     boxes = [box for some in of_image.values() for box in some]
     decoded = []
@@ -228,9 +229,9 @@ def counted(annotations: Path, folder: Path) -> dict[str, Any]:
         "box_height": spread([height for _, height in boxes]),
         "box_aspect_ratio": spread([width / height for width, height in boxes]),
         "box_relative_size": spread(relative),
-        "boxes_small": sum(width * height < 32**2 for width, height in boxes),
-        "boxes_medium": sum(32**2 <= width * height < 96**2 for width, height in boxes),
-        "boxes_large": sum(width * height >= 96**2 for width, height in boxes),
+        "boxes_small": sum(area <= 32**2 for area in areas),
+        "boxes_medium": sum(32**2 <= area <= 96**2 for area in areas),
+        "boxes_large": sum(area >= 96**2 for area in areas),
         "image_width": spread([width for width, _ in decoded]),
         "image_height": spread([height for _, height in decoded]),
         "image_aspect_ratio": spread([width / height for width, height in decoded]),
@@ -270,8 +271,8 @@ def test_numbers_of_a_dataset_by_hand_equal_a_count(tmp_path, inspect):
             {"id": 9, "file_name": "empty.png", "width": 20, "height": 20},
         ],
         "annotations": [
-            annotation(1, 5, 4, [0, 0, 96, 96]),  # exactly where large begins
-            annotation(2, 5, 4, [10, 10, 32, 32]),  # exactly where medium begins
+            annotation(1, 5, 4, [0, 0, 96, 96]),  # exactly where large begins: counted twice
+            annotation(2, 5, 4, [10, 10, 32, 32]),  # exactly where medium begins: counted twice
             annotation(3, 3, 2, [1.5, 2.25, 7.5, 9.125]),
             annotation(4, 5, 2, [300, 150, 60, 60]),  # sticks out on two sides
             annotation(5, 3, 2, [-4, -4, 20, 20], iscrowd=1),  # a crowd that sticks out
@@ -293,7 +294,7 @@ def test_numbers_of_a_dataset_by_hand_equal_a_count(tmp_path, inspect):
     assert_numbers_equal_a_count(report, {name: (root / f"{name}.json", root / "images") for name in ("train", "val")})
     numbers = report["splits"]["train"]
     named = ("boxes", "crowd", "boxes_without_area", "boxes_clipped", "boxes_small", "boxes_medium", "boxes_large")
-    assert [numbers[key] for key in named] == [4, 2, 2, 2, 2, 1, 1]
+    assert [numbers[key] for key in named] == [4, 2, 2, 2, 2, 3, 1]
 
 
 # --- the command ---

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from sagemaker_entry import launch
+from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import COMMAND, base_name
 from sagemaker_entry.laptop.training_config import check_training
 from sagemaker_entry.protocol.job import CONFIG_FILE, JOB_FILE
@@ -62,6 +63,47 @@ def test_options_of_fit_go_along(no_account, rooms, capsys):
     assert code == 0
     assert "x 7 epochs" in out
     assert "6 (3 on each GPU)" in out
+
+
+TRANSFORMS = """
+data:
+  repeat_factor_threshold: 1.0
+  drawn_plans: 2
+  transforms:
+    - class_path: torchvision.transforms.v2.RandomApply
+      init_args:
+        transforms:
+          - class_path: {path}
+"""
+
+
+def test_own_transforms_and_repeats_go_along(no_account, rooms, tiny_config, tmp_path):
+    config = tmp_path / "own.yaml"
+    with_own = yaml.safe_load(tiny_config.read_text())
+    with_own["data"] |= yaml.safe_load(TRANSFORMS.format(path="torchvision.transforms.v2.RandomInvert"))["data"]
+    config.write_text(yaml.safe_dump(with_own))
+    training = check_training(str(config), str(rooms), [])
+    assert yaml.safe_load(training.config)["data"]["transforms"] == with_own["data"]["transforms"]
+    assert (training.train_images, training.extras) == (10, ())
+
+
+def test_a_job_installs_the_packages_of_its_transforms_or_refuses_them(
+    no_account, rooms, tiny_config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
+    pytest.importorskip("albumentations")
+    listed = ["torch>=2", "numpy>=1", "albumentations>=2.0; extra == 'albumentations'", "timm>=1; extra == 'timm'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: listed)
+    option = '--data.transforms=[{"class_path": "albumentations.Blur"}]'
+    training = check_training(str(tiny_config), str(rooms), [option])
+    assert training.extras == ("albumentations",) and training.arguments == (option,)
+    with tarfile.open(fileobj=io.BytesIO(build_archive(training.backbone, training.extras))) as archive:
+        assert archive.extractfile("requirements.txt").read().split() == [b"numpy>=1", b"albumentations>=2.0"]
+    (tmp_path / "mine_alone.py").write_text("from torchvision.transforms import v2\nclass Mine(v2.RandomInvert): pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    option = '--data.transforms=[{"class_path": "mine_alone.Mine"}]'
+    code, _, errors = run(capsys, "--config", tiny_config, "--data", rooms, "--dry-run", option)
+    assert code == 1 and "--data.transforms: mine_alone.Mine is of a package that the job does not have" in errors
 
 
 @pytest.mark.parametrize("place", ["https://example.org/dino.pth", "s3://bucket/dino.pth", "IMAGENET1K_V2"])

@@ -1,0 +1,37 @@
+"""Where the files of a split lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """Where one split lies.
+
+    Attributes:
+        annotations: the annotation file. For YOLO its `data.yaml` (or `classes.txt`); for Pascal VOC the list of names
+            in `ImageSets/Main` or the folder of XML files.
+        images: the folder that file names are relative to.
+        part: the split to take, where one file describes several: "train", "val" or "test"; None for all of it.
+        also: further annotation files of the split, each with its own folder.
+        format: what the annotation file is of.
+    """
+
+    annotations: Path
+    images: Path
+    part: str | None = None
+    also: tuple[SplitFiles, ...] = ()
+    format: Literal["coco", "yolo", "voc"] = "coco"
+
+
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, and False for a name too long for the file system, at which that raises."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
