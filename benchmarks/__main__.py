@@ -7,6 +7,7 @@ import sys
 
 NAMES = {
     "data": "images per second and core, from the file to the batch",
+    "annotations": "CPU seconds and memory of reading a file as large as COCO's",
     "op": "deformable attention alone",
     "match": "matching and losses",
     "step": "a whole training step, and its time by phase",

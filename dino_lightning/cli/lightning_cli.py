@@ -163,8 +163,10 @@ class DINOCLI(LightningCLI):
     def before_fit(self) -> None:
         """Print the dataset and, of a resumed run, the options that changed since its checkpoint."""
         self._introduce()
-        assert isinstance(self.model, DINOModule)
+        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
         say(f"{parameter_line(self.model)}\n")
+        for sentence in self.datamodule.hazards(self.model.model.query_selection.num_queries):
+            say(f"{sentence}\n")
         self._tell_the_length()
         if self.config.fit.ckpt_path is not None:
             self.model.has_weights = True  # the Trainer tells so only after the module is set up

@@ -15,13 +15,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dino_lightning.data.annotation_cache import Entry, cached
 from dino_lightning.data.annotation_entries import Context, read_annotations
 from dino_lightning.data.box_formats import BoxFormat
 from dino_lightning.data.class_choice import EVERY_CLASS, ClassChoice
 from dino_lightning.data.coco import Category, CocoAnnotations, Problem
 from dino_lightning.data.findings import KINDS
 from dino_lightning.data.image_entries import read_images
-from dino_lightning.data.json_file import Entry, Tables, kind_of, parsed, read_tables, shown_value
+from dino_lightning.data.json_file import Entry as RawEntry
+from dino_lightning.data.json_file import Tables, kind_of, parsed, read_tables, shown_value
 from dino_lightning.data.lossless import Conversions
 from dino_lightning.errors import DataError
 
@@ -111,13 +113,20 @@ def read_coco(
 
 
 def read_file(annotations: Path, images: Path, options: ReadOptions = AS_COCO) -> ReadFile:
-    """As `read_coco`, with the `split` field of each image."""
-    path = Path(annotations)
-    try:
-        tables = read_tables(path)
-    except DataError as error:
-        return ReadFile(None, (Problem("file-unreadable", str(error)),))
-    return read_tables_of(path, Path(images), tables, options)
+    """As `read_coco`, with the `split` field of each image; a large file without faults is parsed once on a machine."""
+    path, folder = Path(annotations), Path(images)
+
+    def parse() -> tuple[Entry | None, ReadFile]:
+        try:
+            tables = read_tables(path)
+        except DataError as error:
+            return None, ReadFile(None, (Problem("file-unreadable", str(error)),))
+        read = read_tables_of(path, folder, tables, options)
+        sound = read.annotations is not None and not read.problems
+        return (Entry(read.annotations, read.parts) if sound and read.annotations else None), read
+
+    found: Entry | ReadFile = cached(path, folder, (options.crowd, options.box_format), parse)
+    return ReadFile(found.annotations, (), found.parts) if isinstance(found, Entry) else found
 
 
 def read_tables_of(path: Path, images_folder: Path, tables: Tables, options: ReadOptions = AS_COCO) -> ReadFile:
@@ -138,7 +147,7 @@ def read_tables_of(path: Path, images_folder: Path, tables: Tables, options: Rea
 
 
 def _read_categories(
-    path: Path, entries: Sequence[Entry], conversions: Conversions, report: Report
+    path: Path, entries: Sequence[RawEntry], conversions: Conversions, report: Report
 ) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The categories by ascending id, and which of them each id of the file means.
 

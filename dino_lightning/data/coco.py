@@ -197,7 +197,7 @@ class CocoAnnotations:
             self,
             images=self.images.subset(indices),
             offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-            **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS},
+            **{name: getattr(self, name)[rows] for name in ROW_ARRAYS},
         )
 
     def keep_rows(self, rows: npt.NDArray[np.bool_]) -> CocoAnnotations:
@@ -206,7 +206,7 @@ class CocoAnnotations:
         return replace(
             self,
             offsets=before[self.offsets].astype(np.int64),
-            **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS},
+            **{name: getattr(self, name)[rows] for name in ROW_ARRAYS},
         )
 
     @property
@@ -243,7 +243,7 @@ class CocoAnnotations:
         return {self.categories[index].id for index in np.unique(self.category_indices).tolist()}
 
 
-_ROW_ARRAYS = ("boxes_xyxy", "category_indices", "iscrowd", "area", "usable", "clipped", "annotation_ids")
+ROW_ARRAYS = ("boxes_xyxy", "category_indices", "iscrowd", "area", "usable", "clipped", "annotation_ids")
 
 
 def ground_truth(annotations: CocoAnnotations, labels: npt.NDArray[np.int64], index: int) -> GroundTruth:

@@ -15,6 +15,7 @@ from dino_lightning.data.box_formats import BoxFormat
 from dino_lightning.data.class_choice import class_choice
 from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.data.drawn_plans import MOST_DRAWN_ROOMS, WithDrawnPlans
+from dino_lightning.data.hazards import hazards
 from dino_lightning.data.label_names import ClassNames
 from dino_lightning.data.map_datasets import ImageReader, read_datasets
 from dino_lightning.data.option_checks import OF_FILES, check_options, image_cache
@@ -316,6 +317,20 @@ class CocoDataModule(SplitLoaders):
         )
         boxes = self.most_boxes if num_boxes is None else num_boxes
         return blank_batch(canvas, batch_size=batch_size, num_boxes=boxes, pad_to_multiple=self.pad_to_multiple)
+
+    def hazards(self, num_queries: int) -> list[str]:
+        """What of the training set can hardly be learnt at these sizes, a sentence each; opens no image.
+
+        Args:
+            num_queries: objects that the model can find in an image.
+        """
+        return hazards(
+            self.train_set.annotations,
+            num_queries=num_queries,
+            image_size=self.image_size,
+            max_size=self.max_size,
+            stretch_to=self.stretch_to,
+        )
 
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""

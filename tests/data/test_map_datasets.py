@@ -231,7 +231,7 @@ class Faulty(Dataset):
         ((Image.new("RGB", (4, 4)), [{"bbox": [1, 2, 3, 4]}]), ": the target is a list with something else"),
         ((Image.new("RGB", (4, 4)), None), ": the target is NoneType"),
     ],
-    ids=str,
+    ids=["error", "no pair", "float image", "file name", "odd list", "no target"],
 )
 def test_a_fault_of_an_item_is_named_with_its_index(item, message):
     with pytest.raises(DataError, match=rf"^val dataset\[1\]{message}"):
