@@ -165,7 +165,7 @@ class DINOCLI(LightningCLI):
         self._introduce()
         assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
         say(f"{parameter_line(self.model)}\n")
-        for sentence in self.datamodule.hazards(self.model.model.query_selection.num_queries):
+        for sentence in self.datamodule.hazards(self.model.model.query_selection.content_queries.num_embeddings):
             say(f"{sentence}\n")
         self._tell_the_length()
         if self.config.fit.ckpt_path is not None:

@@ -106,6 +106,7 @@ class CocoDataModule(SplitLoaders):
         image_size: short side in evaluation, in pixels, within `fixed_size`.
         max_size: limit of the long side in pixels, within `fixed_size`.
         stretch_to: side in pixels of the square that all images are stretched to, or None.
+        split_files: where the splits lie on disk, by name; without "val" where it is held out of "train".
 
     Raises:
         DataError: something is wrong with the files; the message says what and where.
@@ -200,6 +201,7 @@ class CocoDataModule(SplitLoaders):
         for repair in splits.repairs:
             rank_zero_warn(repair)
         self.classes = splits.classes
+        self.split_files = dict(splits.files)
 
         if fixed_size is not None and fixed_size_mode == "pad":
             image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)

@@ -140,6 +140,7 @@ KINDS: dict[str, Kind] = {
         "annotation files that are not used",
         'Several files of a split are read where all are named: --data.train_annotations "[a.json, b.json]".',
     ),
+    "unused-annotations": Kind("note", "annotation files of no split", "They are not used."),
     "same-file": Kind("warning", "image files listed under two ids", "Merge their annotations under one id."),
     "duplicate-image": Kind(
         "warning", "copies of the same image", "Their annotations may contradict each other. Keep one."

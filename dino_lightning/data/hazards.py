@@ -58,8 +58,8 @@ def hazards(
         (height, width), (new_height, new_width) = sizes[worst].tolist(), np.maximum(resized[worst], 1).tolist()
         sentences.append(
             f"{_images(slivers)} so long a shape that less than {SMALLEST_IMAGE} pixels of its short side remain "
-            f"(image {annotations.images[worst].id}: {width} x {height} becomes {new_width:.0f} x {new_height:.0f}). Cut such "
-            "images into tiles, or raise --data.max_size."
+            f"(image {annotations.images[worst].id}: {width} x {height} becomes {new_width:.0f} x {new_height:.0f}). "
+            "Cut such images into tiles, or raise --data.max_size."
         )
     return sentences
 

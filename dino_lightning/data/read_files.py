@@ -15,7 +15,7 @@ from dino_lightning.data.coco import Category, CocoAnnotations, ImageTable, Prob
 from dino_lightning.data.json_file import Tables
 from dino_lightning.data.other_formats.voc import read_voc
 from dino_lightning.data.other_formats.yolo import read_yolo
-from dino_lightning.data.search import split_word
+from dino_lightning.data.search import split_of, split_word
 from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.data.splits import unused_files
 from dino_lightning.errors import DataError
@@ -41,18 +41,35 @@ def read_files(
     for name, split in files.items():
         each = [_read(source, options, read) for source in (split, *split.also)]
         found[name] = _chosen(each[0] if len(each) == 1 else _joined(each), options, training=name == "train")
-    if root is not None and (unused := unused_files(root, files)):
-        shown = ", ".join(path.relative_to(root).as_posix() for path in unused[:NAMES_SHOWN])
-        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
-        used = ", ".join(dict.fromkeys(split.annotations.name for split in files.values()))
-        verb = "looks like a COCO file and is" if len(unused) == 1 else "look like COCO files and are"
+    if root is not None:
+        first = next(iter(found))
+        found[first] = replace(found[first], problems=(*found[first].problems, *_unused(root, files)))
+    return found
+
+
+def _unused(root: Path, files: Mapping[str, SplitFiles]) -> list[Problem]:
+    """Annotation files that no split uses: a warning where one is of a split that was found by itself, else a note."""
+    unused = unused_files(root, files)
+    searched = {split for split, each in files.items() if not each.named}
+    beside = [path for path in unused if split_of(path, root) in searched]
+    problems = []
+    for kind, paths in (("other-annotations", beside), ("unused-annotations", [p for p in unused if p not in beside])):
+        if not paths:
+            continue
+        shown = ", ".join(path.relative_to(root).as_posix() for path in paths[:NAMES_SHOWN])
+        more = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
+        used = ", ".join(dict.fromkeys(_shown(split.annotations, root) for split in files.values()))
+        verb = "looks like a COCO file and is" if len(paths) == 1 else "look like COCO files and are"
         message = (
             f"{root}: {shown}{more} {verb} not used beside {used}. To train on several files, name them all: "
             '--data.train_annotations "[A.json, B.json]".'
         )
-        first = next(iter(found))
-        found[first] = replace(found[first], problems=(*found[first].problems, Problem("other-annotations", message)))
-    return found
+        problems.append(Problem(kind, message))
+    return problems
+
+
+def _shown(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def _chosen(file: ReadFile, options: ReadOptions, *, training: bool) -> ReadFile:
@@ -91,6 +108,10 @@ def _read(files: SplitFiles, options: ReadOptions, read: dict[tuple[Path, Path],
 
 def _of_other_format(files: SplitFiles, options: ReadOptions) -> ReadFile:
     """A split of YOLO or Pascal VOC; what was guessed or left out on the way is one note."""
+    name = "YOLO" if files.format == "yolo" else "Pascal VOC"
+    if options.box_format is not None:
+        message = f"{files.annotations}: boxes of {name} have one format; leave out --data.box_format."
+        return ReadFile(None, (Problem("box-format", message),))
     try:
         document, notes = read_yolo(files) if files.format == "yolo" else read_voc(files)
     except DataError as error:
@@ -98,7 +119,6 @@ def _of_other_format(files: SplitFiles, options: ReadOptions) -> ReadFile:
     tables = Tables(document["images"], document["annotations"], document["categories"])
     # its boxes are made from what the format defines: no guess about them is due
     file = read_tables_of(files.annotations, files.images, tables, replace(options, box_format="xywh"))
-    name = "YOLO" if files.format == "yolo" else "Pascal VOC"
     told = " ".join([f"read as {name}.", *notes])
     return replace(file, problems=(Problem("other-format", f"{files.annotations}: {told}"), *file.problems))
 

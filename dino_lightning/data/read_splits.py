@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Splits:
         test: the test annotations, if there are any.
         notes: sentences about what was decided.
         repairs: sentences about what was dropped or clipped.
+        files: where the splits lie, those on disk.
     """
 
     classes: Classes
@@ -47,6 +48,7 @@ class Splits:
     test: CocoAnnotations | None
     notes: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
+    files: Mapping[str, SplitFiles] = field(default_factory=dict)
 
 
 def read_splits(
@@ -100,7 +102,7 @@ def read_splits(
             f"No validation split found: {len(val.images)} of the {len(source.images)} images of {source.path} are "
             f"held out for validation (val_fraction {val_fraction}, seed {seed})."
         )
-    return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs))
+    return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs), files)
 
 
 def split_options(given: Mapping[str, Given]) -> dict[str, tuple[Given, str | None]]:

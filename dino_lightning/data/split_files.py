@@ -20,6 +20,7 @@ class SplitFiles:
         part: the split to take, where one file describes several: "train", "val" or "test"; None for all of it.
         also: further annotation files of the split, each with its own folder.
         format: what the annotation file is of.
+        named: whether the user named the annotation file, rather than its folder.
     """
 
     annotations: Path
@@ -27,6 +28,7 @@ class SplitFiles:
     part: str | None = None
     also: tuple[SplitFiles, ...] = ()
     format: Literal["coco", "yolo", "voc"] = "coco"
+    named: bool = False
 
 
 def is_file(path: Path) -> bool:

@@ -97,7 +97,7 @@ def resolve_split_files(root: Path, explicit: Mapping[str, tuple[Given, str | No
     for split, (given, images) in explicit.items():
         if given is not None:
             paths = _named(root, given, f"--data.{split}_annotations")
-            found[split] = _together([_of_file(root, path, split) for path in paths])
+            found[split] = replace(_together([_of_file(root, path, split) for path in paths]), named=True)
         if images is not None:
             if split not in found:
                 raise DataError(

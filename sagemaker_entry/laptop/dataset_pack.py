@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_lightning import CocoDataModule
+from dino_lightning.data.annotation_file import raise_first_error
+from dino_lightning.data.coco_writer import coco_document
+from dino_lightning.data.read_files import read_files
+from dino_lightning.errors import DataError
 from dino_lightning.files import sha256_of
 from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile
 from sagemaker_entry.protocol.problem import Problem
@@ -49,11 +55,13 @@ class LocalDataset:
         manifest: all files, with their checksums.
         annotations: the path of each annotation file, by its name in the manifest.
         shards: the images of each shard, by the shard's name in the manifest.
+        temporary: the folder of annotation files made for the upload, which lives as long as this.
     """
 
     manifest: Manifest
     annotations: dict[str, Path]
     shards: dict[str, tuple[Member, ...]]
+    temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def key(self) -> str:
@@ -69,19 +77,23 @@ class LocalDataset:
 def read_dataset(data: CocoDataModule) -> LocalDataset:
     """List a dataset's files and compute their checksums; reads every image once.
 
+    Annotations that are not one COCO file for each split are written as such for the upload.
+
     Raises:
         Problem: an image of an annotation file is missing.
     """
     annotations: dict[str, Path] = {}
+    temporary = tempfile.TemporaryDirectory(prefix="annotations-")
+    written = _written_as_coco(data, Path(temporary.name))
     members: list[Member] = []
     named = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
     for split, dataset in named.items():
         if dataset is None:
             continue
         source = dataset.annotations
-        if split == "val" and _held_out(data):  # stored in the training file; training holds it out again
+        if split == "val" and "val" not in data.split_files:  # stored in the training file, and held out of it again
             split = "train"
-        annotations[f"{split}/annotations.json"] = source.path
+        annotations[f"{split}/annotations.json"] = written.get(split, source.path)
         for index, image in enumerate(source.images):
             path = source.image_path(index)
             if not path.is_file():
@@ -102,7 +114,8 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
         shards=tuple(stored),
         images=len(unique),
     )
-    return LocalDataset(manifest, annotations, dict(zip([file.name for file in stored], groups, strict=True)))
+    shards = dict(zip([file.name for file in stored], groups, strict=True))
+    return LocalDataset(manifest, annotations, shards, temporary)
 
 
 def write_dataset(dataset: LocalDataset, folder: Path) -> None:
@@ -118,10 +131,27 @@ def write_dataset(dataset: LocalDataset, folder: Path) -> None:
     (folder / MANIFEST).write_text(dataset.manifest.to_json())
 
 
-def _held_out(data: CocoDataModule) -> bool:
-    """Whether the validation split is held out of the training file, rather than a file of its own."""
-    train, val = data.train_set.annotations, data.val_set.annotations
-    return train.path == val.path and {image.id for image in train.images}.isdisjoint(image.id for image in val.images)
+def _written_as_coco(data: CocoDataModule, folder: Path) -> dict[str, Path]:
+    """Annotations of the splits that are not one COCO file each: of YOLO, of several files, of a part of a file.
+
+    They are read without the options that choose and convert, which the job applies to what it reads.
+    """
+    written = {}
+    for split, files in data.split_files.items():
+        one_file = not files.also and files.part is None and files.annotations.suffix.lower() != ".gz"
+        if files.format == "coco" and one_file:
+            continue
+        read = read_files(None, {split: files})[split]
+        try:
+            raise_first_error(read.problems)
+        except DataError as error:
+            raise Problem(f"{error} To launch, write clean COCO first: python -m dino_lightning to_coco.") from error
+        assert read.annotations is not None
+        names = [image.file_name for image in read.annotations.images]
+        written[split] = folder / f"{split}.json"
+        with written[split].open("w", encoding="utf-8") as file:
+            json.dump(coco_document(read.annotations, names), file)
+    return written
 
 
 def _groups(members: Sequence[Member]) -> Iterator[tuple[Member, ...]]:

@@ -379,6 +379,9 @@ FAULTS: dict[str, Fault] = {
         "trains",
         files=in_val(put("categories", [{"id": 1, "name": "bath"}, {"id": 2, "name": "kitchen"}])),
     ),
+    "an annotation file of no split": Fault(
+        "unused-annotations", "trains", files=copied("train/annotations.json", "old.json")
+    ),
     "another annotation file": Fault(
         "other-annotations", "trains", files=copied("train/annotations.json", "train/more.json")
     ),

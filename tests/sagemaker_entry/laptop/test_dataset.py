@@ -4,7 +4,10 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -166,6 +169,63 @@ def test_splits_that_share_a_file_arrive_as_they_were(plans, tmp_path, options):
         for index in range(len(here.annotations.images)):
             one, other = here.annotations.image_path(index), there.annotations.image_path(index)
             assert one.read_bytes() == other.read_bytes(), name
+
+
+def as_yolo(root: Path, folder: Path) -> dict[str, Any]:
+    for split in ("train", "val"):
+        content = json.loads((root / split / "annotations.json").read_text())
+        for image in content["images"]:
+            for kind in ("images", "labels"):
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(
+                root / split / "images" / image["file_name"], folder / f"images/{split}/{image['file_name']}"
+            )
+            side = np.array([image["width"], image["height"]] * 2)
+            boxes = [np.array(entry["bbox"]) for entry in content["annotations"] if entry["image_id"] == image["id"]]
+            shares = [np.concatenate((box[:2] + box[2:] / 2, box[2:])) / side for box in boxes]
+            lines = [" ".join(map(str, ("0", *share.tolist()))) for share in shares]
+            (folder / f"labels/{split}/{Path(image['file_name']).stem}.txt").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [room]\n")
+    return {}
+
+
+def as_parts(root: Path, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    shutil.copytree(root / "train" / "images", folder / "images")
+    content = json.loads((root / "train" / "annotations.json").read_text())
+    for number, image in enumerate(content["images"]):
+        image["split"] = "val" if number % 3 == 0 else "train"
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return {}
+
+
+def as_two_files(root: Path, folder: Path) -> dict[str, Any]:
+    shutil.copytree(root, folder)
+    content = json.loads((folder / "train" / "annotations.json").read_text())
+    for name, images in (("a", content["images"][:5]), ("b", content["images"][5:])):
+        (folder / f"train/{name}.json").write_text(json.dumps({**content, "images": images, "annotations": [
+            entry for entry in content["annotations"] if entry["image_id"] in {image["id"] for image in images}
+        ]}))  # fmt: skip
+    return {"train_annotations": ["train/a.json", "train/b.json"], "merge_classes": {"space": ["room"]}}
+
+
+@pytest.mark.parametrize("change", [as_yolo, as_parts, as_two_files])
+def test_what_is_not_one_coco_file_for_each_split_is_sent_as_such(plans, tmp_path, change):
+    options = change(plans, tmp_path / "changed")
+    data = CocoDataModule(root=str(tmp_path / "changed"), **options)
+    write_dataset(read_dataset(data), tmp_path / "stored")
+    unpack_dataset(tmp_path / "stored", tmp_path / "unpacked")
+    options.pop("train_annotations", None)
+    again = CocoDataModule(root=str(tmp_path / "unpacked"), **options)
+    assert again.class_names == data.class_names and again.category_ids == data.category_ids
+    assert sorted(path.name for path in (tmp_path / "unpacked").iterdir() if path.is_dir()) == ["train", "val"]
+    for name in ("train_set", "val_set"):
+        here, there = getattr(data, name).annotations, getattr(again, name).annotations
+        assert there.images == here.images and len(here.images) > 0, name
+        assert there.offsets.tolist() == here.offsets.tolist()
+        assert there.boxes_xyxy == pytest.approx(here.boxes_xyxy, abs=1e-5)
+        for index in range(len(here.images)):
+            assert here.image_path(index).read_bytes() == there.image_path(index).read_bytes()
 
 
 def test_a_missing_image_is_named(plans):
