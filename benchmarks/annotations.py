@@ -41,7 +41,7 @@ READERS = {
 }
 WORKER = """
 import os
-private = lambda: sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if line.startswith('Private_'))
+private = lambda: sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if line.startswith('Private_Dirty'))
 child = os.fork()
 if child == 0:
     before = private()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,17 @@ class SplitFiles:
     also: tuple[SplitFiles, ...] = ()
     format: Literal["coco", "yolo", "voc"] = "coco"
     named: bool = False
+
+
+def why_no_file(path: Path) -> str:
+    """Why a path is not that of a file that can be opened, after the path: "does not exist", or what is in the way."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
 
 
 def is_file(path: Path) -> bool:

@@ -27,7 +27,7 @@ from dino_lightning.data.search import (
     split_word,
     splits_in_entries,
 )
-from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles, is_file
+from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles, is_file, why_no_file
 from dino_lightning.errors import DataError
 
 FILES_NAMED = 8  # in one sentence
@@ -310,8 +310,14 @@ def _named(root: Path, given: str | Sequence[str], argument: str) -> list[Path]:
 
 def _existing(root: Path, given: str, argument: str) -> Path:
     for path in (Path(given), root / given):
-        if path.exists():
-            return path
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{argument}: {path} cannot be read ({reason}).") from error
+        return path
     raise DataError(f"{argument}: {given} does not exist, neither in the working directory nor in {root}.")
 
 
@@ -320,8 +326,10 @@ def check_images_folder(split: CocoAnnotations) -> None:
     probed = range(min(len(split.images), FILES_TO_PROBE))
     if not any(is_file(split.image_path(index)) for index in probed):
         others = f" (nor do the next {len(probed) - 1} images listed)" if len(probed) > 1 else ""
+        reason = why_no_file(split.image_path(0))
+        others = others if reason == "does not exist" else ""
         raise DataError(
-            f"{split.path}: {split.image_path(0)} does not exist{others}. Put the images there, or give the folder "
+            f"{split.path}: {split.image_path(0)} {reason}{others}. Put the images there, or give the folder "
             "that the file names are relative to as --data.train_images, --data.val_images or --data.test_images."
         )
 
@@ -333,14 +341,19 @@ def check_files_exist(split: CocoAnnotations) -> None:
     for index in range(len(split.images)):
         path = split.image_path(index)
         if path.parent not in present:
-            present[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+            try:
+                present[path.parent] = {entry.name for entry in path.parent.iterdir()}
+            except (OSError, ValueError):  # no such folder, or it cannot be listed: each file is looked at
+                present[path.parent] = set()
         # checked again where a name is not in the listing: the file system may be case-insensitive
         if path.name not in present[path.parent] and not is_file(path):
             absent.append(index)
     if absent:
         first = split.images[absent[0]]
+        reason = why_no_file(split.image_path(absent[0]))
+        what, why = ("do not exist", "") if reason == "does not exist" else ("cannot be opened", f", which {reason}")
+        image = f"image {first.id}, {shown_value(first.file_name)} in {split.images_folder}"
         raise DataError(
-            f"{split.path}: {len(absent)} of {len(split.images)} images listed do not exist, the first being image "
-            f"{first.id}, {shown_value(first.file_name)} in {split.images_folder}. Restore the files, take the images "
-            "out of the annotations, or set on_bad_image=skip."
+            f"{split.path}: {len(absent)} of {len(split.images)} images listed {what}, the first being {image}{why}. "
+            "Restore the files, take the images out of the annotations, or set on_bad_image=skip."
         )

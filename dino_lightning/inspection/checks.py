@@ -157,7 +157,11 @@ def check_categories(
 
 def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
     """Find image files in the splits' folders that no annotation file lists, not even in a faulty entry."""
-    roots = {name: Path(os.path.realpath(split.files.images)) for name, split in splits.items()}
+    roots = {
+        name: Path(os.path.realpath(split.annotations.images_folder))
+        for name, split in splits.items()
+        if split.annotations is not None  # of a file that cannot be used, nothing is known
+    }
     listed = {
         roots[name] / image.file_name
         for name, split in splits.items()
@@ -170,8 +174,9 @@ def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
     listed |= {  # "../images/1.png" is refused too
         Path(os.path.normpath(roots[split] / PureWindowsPath(file_name).as_posix()))
         for split, file_name in named_in_findings
+        if split in roots
     }
-    for name in splits:
+    for name in roots:
         for folder, _, files in os.walk(roots[name]):  # skips folders that cannot be read
             for path in sorted(Path(folder) / file for file in files):
                 if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed:

@@ -19,6 +19,7 @@ FEWEST_IMAGES = 5
 SLIVER = 8.0  # times as long as wide
 NEARLY_ALL = 0.9
 SAME = 1.0  # pixels
+SMALLEST = 4.0  # pixels; boxes below that are no boxes in pixels, which is another finding
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def _all_the_same(
         return ""
     sizes = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
     width, height = np.median(sizes, axis=0).tolist()
+    if max(width, height) < SMALLEST:
+        return ""
     everything = f"all {len(sizes)} boxes in {images} images"
     places = boxes_xyxy / image_sizes[:, [0, 1, 0, 1]]
     tolerance = SAME / image_sizes.min(axis=0)[[0, 1, 0, 1]]

@@ -141,10 +141,8 @@ def test_another_file_of_a_split_is_named_and_not_read(tmp_path):
     two_files(tmp_path)
     splits = read(tmp_path)
     assert len(splits.train.images) == 4
-    assert (
-        "annotations/train2.json looks like a COCO file and is not used beside annotations/train.json, annotations/val.json"
-        in said(splits)
-    )
+    beside = "annotations/train.json, annotations/val.json"
+    assert f"annotations/train2.json looks like a COCO file and is not used beside {beside}" in said(splits)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dino_lightning.data import find_split_files, load_coco
-from dino_lightning.data.splits import resolve_split_files, split_images
+from dino_lightning.data.splits import check_files_exist, check_images_folder, resolve_split_files, split_images
 from dino_lightning.errors import DataError
 from tests.data.small_coco import document, write_json, write_split
 
@@ -191,3 +193,27 @@ def test_one_image_cannot_be_split(tmp_path):
     annotations = load_coco(write_json(tmp_path / "a.json", document(count=1)), tmp_path)
     with pytest.raises(DataError, match=r"a\.json: one image is too few to hold some out for validation"):
         split_images(annotations, 0.5, seed=0)
+
+
+def test_what_is_in_the_way_of_a_file_is_said(tmp_path):
+    write_split(tmp_path / "train.json", tmp_path / "images", count=3)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(
+        DataError, match=r"--data.val_images: .*loop cannot be read \(Too many levels of symbolic links\)"
+    ):
+        resolve(tmp_path, val_annotations="train.json", val_images="loop")
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+        path.symlink_to(loop)
+    annotations = load_coco(tmp_path / "train.json", tmp_path / "images")
+    with pytest.raises(DataError, match=r"1.png cannot be read \(Too many levels of symbolic links\). Put the images"):
+        check_images_folder(annotations)
+    (tmp_path / "images/1.png").unlink()
+    os.mkfifo(tmp_path / "images/1.png")
+    with pytest.raises(DataError, match=r"1.png is not a regular file. Put the images"):
+        check_images_folder(annotations)
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "images").symlink_to(loop)
+    with pytest.raises(DataError, match=r"3 of 3 images listed cannot be opened, .* which cannot be read \(Too many"):
+        check_files_exist(annotations)
