@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dino_lightning.structures import GroundTruth
 
 CLIP_TOLERANCE = 0.01  # pixels; coordinates rounded to two decimals overshoot the border by less
+ROUNDING = 1.0  # pixels; what programs overshoot by when they round or scale
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,14 @@ class CocoAnnotations:
             offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
             **{name: getattr(self, name)[rows] for name in ROW_ARRAYS},
         )
+
+    def overshoot(self) -> npt.NDArray[np.float64]:
+        """(A,) by how many pixels each box sticks out of its image; 0 for one that does not."""
+        limits = np.repeat(self.images.sizes, np.diff(self.offsets), axis=0)[:, [1, 0, 1, 0]]
+        outside: npt.NDArray[np.float64] = np.maximum(-self.boxes_xyxy, self.boxes_xyxy - limits).max(
+            axis=1, initial=0.0
+        )
+        return outside
 
     def keep_rows(self, rows: npt.NDArray[np.bool_]) -> CocoAnnotations:
         """The same file with only the annotations where `rows`, (A,), is True; all images stay."""

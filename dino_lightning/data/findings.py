@@ -199,6 +199,9 @@ KINDS: dict[str, Kind] = {
     ),
     "images-of-no-split": Kind("note", "images of no split", "The file gives each image a split, and these have none."),
     "other-format": Kind("note", "a dataset in another format than COCO's", "Read as that format defines it."),
+    "box-rounded": Kind(
+        "note", "boxes that stick out of their image by a pixel or less", "Rounding; training clips them to the border."
+    ),
     "crowd-odd": Kind("note", "values of iscrowd that are no number", "Read as 0: an ordinary box. Write 0 or 1."),
     "cmyk": Kind("note", "CMYK images", "Converted to RGB."),
     "name-unlike-format": Kind("note", "file names unlike the format", "Read by content; other tools go by the name."),

@@ -72,7 +72,7 @@ def read_datasets(datasets: Mapping[str, Dataset[Any] | None], class_names: Clas
     classes = classes_of(found["train"])
     for split in found.values():
         check_classes(split, classes)
-    repairs = [sentence for split in found.values() if (sentence := repairs_of(split))]
+    repairs = [sentence for split in found.values() if (sentence := repairs_of(split)[0])]
     learnt = set(classes.labels_of(found["train"])[found["train"].usable & ~found["train"].iscrowd].tolist())
     if unused := [name for label, name in enumerate(classes.names) if label not in learnt]:
         shown = ", ".join(unused[:SHOWN])

@@ -11,7 +11,7 @@ from typing import Any
 from dino_lightning.data.annotation_file import AS_COCO, ReadOptions, raise_first_error
 from dino_lightning.data.class_choice import class_choice
 from dino_lightning.data.classes import Classes, check_classes, classes_of
-from dino_lightning.data.coco import CocoAnnotations, Problem
+from dino_lightning.data.coco import ROUNDING, CocoAnnotations, Problem
 from dino_lightning.data.findings import KINDS
 from dino_lightning.data.read_files import read_files
 from dino_lightning.data.split_files import SplitFiles
@@ -89,7 +89,9 @@ def read_splits(
             f"Category {classes.left_out.id} ({classes.left_out.name!r}) has no annotations and is the "
             "supercategory of all others: it is not a class."
         )
-    repairs += [sentence for split in found.values() if (sentence := repairs_of(split))]
+    for split in found.values():
+        sentence, more_than_rounding = repairs_of(split)
+        (repairs if more_than_rounding else notes).extend([sentence] if sentence else [])
     train, val = found["train"], found.get("val")
     if sentence := _classes_without_boxes(train, classes):
         repairs.append(sentence)
@@ -189,12 +191,13 @@ def _classes_without_boxes(train: CocoAnnotations, classes: Classes) -> str:
     return f"{train.path}: {len(empty)} of {len(classes)} classes have no box to learn from: {named}{more}."
 
 
-def repairs_of(split: CocoAnnotations) -> str:
-    """What had to be repaired in a split, in a sentence; empty if nothing."""
-    summary = split.summary
-    if not summary.degenerate and not summary.clipped:
-        return ""
-    return (
-        f"{split.path}: {summary.degenerate} boxes without area inside their image are dropped; "
-        f"{summary.clipped} boxes that stick out are clipped to it for training."
-    )
+def repairs_of(split: CocoAnnotations) -> tuple[str, bool]:
+    """What had to be repaired in a split, in a sentence, empty if nothing; and whether it is more than rounding."""
+    parts = []
+    degenerate, clipped = split.summary.degenerate, split.summary.clipped
+    farthest = float(split.overshoot()[split.clipped].max(initial=0.0))
+    if degenerate:
+        parts.append(f"{degenerate} boxes without area inside their image are dropped")
+    if clipped:
+        parts.append(f"{clipped} boxes that stick out, by up to {farthest:.3g} pixels, are clipped to it for training")
+    return (f"{split.path}: {'; '.join(parts)}." if parts else ""), bool(degenerate) or farthest > ROUNDING

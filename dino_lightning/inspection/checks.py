@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dino_lightning.data.classes import Classes, class_conflicts
-from dino_lightning.data.coco import CLIP_TOLERANCE, CocoAnnotations, ImageEntry
+from dino_lightning.data.coco import CLIP_TOLERANCE, ROUNDING, CocoAnnotations, ImageEntry
 from dino_lightning.data.findings import Case
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.inspection.image_facts import ImageFacts
@@ -85,16 +85,19 @@ def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limit
     )
     learnable = learnable_boxes(source)
 
-    def add(kind: str, rows: npt.NDArray[np.bool_]) -> None:
+    def add(kind: str, rows: npt.NDArray[np.bool_], out_by: npt.NDArray[np.float64] | None = None) -> None:
         for row in np.flatnonzero(rows).tolist():
             x1, y1, x2, y2 = source.boxes_xyxy[row].tolist()
             entry = source.images[owners[row]]
             size = f"{entry.size[1]} x {entry.size[0]}"
             detail = f"{x2 - x1:g} x {y2 - y1:g} at {x1:g}, {y1:g} in {size}"
+            detail += "" if out_by is None else f", {out_by[row]:.3g} pixels outside"
             found[kind, split].append(Case(detail, entry.id, _id(source, row), entry.file_name))
 
     add("box-without-area", ~source.usable)
-    add("box-outside", source.clipped)
+    overshoot = source.overshoot()
+    add("box-outside", source.clipped & (overshoot > ROUNDING), overshoot)
+    add("box-rounded", source.clipped & (overshoot <= ROUNDING), overshoot)
     add("box-covers-image", learnable & (extent >= COVERING * sizes[owners][:, ::-1] - CLIP_TOLERANCE).all(axis=1))
     add("box-tiny", learnable & (extent.min(axis=1) * scales[owners] < TINY))
 

@@ -104,7 +104,7 @@ def test_bad_options_end_with_2(root, args, sentence, capsys):
     [
         (lambda path: None, "the dataset folder does not exist"),
         (lambda path: path.mkdir(), "no annotation file found"),
-        (lambda path: path.write_text("x"), "the dataset folder does not exist"),
+        (lambda path: path.write_text("x"), "is a file. Give its folder"),
     ],
 )
 def test_a_hopeless_dataset_ends_with_1_and_one_sentence(tmp_path, make, sentence, capsys):

@@ -160,6 +160,7 @@ def test_a_resumed_epoch_has_the_same_batches(root):
     assert_same(whole[1:], list(resumed))
 
 
+@pytest.mark.slow
 def test_transforms_reach_spawned_workers(root, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     loader = data_of(root, [v2.ColorJitter(0.5)], num_workers=1).train_dataloader()

@@ -340,6 +340,7 @@ FAULTS: dict[str, Fault] = {
     "bbox zero wide": Fault("box-without-area", "trains", put("annotations.4.bbox", [5, 5, 0, 5])),
     "bbox negative": Fault("box-without-area", "trains", put("annotations.4.bbox", [20, 20, -5, -5])),
     "bbox outside": Fault("box-without-area", "trains", put("annotations.4.bbox", [500, 500, 5, 5])),
+    "bbox sticks out by rounding": Fault("box-rounded", "trains", put("annotations.4.bbox", [20, 10, 40.4, 9])),
     "bbox sticks out": Fault("box-outside", "trains", put("annotations.4.bbox", [50, 20, 50, 50])),
     "bbox covers all": Fault("box-covers-image", "trains", put("annotations.4.bbox", [0, 0, 60, 30])),
     "bbox tiny": Fault("box-tiny", "trains", put("annotations.4.bbox", [5, 5, 0.01, 5])),
