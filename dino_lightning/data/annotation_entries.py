@@ -79,7 +79,7 @@ class Context:
 
     path: Path
     images: Images
-    index_of_category: Mapping[int, int]
+    index_of_category: Mapping[int | str, int]
     conversions: Conversions
     report: Report
 
@@ -201,8 +201,11 @@ def _read_other(context: Context, position: int, entry: Any, rows: _Rows, from_o
         report("unknown-image", f"has image_id {shown}, which no image has. Correct it, or add the image.")
         return
     category = None
-    if not isinstance(entry.get("category_id"), (list, dict)):
-        category_id = convert.integer(entry.get("category_id"), "category_id")
+    given_category = entry.get("category_id")
+    if isinstance(given_category, str) and given_category in context.index_of_category:
+        category = context.index_of_category[given_category]
+    elif not isinstance(given_category, (list, dict)):
+        category_id = convert.integer(given_category, "category_id")
         category = None if category_id is None else context.index_of_category.get(category_id)
     if category is None:
         shown = shown_value(entry.get("category_id"))

@@ -148,24 +148,29 @@ def read_tables_of(path: Path, images_folder: Path, tables: Tables, options: Rea
 
 def _read_categories(
     path: Path, entries: Sequence[RawEntry], conversions: Conversions, report: Report
-) -> tuple[tuple[Category, ...], dict[int, int]]:
+) -> tuple[tuple[Category, ...], dict[int | str, int]]:
     """The categories by ascending id, and which of them each id of the file means.
 
-    Entries alike in all but the id are one category, which has the smallest of their ids.
+    Entries alike in all but the id are one category, which has the smallest of their ids. Ids that are words are
+    numbered in the order of the file, after the highest number.
     """
     if not entries:
         report(Problem("file-unreadable", f"{path}: lists no categories. List every class with an id and a name."))
     listed: dict[int, Category] = {}
     repeated = 0
+    number_of: dict[str, int] = {}  # of ids that are words
+    following = 1 + max((number for raw in entries if (number := _plain_id(raw)) is not None), default=0)
     for position, raw in enumerate(entries):
         entry = parsed(raw)
         if not isinstance(entry, dict):
             message = f"{path}: entry {position} of 'categories' must be an object, not {kind_of(entry)}."
             report(Problem("entry-malformed", message))
             continue
-        category_id = conversions.integer(entry.get("id"), "category id")
+        value = entry.get("id")
+        category_id = conversions.integer(value, "category id")
+        if category_id is None and isinstance(value, str) and value.strip():
+            category_id = number_of.setdefault(value, following + len(number_of))
         if category_id is None:
-            value = entry.get("id")
             found = "is missing" if "id" not in entry else f"is {shown_value(value)}, {kind_of(value)}"
             message = f"{path}: 'id' of category number {position} {found}; it must be an integer."
             report(Problem("entry-malformed", message))
@@ -197,8 +202,22 @@ def _read_categories(
         )
         report(Problem("category-repeated", message))
     position_of = {category_id: index for index, category_id in enumerate(kept)}
-    index_of = {category_id: position_of[ids[0]] for ids in same.values() for category_id in ids}
+    index_of: dict[int | str, int] = {category_id: position_of[ids[0]] for ids in same.values() for category_id in ids}
+    if number_of:
+        index_of |= {word: index_of[number] for word, number in number_of.items() if number in index_of}
+        for number in number_of.values():  # what the file does not have is no id of it
+            index_of.pop(number, None)
+        message = (
+            f"{path}: {len(number_of)} category ids are words (first: {shown_value(next(iter(number_of)))}); they are "
+            f"numbered from {following} on, in the order of the file."
+        )
+        report(Problem("id-numbered", message))
     return tuple(listed[category_id] for category_id in kept), index_of
+
+
+def _plain_id(raw: RawEntry) -> int | None:
+    entry = parsed(raw)
+    return Conversions().integer(entry.get("id"), "") if isinstance(entry, dict) else None
 
 
 def _supercategory(entry: dict[str, Any]) -> str:

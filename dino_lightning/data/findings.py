@@ -187,7 +187,7 @@ KINDS: dict[str, Kind] = {
     ),
     "classes-chosen": Kind("note", "classes left out or merged", "As the options say; their boxes are background."),
     "empty-dropped": Kind("note", "training images without a box left out", "As drop_empty says."),
-    "id-numbered": Kind("note", "image ids that are text", "These images are numbered; predictions name their files."),
+    "id-numbered": Kind("note", "ids that are words", "They are numbered; predictions name files and classes."),
     "image-size-from-file": Kind("note", "images listed without width and height", "Read from the files' headers."),
     "box-from-outline": Kind("note", "outlines without a box", "The extent of the outline is the box."),
     "category-repeated": Kind("note", "categories listed several times", "Read as one category."),

@@ -119,7 +119,7 @@ def _read_rows(path: Path, entries: Sequence[Entry], conversions: Conversions, r
             except DataError as error:
                 report(Problem("entry-malformed", str(error)))
                 continue
-            given = entry.get("file_name")
+            given = entry.get("file_name") or entry.get("coco_url")  # LVIS has addresses alone
             try:
                 if image_id not in known:
                     size = _given_size(path, f"image {shown_id(image_id)}", entry, conversions)

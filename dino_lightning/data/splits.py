@@ -197,7 +197,7 @@ def _discover(root: Path) -> dict[str, SplitFiles]:
     for split in SPLIT_NAMES:
         if split not in found and split in others:
             found[split] = _together([_of_file(root, path, split) for path in others[split][0]])
-    if not found and len(others.get(None, [])) == 1:
+    if "train" not in found and len(others.get(None, [])) == 1:
         found["train"] = _together([_of_file(root, path, "train") for path in others[None][0]])
     if not found:
         found = {split: replace(files, format="yolo") for split, files in find_yolo(root).items()}

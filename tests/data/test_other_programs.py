@@ -484,3 +484,36 @@ def test_a_folder_without_its_images_is_found_elsewhere_in_the_root(tmp_path):
     shutil.rmtree(tmp_path / "pictures")
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path)
+
+
+def test_category_ids_that_are_words_are_numbered(tmp_path):
+    content = document(count=2)
+    content["categories"] = [{"id": "k", "name": "kitchen"}, {"id": 4, "name": "bath"}, {"id": "a", "name": "attic"}]
+    for entry in content["annotations"]:
+        entry["category_id"] = {1: "k", 2: 4}[entry["category_id"]]
+    found, problems = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert [(category.id, category.name) for category in found.categories] == [
+        (4, "bath"),
+        (5, "kitchen"),
+        (6, "attic"),
+    ]
+    assert found.category_indices.tolist() == [1, 0, 1, 0]
+    assert [problem.kind for problem in problems] == ["id-numbered"]
+
+
+def test_images_with_an_address_in_place_of_a_name(tmp_path):
+    content = document(count=2)
+    write_images(tmp_path, content)
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.example.org/train2017/{image.pop('file_name')}"
+    found, _ = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert [image.file_name for image in found.images] == ["1.png", "2.png"]
+
+
+def test_one_more_file_without_a_split_is_for_training(tmp_path):
+    write_split(tmp_path / "annotations/trainval.json", tmp_path / "images", count=4)
+    write_split(tmp_path / "annotations/test.json", tmp_path / "images", count=2, first_id=11)
+    assert {split: files.annotations.name for split, files in find_split_files(tmp_path).items()} == {
+        "train": "trainval.json",
+        "test": "test.json",
+    }

@@ -216,6 +216,14 @@ def attic(document: Any) -> None:
     document["annotations"].append(annotation(95, 11, 3, [1, 1, 9, 9]))
 
 
+def words_as_category_ids(document: Any) -> None:
+    for entry in document["categories"]:
+        entry["id"] = entry["name"]
+    names = {1: "kitchen", 2: "bath"}
+    for entry in document["annotations"]:
+        entry["category_id"] = names[entry["category_id"]]
+
+
 def refused(kind: str, entries: Callable[[Any], None]) -> Fault:
     return Fault(kind, "refused", entries)
 
@@ -365,7 +373,9 @@ FAULTS: dict[str, Fault] = {
     # categories
     "category id twice": refused("duplicate-category-id", put("categories.1.id", 1)),
     "category id a number as text": Fault("value-converted", "trains", put("categories.1.id", "2")),
-    "category id a word": refused("entry-malformed", put("categories.1.id", "two")),
+    "category id a word": Fault("id-numbered", "trains", words_as_category_ids),
+    "category id a word that annotations do not use": refused("unknown-category", put("categories.1.id", "two")),
+    "category id half": refused("entry-malformed", put("categories.1.id", 1.5)),
     "category id missing": refused("entry-malformed", put("categories.1.id", ...)),
     "category name missing": refused("entry-malformed", put("categories.1.name", ...)),
     "category name blank": refused("entry-malformed", put("categories.1.name", "  ")),
