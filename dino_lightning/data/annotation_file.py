@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dino_lightning.data.annotation_cache import Entry, cached
-from dino_lightning.data.annotation_entries import Context, read_annotations
 from dino_lightning.data.box_formats import BoxFormat
 from dino_lightning.data.class_choice import EVERY_CLASS, ClassChoice
 from dino_lightning.data.coco import Category, CocoAnnotations, Problem
 from dino_lightning.data.findings import KINDS
-from dino_lightning.data.image_entries import read_images
-from dino_lightning.data.json_file import Entry as RawEntry
-from dino_lightning.data.json_file import Tables, kind_of, parsed, read_tables, shown_value
-from dino_lightning.data.lossless import Conversions
+from dino_lightning.data.reading.annotation_cache import Entry, cached
+from dino_lightning.data.reading.annotation_entries import Context, read_annotations
+from dino_lightning.data.reading.image_entries import read_images
+from dino_lightning.data.reading.json_file import Entry as RawEntry
+from dino_lightning.data.reading.json_file import Tables, kind_of, parsed, read_tables, shown_value
+from dino_lightning.data.reading.lossless import Conversions
 from dino_lightning.errors import DataError
 
 CrowdRule = Literal["regions", "objects"]

@@ -34,6 +34,9 @@ try:  # deprecated since torchvision 0.29 in favour of a package with FFmpeg beh
 except ImportError:
     USE_TORCHVISION = False
 
+IMAGE_SUFFIXES = {
+    ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; a drawing office's largest scans (A0 at 600 dpi) have half of it
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 EXIF_ORIENTATION = 0x0112
@@ -41,6 +44,11 @@ _PILLOWS_LIMIT = threading.Lock()
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 ImageLike = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name ends as those of images do."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - the name may hold a null byte
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import numpy as np
 from dino_lightning.data.annotation_file import AS_COCO, ReadFile, ReadOptions, read_file, read_tables_of
 from dino_lightning.data.class_choice import EVERY_CLASS, choose_classes
 from dino_lightning.data.coco import Category, CocoAnnotations, ImageTable, Problem
-from dino_lightning.data.json_file import Tables
 from dino_lightning.data.other_formats.voc import read_voc
 from dino_lightning.data.other_formats.yolo import read_yolo
-from dino_lightning.data.search import split_of, split_word
+from dino_lightning.data.reading.json_file import Tables
+from dino_lightning.data.reading.search import split_of, split_word
 from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.data.splits import unused_files
 from dino_lightning.errors import DataError

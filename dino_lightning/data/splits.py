@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dino_lightning.data.coco import CocoAnnotations
-from dino_lightning.data.json_file import shown_value
 from dino_lightning.data.other_formats.voc import find_voc
 from dino_lightning.data.other_formats.yolo import find_yolo
-from dino_lightning.data.search import (
+from dino_lightning.data.reading.json_file import shown_value
+from dino_lightning.data.reading.search import (
     coco_files,
     files_in,
     first_file_names,

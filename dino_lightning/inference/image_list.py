@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco import Problem
-from dino_lightning.data.image_entries import read_images
-from dino_lightning.data.json_file import read_tables
-from dino_lightning.data.lossless import Conversions
+from dino_lightning.data.images import IMAGE_SUFFIXES, is_image
+from dino_lightning.data.reading.image_entries import read_images
+from dino_lightning.data.reading.json_file import read_tables
+from dino_lightning.data.reading.lossless import Conversions
 from dino_lightning.data.splits import choose_image_folder
 from dino_lightning.errors import DataError
 
 # Of files found in folders and by globs; a file that is named itself may have any.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
 class Stamp(NamedTuple):
@@ -85,7 +85,9 @@ def list_images(
                 "give another --output."
             )
         if not found:
-            raise DataError(f"{source}: no images there; looked for files ending in {', '.join(sorted(SUFFIXES))}.")
+            raise DataError(
+                f"{source}: no images there; looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
+            )
         names.update(os.path.normpath(name) for name in found)
     return [_listed(Path(name), name, number) for number, name in enumerate(sorted(names), start=1)]
 
@@ -105,10 +107,10 @@ def _found(source: str) -> Iterator[str]:
     elif os.path.isdir(source):  # noqa: PTH112 - as above
         for folder, inside, files in os.walk(source):
             inside[:] = [name for name in inside if not name.startswith(".")]
-            yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118 - as above
+            yield from (os.path.join(folder, name) for name in files if _is_shown(name))  # noqa: PTH118 - as above
     elif glob.has_magic(source):
         for name in glob.iglob(source, recursive=True):  # noqa: PTH207 - absolute patterns
-            if _is_image(name) and Path(name).is_file():
+            if _is_shown(name) and Path(name).is_file():
                 yield name
     elif os.path.exists(source):  # noqa: PTH110 - as above
         raise DataError(f"{source} is neither a regular file nor a folder.")
@@ -116,9 +118,8 @@ def _found(source: str) -> Iterator[str]:
         raise DataError(f"{source} does not exist.")
 
 
-def _is_image(name: str) -> bool:
-    file = os.path.basename(name)  # noqa: PTH119
-    return os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")  # noqa: PTH122
+def _is_shown(name: str) -> bool:
+    return is_image(name) and not os.path.basename(name).startswith(".")  # noqa: PTH119
 
 
 def _images_of_coco(path: Path, image_folder: Path | None) -> list[ListedImage]:

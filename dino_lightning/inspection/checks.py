@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dino_lightning.data.classes import Classes, class_conflicts
 from dino_lightning.data.coco import CLIP_TOLERANCE, ROUNDING, CocoAnnotations, ImageEntry
 from dino_lightning.data.findings import Case
+from dino_lightning.data.images import is_image
 from dino_lightning.data.transforms import resized_size
 from dino_lightning.inspection.image_facts import ImageFacts
 from dino_lightning.inspection.near_duplicates import same_images, similar_images
@@ -21,7 +22,6 @@ from dino_lightning.inspection.report import SplitHealth, clipped_boxes, learnab
 
 TINY = 4.0  # pixels at the training size
 COVERING = 0.99  # of the image's width and height
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 Found = dict[tuple[str, str], list[Case]]  # by (kind, split)
 
@@ -182,7 +182,7 @@ def check_folders(found: Found, splits: Mapping[str, SplitHealth]) -> None:
     for name in roots:
         for folder, _, files in os.walk(roots[name]):  # skips folders that cannot be read
             for path in sorted(Path(folder) / file for file in files):
-                if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed:
+                if is_image(path.name) and path not in listed:
                     listed.add(path)  # once, where splits share a folder
                     found["not-listed", name].append(Case(file_name=path.relative_to(roots[name]).as_posix()))
 

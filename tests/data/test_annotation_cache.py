@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino_lightning.data import annotation_cache, annotation_file
+from dino_lightning.data import annotation_file
 from dino_lightning.data.annotation_file import load_coco, read_coco
 from dino_lightning.data.coco import ROW_ARRAYS
+from dino_lightning.data.reading import annotation_cache
 from tests.data.small_coco import document, write_images, write_json
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,17 +12,11 @@ from tqdm import tqdm
 
 from dino_lightning.data.dataset import FEW_IMAGES, available_cores
 from dino_lightning.data.images import EXIF_ORIENTATION, open_image, open_regular
-from dino_lightning.data.json_file import shown_value
+from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
 
-SUFFIXES = {".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 STORED_WIDTH, STORED_HEIGHT = 256, 257  # tags of a TIFF file
 MAX_TEXT = 50_000_000  # bytes of a label, list or XML file; real ones have a thousandth of it
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name ends as those of images do."""
-    return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_inside(path: Path, root: Path) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dino_lightning.data.dataset import FEW_IMAGES
-from dino_lightning.data.json_file import shown_value
-from dino_lightning.data.other_formats.image_folder import counted, displayed_sizes, first_of, is_image, names_in
+from dino_lightning.data.images import is_image
+from dino_lightning.data.other_formats.image_folder import counted, displayed_sizes, first_of, names_in
 from dino_lightning.data.other_formats.voc_file import VocFile, VocObject, read_voc_file
 from dino_lightning.data.other_formats.voc_layout import (
     BOTH,
@@ -23,6 +23,7 @@ from dino_lightning.data.other_formats.voc_layout import (
     xml_folder,
     xml_names,
 )
+from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.errors import DataError
 

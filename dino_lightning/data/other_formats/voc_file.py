@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from dino_lightning.data.image_entries import MAX_SIDE
-from dino_lightning.data.json_file import shown_value
 from dino_lightning.data.other_formats.image_folder import MAX_TEXT
+from dino_lightning.data.reading.image_entries import MAX_SIDE
+from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

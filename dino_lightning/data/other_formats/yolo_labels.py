@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dino_lightning.data.json_file import shown_value
+from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
 
 TOLERANCE = 0.01  # shares of an image; what programs that write labels go beyond its border by

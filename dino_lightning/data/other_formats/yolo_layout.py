@@ -14,15 +14,15 @@ from typing import Any
 
 import yaml
 
-from dino_lightning.data.json_file import shown_value
+from dino_lightning.data.images import is_image
 from dino_lightning.data.other_formats.image_folder import (
     exists,
-    is_image,
     is_inside,
     names_in,
     read_text,
     require_inside,
 )
+from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.data.split_files import SPLIT_NAMES, is_file
 from dino_lightning.errors import DataError
 

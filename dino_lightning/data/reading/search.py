@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dino_lightning.data.file_names import IMAGE_SUFFIXES
+from dino_lightning.data.images import is_image
 
 DEPTH = 3  # folders below the root that are looked into
 SNIFFED = 20  # JSON files of one folder that are opened; with more, there is one for each image
@@ -94,7 +94,7 @@ def looks_like_coco(path: Path) -> bool:
 
 def image_folders(root: Path) -> list[Path]:
     """The folders that hold images, the root among them, not too deep."""
-    return [folder for folder, names in _walk(root) if any(_is_image(name) for name in names)]
+    return [folder for folder, names in _walk(root) if any(is_image(name) for name in names)]
 
 
 def first_file_names(annotations: Path, count: int = PROBED) -> list[str]:
@@ -184,7 +184,7 @@ def _one_for_each_image(root: Path, folder: Path, paths: Sequence[Path]) -> bool
         for place in near
         if place.is_dir() and place.is_relative_to(root)
         for file in place.iterdir()
-        if _is_image(file.name)
+        if is_image(file.name)
     }
     return sum(_stem(path) in stems for path in paths) >= 0.9 * len(paths)
 
@@ -192,7 +192,7 @@ def _one_for_each_image(root: Path, folder: Path, paths: Sequence[Path]) -> bool
 def _stem(path: Path) -> str:
     """The name without .json or .json.gz, and without the suffix of an image before it (`1.png.json`)."""
     name = re.sub(r"\.json(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    return Path(name).stem if _is_image(name) else name
+    return Path(name).stem if is_image(name) else name
 
 
 def _rank(path: Path, root: Path) -> tuple[int, int, int, str]:
@@ -200,10 +200,6 @@ def _rank(path: Path, root: Path) -> tuple[int, int, int, str]:
     stem = _stem(path).lower()
     usual = split_word(stem) == stem or any(word in stem for word in USUAL_WORDS)
     return len(path.relative_to(root).parts), 0 if usual else 1, len(stem), str(path)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def _is_file(path: Path) -> bool:

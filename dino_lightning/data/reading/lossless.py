@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dino_lightning.data.json_file import shown_value
+from dino_lightning.data.reading.json_file import shown_value
 
 MAX_COORDINATE = 1e12  # larger than any image; NaN and infinity fail the comparison with it
 LONGEST_NUMBER = 40  # characters

@@ -21,7 +21,7 @@ import filelock
 import numpy as np
 
 from dino_lightning.data.coco import ROW_ARRAYS, Category, CocoAnnotations, ImageTable
-from dino_lightning.data.file_names import match_names
+from dino_lightning.data.reading.file_names import match_names
 from dino_lightning.files import sha256_of
 
 LAYOUT = 1  # of the entries; another one is another entry

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+from dino_lightning.data.images import is_image
+
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the name of an uploaded file
 DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -117,7 +118,7 @@ class _Files:
         for way, table, keys in (
             (BASE, exact, bases),
             (CASE, folded, [_folded(base) for base in bases]),
-            (SUFFIX, stems, [_folded(base) for base in bases if not _is_image(base)]),
+            (SUFFIX, stems, [_folded(base) for base in bases if not is_image(base)]),
             (PREFIX, exact, [UPLOAD_PREFIX.sub("", base) for base in bases]),
         ):
             for key in keys:
@@ -132,7 +133,7 @@ class _Files:
             for folder, inside, files in os.walk(self._folder):
                 inside[:] = sorted(part for part in inside if not part.startswith("."))
                 for file in files:
-                    if _is_image(file):
+                    if is_image(file):
                         path = (Path(folder) / file).relative_to(self._folder).as_posix()
                         stem = os.path.splitext(file)[0]  # noqa: PTH122
                         for table, key in zip(tables, (file, _folded(file), _folded(stem)), strict=True):
@@ -163,7 +164,3 @@ def _variants(name: str) -> list[str]:
 def _folded(name: str) -> str:
     """Alike for upper and lower case, and for both ways in which Unicode writes an umlaut."""
     return unicodedata.normalize("NFC", name).lower()
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122

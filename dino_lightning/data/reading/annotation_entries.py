@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from dino_lightning.data.box_formats import NORMALIZED, BoxFormat, another_format, to_xyxy
 from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, Problem
-from dino_lightning.data.image_entries import MAX_ID, Images
-from dino_lightning.data.json_file import Entry, Tables, kind_of, parsed, shown_value
-from dino_lightning.data.lossless import MAX_COORDINATE, Conversions
-from dino_lightning.data.outlines import area_of, extent_of, outline_of
+from dino_lightning.data.reading.image_entries import MAX_ID, Images
+from dino_lightning.data.reading.json_file import Entry, Tables, kind_of, parsed, shown_value
+from dino_lightning.data.reading.lossless import MAX_COORDINATE, Conversions
+from dino_lightning.data.reading.outlines import area_of, extent_of, outline_of
 
 OUTLINES = 2000  # polygons that are compared with their boxes
 LARGEST_AREA, SMALLEST_AREA = 1.01, 0.02  # of the box; outside, the area is looked at

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from dino_lightning.data.coco import ImageTable, Problem
-from dino_lightning.data.file_names import match_names
-from dino_lightning.data.json_file import Entry, kind_of, parsed, shown_value
-from dino_lightning.data.lossless import Conversions
 from dino_lightning.data.other_formats.image_folder import displayed_size
+from dino_lightning.data.reading.file_names import match_names
+from dino_lightning.data.reading.json_file import Entry, kind_of, parsed, shown_value
+from dino_lightning.data.reading.lossless import Conversions
 from dino_lightning.errors import DataError
 
 MAX_ID = 2**63  # the ids must fit into int64
