@@ -197,6 +197,7 @@ KINDS: dict[str, Kind] = {
     "file-name-matched": Kind(
         "note", "file names of another machine or program", "Matched with the files in the image folder."
     ),
+    "split-field": Kind("note", "one file for several splits", "Its images say which they belong to."),
     "images-of-no-split": Kind("note", "images of no split", "The file gives each image a split, and these have none."),
     "other-format": Kind("note", "a dataset in another format than COCO's", "Read as that format defines it."),
     "box-rounded": Kind(

@@ -16,7 +16,7 @@ from dino_lightning.data.other_formats.voc import read_voc
 from dino_lightning.data.other_formats.yolo import read_yolo
 from dino_lightning.data.reading.json_file import Tables
 from dino_lightning.data.reading.search import split_of, split_word
-from dino_lightning.data.split_files import SplitFiles
+from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles
 from dino_lightning.data.splits import unused_files
 from dino_lightning.errors import DataError
 
@@ -130,9 +130,13 @@ def _part(whole: ReadFile, split: str) -> ReadFile:
     words = {part: split_word(part) for part in set(whole.parts) if part is not None}
     of_images = [None if part is None else words[part] for part in whole.parts]
     kept = [index for index, part in enumerate(of_images) if part == split]
-    problems = whole.problems if split == "train" else ()
+    if split != "train":
+        return ReadFile(whole.annotations.subset(kept), ())
+    counts = ", ".join(f"{of_images.count(name)} {name}" for name in SPLIT_NAMES if name in of_images)
+    message = f"{whole.annotations.path}: the field 'split' of its images is followed: {counts}."
+    problems = (*whole.problems, Problem("split-field", message))
     none = of_images.count(None)
-    if none and split == "train":
+    if none:
         message = f"{whole.annotations.path}: images of no split that is known: {none}, which are not used."
         problems = (*problems, Problem("images-of-no-split", message))
     return ReadFile(whole.annotations.subset(kept), problems)

@@ -191,6 +191,7 @@ def test_images_declared_for_another_split_are_not_trained_on(tmp_path):
         assert [image.id for image in splits.train.images] == [1, 2, 6]
         assert [image.id for image in splits.val.images] == [3, 5]
         assert [image.id for image in splits.test.images] == [4]
+        assert "the field 'split' of its images is followed: 3 train, 2 val, 1 test." in said(splits)
         assert "held out" not in said(splits)
 
 
