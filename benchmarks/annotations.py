@@ -41,7 +41,8 @@ READERS = {
 }
 WORKER = """
 import os
-private = lambda: sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if line.startswith('Private_Dirty'))
+lines = lambda: [line.split() for line in open('/proc/self/smaps_rollup')]
+private = lambda: sum(int(words[1]) for words in lines() if words[0] == 'Private_Dirty:')
 child = os.fork()
 if child == 0:
     before = private()

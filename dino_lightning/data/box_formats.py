@@ -17,6 +17,7 @@ WORDS = {
 }
 ROUNDING = 1.0  # pixels; what programs round or clip otherwise is no evidence
 FEWEST_BOXES = 5  # below this, boxes that leave their image are no evidence of another order
+SLACK = 0.1  # of an outline's longer side may lie outside its box
 ENOUGH = 0.2  # of the boxes have to leave their image for that
 CLEAR = 0.9  # of the outlines have to agree with another order
 Boxes = npt.NDArray[np.float64]
@@ -78,19 +79,37 @@ def another_format(numbers: Boxes, sizes: Boxes, outlines: Boxes) -> str:
 def _by_outlines(numbers: Boxes, sizes: Boxes, outlines: Boxes) -> str:
     """A sentence where the polygons agree with another order, and not with COCO's."""
     known = np.isfinite(outlines).all(axis=1)
-    if not known.any():
+    if not known.any() or outlines[known].max() <= 1:  # shares of the image say nothing about boxes in pixels
         return ""
     agree = {}
     for order in ORDERS:
         apart = np.abs(to_xyxy(numbers[known], sizes[known], order) - outlines[known]).max(axis=1)
         agree[order] = float((apart <= 2 * ROUNDING).mean())
     best = max(agree, key=lambda order: agree[order])
+    if sentence := _against_outlines(to_xyxy(numbers[known], sizes[known], "xywh"), outlines[known], agree[best]):
+        return sentence
     if best == "xywh" or agree[best] < CLEAR or agree["xywh"] > 1 - CLEAR:
         return ""
     count = int(known.sum())
     return (
         f"the boxes are {WORDS[best]} ({_option(best)}): so read they fit {agree[best]:.0%} of {count} outlines, "
         f"and read as COCO's {WORDS['xywh']} with {agree['xywh']:.0%}."
+    )
+
+
+def _against_outlines(boxes_xyxy: Boxes, outlines: Boxes, best: float) -> str:
+    """A sentence where nearly all outlines leave their boxes far, and no order of the numbers explains it."""
+    if len(boxes_xyxy) < FEWEST_BOXES or best >= ENOUGH:
+        return ""
+    allowed = 2 * ROUNDING + SLACK * (outlines[:, 2:] - outlines[:, :2]).max(axis=1)
+    outside = np.maximum(boxes_xyxy[:, :2] - outlines[:, :2], outlines[:, 2:] - boxes_xyxy[:, 2:]).max(axis=1)
+    contradicting = int((outside > allowed).sum())
+    if contradicting < CLEAR * len(boxes_xyxy):
+        return ""
+    return (
+        f"{contradicting} of {len(boxes_xyxy)} outlines lie outside their boxes, and no order of the four numbers fits "
+        "them. Export the boxes again as x, y, width, height in pixels; or leave bbox out, and the outlines' extent is "
+        "taken; --data.box_format xywh reads the boxes as they are."
     )
 
 

@@ -34,8 +34,8 @@ class Classes:
         By the ids, or by the names where these agree and the ids do not (`by_name`).
         """
         if self.by_name(annotations):
-            label_of_name = {name: label for label, name in enumerate(self.names)}
-            labels = [label_of_name.get(category.name, -1) for category in annotations.categories]
+            label_of_name = {_folded(name): label for label, name in enumerate(self.names)}
+            labels = [label_of_name.get(_folded(category.name), -1) for category in annotations.categories]
         else:
             label_of_id = {category_id: label for label, category_id in enumerate(self.category_ids)}
             labels = [label_of_id.get(category.id, -1) for category in annotations.categories]
@@ -44,13 +44,15 @@ class Classes:
     def by_name(self, annotations: CocoAnnotations) -> bool:
         """Whether a file numbers the same classes otherwise than the training file, so that names tell them.
 
-        Programs that export each split by itself number classes by their first appearance.
+        Programs that export each split by itself number classes by their first appearance. Upper and lower case make no
+        other class.
         """
         used = annotations.used_category_ids()
-        names = [category.name for category in annotations.categories if category.id in used]
+        names = [_folded(category.name) for category in annotations.categories if category.id in used]
+        ours = [_folded(name) for name in self.names]
         unlike = bool(_conflicts_by_id(annotations, self))
-        clear = len(set(names)) == len(names) and len(set(self.names)) == len(self.names)
-        return unlike and clear and set(names) <= set(self.names)
+        clear = len(set(names)) == len(names) and len(set(ours)) == len(ours)
+        return unlike and clear and set(names) <= set(ours)
 
 
 def classes_of(training: CocoAnnotations) -> Classes:
@@ -90,6 +92,10 @@ def check_classes(annotations: CocoAnnotations, classes: Classes) -> None:
 def class_conflicts(annotations: CocoAnnotations, classes: Classes) -> list[str]:
     """Where a validation or test file does not mean the same classes as the training file, a sentence each."""
     return [] if classes.by_name(annotations) else _conflicts_by_id(annotations, classes)
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.split()).casefold()
 
 
 def _conflicts_by_id(annotations: CocoAnnotations, classes: Classes) -> list[str]:

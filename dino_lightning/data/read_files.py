@@ -137,7 +137,7 @@ def _part(whole: ReadFile, split: str) -> ReadFile:
     problems = (*whole.problems, Problem("split-field", message))
     none = of_images.count(None)
     if none:
-        message = f"{whole.annotations.path}: images of no split that is known: {none}, which are not used."
+        message = f"{whole.annotations.path}: {none} images name no split, or an unknown one, and are not used."
         problems = (*problems, Problem("images-of-no-split", message))
     return ReadFile(whole.annotations.subset(kept), problems)
 

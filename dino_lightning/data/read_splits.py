@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,13 @@ def read_splits(
             "supercategory of all others: it is not a class."
         )
     for split in found.values():
+        names = Counter(image.file_name for image in split.images)
+        if len(names) < len(split.images):
+            twice, first = len(split.images) - len(names), next(name for name, count in names.items() if count > 1)
+            repairs.append(
+                f"{split.path}: {twice} image files are listed again under another id (first: {first}): what one of "
+                "them lacks is background there. Merge their annotations under one id."
+            )
         sentence, more_than_rounding = repairs_of(split)
         (repairs if more_than_rounding else notes).extend([sentence] if sentence else [])
     train, val = found["train"], found.get("val")
@@ -195,9 +203,13 @@ def repairs_of(split: CocoAnnotations) -> tuple[str, bool]:
     """What had to be repaired in a split, in a sentence, empty if nothing; and whether it is more than rounding."""
     parts = []
     degenerate, clipped = split.summary.degenerate, split.summary.clipped
+    negative = int(((split.boxes_xyxy[:, 2:] < split.boxes_xyxy[:, :2]).any(axis=1) & ~split.usable).sum())
     farthest = float(split.overshoot()[split.clipped].max(initial=0.0))
     if degenerate:
-        parts.append(f"{degenerate} boxes without area inside their image are dropped")
+        why = f", {negative} of them with a negative width or height" if negative else ""
+        parts.append(f"{degenerate} boxes without area inside their image are dropped{why}")
     if clipped:
-        parts.append(f"{clipped} boxes that stick out, by up to {farthest:.3g} pixels, are clipped to it for training")
+        parts.append(
+            f"{clipped} boxes that stick out, by up to {farthest:.3g} pixels, are clipped to their image for training"
+        )
     return (f"{split.path}: {'; '.join(parts)}." if parts else ""), bool(degenerate) or farthest > ROUNDING

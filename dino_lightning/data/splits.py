@@ -16,13 +16,15 @@ from dino_lightning.data.other_formats.voc import find_voc
 from dino_lightning.data.other_formats.yolo import find_yolo
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.data.reading.search import (
+    COMPANIONS,
     coco_files,
     files_in,
-    first_file_names,
     foreign_format,
     image_folders,
     json_files,
     looks_like_coco,
+    matching_files,
+    some_file_names,
     split_of,
     split_word,
     splits_in_entries,
@@ -133,19 +135,33 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Pat
     folders = [folder for folder in candidates if folder.is_dir()]
     if len(folders) == 1 and root is None:
         return folders[0]
-    names = first_file_names(annotations)
-    best = max(folders, key=lambda folder: files_in(folder, names)[0], default=None)
-    if best is not None and (root is None or not names or files_in(best, names)[0]):
+    names = some_file_names(annotations)
+    best = max(folders, key=lambda folder: files_in(folder, names), default=None)
+    if best is not None and (root is None or not names or files_in(best, names) == len(names)):
         return best
-    if root is not None and root.is_dir():
-        split = split_of(annotations, root) if annotations.is_relative_to(root) else None
-        others = sorted(image_folders(root), key=lambda folder: split_of(folder / "x", root) != split)
-        choice = max([*folders, *others], key=lambda folder: files_in(folder, names), default=None)
-        if choice is not None and any(files_in(choice, names)):
+    if root is not None and root.is_dir() and names:
+        choice = _likeliest_folder(annotations, [*folders, *image_folders(root)], root, names)
+        if choice is not None:
             return choice
-        if best is None and len(others) == 1:
-            return others[0]
     return best or candidates[0]
+
+
+def _likeliest_folder(annotations: Path, folders: Sequence[Path], root: Path, names: Sequence[str]) -> Path | None:
+    """The folder in which most of the names can be matched with files; None where several are as likely.
+
+    Among such the folder of the split's name is taken, and the first candidate before those that lie below it.
+    """
+    scores = {folder: matching_files(folder, names) for folder in dict.fromkeys(folders)}
+    most = max(scores.values(), default=(0, 0))
+    if not most[0]:
+        return None
+    likely = [folder for folder, score in scores.items() if score == most]
+    split = split_of(annotations, root) if annotations.is_relative_to(root) else None
+    of_split = [folder for folder in likely if folder.is_relative_to(root) and split_of(folder / "x", root) == split]
+    likely = of_split or likely
+    # the same files seen from above are no other choice
+    apart = [folder for folder in likely if not any(folder != o and folder.is_relative_to(o) for o in likely)]
+    return likely[0] if len(apart) == 1 else None
 
 
 def split_images(annotations: CocoAnnotations, fraction: float, seed: int) -> tuple[CocoAnnotations, CocoAnnotations]:
@@ -225,7 +241,7 @@ def _nothing_found(root: Path) -> str:
             f"{root}: no annotation file found: there is no JSON file in it, no data.yaml of YOLO and no XML of Pascal "
             "VOC. Is it the folder of the dataset?"
         )
-    likely = [path for path in files if looks_like_coco(path)]
+    likely = [path for path in files if not COMPANIONS.match(path.name) and looks_like_coco(path)]
     shown = [path.relative_to(root).as_posix() for path in (likely or files)[:FILES_NAMED]]
     more = f" and {len(likely or files) - len(shown)} more" if len(likely or files) > len(shown) else ""
     if not likely:
@@ -235,8 +251,11 @@ def _nothing_found(root: Path) -> str:
             f"{root}: none of its JSON files ({', '.join(shown)}{more}) is a COCO file, with images, annotations and "
             f"categories.{what}"
         )
+    verb = (
+        "looks like a COCO file, but its name does" if len(likely) == 1 else "look like COCO files, but their names do"
+    )
     return (
-        f"{root}: {', '.join(shown)}{more} look like COCO files, but their names do not tell which is for training. "
+        f"{root}: {', '.join(shown)}{more} {verb} not tell which is for training. "
         f"Name one or all of them: --data.root {shlex.quote(str(root))} --data.train_annotations "
         f"{shlex.quote(shown[0] if len(shown) == 1 else '[' + ', '.join(shown[:2]) + ']')}"
     )

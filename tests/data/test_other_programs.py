@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -518,3 +519,136 @@ def test_one_more_file_without_a_split_is_for_training(tmp_path):
         "train": "trainval.json",
         "test": "test.json",
     }
+
+
+# --- found by people who tried ---------------------------------------------------------------------------------------
+
+
+def subfolders(root: Path, names: str) -> dict[str, Any]:
+    """Six images in three folders below images/, two of each name; `names` says how the file calls them."""
+    content = document(count=6)
+    for number, image in enumerate(content["images"]):
+        image["file_name"] = f"h{number // 2}/img{number % 2}.png"
+    write_images(root / "images", content)
+    for image in content["images"]:
+        image["file_name"] = names.format(name=image["file_name"], base=image["file_name"].rpartition("/")[2])
+    write_json(root / "annotations.json", content)
+    return content
+
+
+@pytest.mark.parametrize("names", ["{name}", "D:\\x\\{name}", "/home/x/images/{name}", "images/{name}"])
+def test_images_in_subfolders_with_equal_base_names_are_told_apart(tmp_path, names):
+    subfolders(tmp_path, names)
+    splits = read(tmp_path)
+    for part in (splits.train, splits.val):
+        for index, image in enumerate(part.images):
+            expected = tmp_path / f"images/h{(image.id - 1) // 2}/img{(image.id - 1) % 2}.png"
+            assert part.image_path(index) == expected
+
+
+def test_base_names_that_several_subfolders_have_are_refused(tmp_path):
+    subfolders(tmp_path, "{base}")
+    with pytest.raises(DataError, match=r"img0.png does not exist"):
+        read(tmp_path)
+
+
+def test_cvat_with_subfolders(tmp_path):
+    content = document(count=6)
+    for number, image in enumerate(content["images"]):
+        image["file_name"] = f"sub{number % 2}/{number}.png"
+    write_images(tmp_path / "images/default", content)
+    write_json(tmp_path / "annotations/instances_default.json", content)
+    splits = read(tmp_path)
+    assert splits.train.images_folder == tmp_path / "images/default" and not splits.repairs
+
+
+def test_one_image_under_two_ids_is_told(tmp_path):
+    content = document(count=3)
+    write_images(tmp_path / "images", content)
+    content["images"].append({**content["images"][0], "id": 9})
+    write_json(tmp_path / "train.json", content)
+    write_split(tmp_path / "val.json", tmp_path / "images", count=2)
+    assert "1 image files are listed again under another id (first: 1.png)" in said(read(tmp_path))
+
+
+@pytest.mark.parametrize("order", [[1, 0, 3, 2], [0, 1, 3, 2]], ids=["y first", "height first"])
+def test_boxes_that_all_outlines_contradict_are_refused(tmp_path, order):
+    content = document(count=6)
+    for image in content["images"]:
+        image["width"], image["height"] = 400, 300
+    for entry in content["annotations"]:
+        x, y, width, height = 20 + entry["id"], 150 - entry["id"], 200, 30
+        entry["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        entry["bbox"] = [[x, y, width, height][k] for k in order]
+    with pytest.raises(DataError, match=r"12 of 12 outlines lie outside their boxes, and no order of the four numbers"):
+        load_coco(write_json(tmp_path / "a.json", content), tmp_path)
+
+
+def test_boxes_larger_than_their_outlines_are_no_alarm(tmp_path):
+    content = document(count=6)
+    for entry in content["annotations"]:
+        x, y, width, height = entry["bbox"]
+        entry["segmentation"] = [[x + 3, y + 3, x + width - 1, y + 3, x + 4, y + height - 2]]  # what is seen of it
+    _, problems = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert not problems
+
+
+def test_outlines_that_are_shares_say_nothing_about_boxes_in_pixels(tmp_path):
+    content = document(count=6)
+    for entry in content["annotations"]:
+        entry["segmentation"] = [[0.1, 0.1, 0.5, 0.1, 0.5, 0.6]]
+    _, problems = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert not problems
+
+
+def test_nan_as_pandas_writes_it_is_no_crowd(tmp_path):
+    content = document(count=2)
+    for entry in content["annotations"]:
+        entry |= {"iscrowd": float("nan"), "segmentation": float("nan")}
+    found, problems = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert not found.iscrowd.any() and {problem.kind for problem in problems} == {"crowd-odd"}
+
+
+@pytest.mark.parametrize(("listed", "way"), [("plan 1.png", "suffix"), ("Küche.jpg", "accents")])
+def test_another_suffix_and_another_way_to_write_accents(tmp_path, listed, way):
+    content = document(count=1)
+    content["images"][0]["file_name"] = {"suffix": "plan 1.tif", "accents": "Ku\u0308che.jpg"}[way]
+    write_images(tmp_path, content)
+    on_disk = content["images"][0]["file_name"]
+    content["images"][0]["file_name"] = listed
+    found, problems = read_coco(write_json(tmp_path / "a.json", content), tmp_path)
+    assert [image.file_name for image in found.images] == [on_disk]
+    assert [problem.kind for problem in problems] == ["file-name-matched"]
+
+
+def test_case_makes_no_other_class(tmp_path):
+    write_split(tmp_path / "train.json", tmp_path / "images", count=3)
+    content = document(count=2)
+    content["categories"] = [{"id": 7, "name": " Bath"}, {"id": 8, "name": "KITCHEN"}]
+    for entry in content["annotations"]:
+        entry["category_id"] = {1: 8, 2: 7}[entry["category_id"]]
+    write_json(tmp_path / "val.json", content)
+    splits = read(tmp_path)
+    assert splits.classes.names == ("kitchen", "bath")
+    assert splits.classes.labels_of(splits.val).tolist() == [0, 1] * 2
+
+
+def test_negative_sizes_are_told(tmp_path):
+    content = document(count=3)
+    content["annotations"][0]["bbox"] = [24, 15, -20, -10]
+    write_images(tmp_path / "images", content)
+    write_json(tmp_path / "train.json", content)
+    write_split(tmp_path / "val.json", tmp_path / "images", count=2)
+    assert "1 boxes without area inside their image are dropped, 1 of them with a negative width" in said(
+        read(tmp_path)
+    )
+
+
+def test_a_pipe_in_place_of_annotations_is_no_wait(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("annotations.json", "train/annotations.json", "train/labels.json.gz"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="no annotation file found"):
+        find_split_files(tmp_path)
+    with pytest.raises(DataError, match=r"annotations.json: is not a regular file"):
+        load_coco(tmp_path / "annotations.json", tmp_path)

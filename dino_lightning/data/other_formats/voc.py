@@ -24,8 +24,10 @@ from dino_lightning.data.other_formats.voc_layout import (
     xml_names,
 )
 from dino_lightning.data.reading.json_file import shown_value
-from dino_lightning.data.split_files import SplitFiles
+from dino_lightning.data.split_files import SplitFiles, is_file
 from dino_lightning.errors import DataError
+
+LABEL_MAP = "labelmap.txt"
 
 DECIMALS = 4  # of a pixel
 
@@ -87,7 +89,8 @@ def read_voc(files: SplitFiles) -> tuple[dict[str, Any], tuple[str, ...]]:
             f"{files.annotations}: not one of its {len(contents)} XML files has an object. Export them again."
         )
     ids = {name: number for number, name in enumerate(names, 1)}
-    from_zero = any(min(thing.corners[:2]) < 1 for thing in objects)
+    at_zero = any(min(thing.corners[:2]) < 1 for thing in objects)
+    from_zero = at_zero or is_file(root / LABEL_MAP)
     images = _images_of(root, {place: contents[place] for place in chosen}, notes)
     sizes = _sizes(root, images, contents, files.part or "train", notes)
     if files.annotations.suffix != ".txt":
@@ -102,6 +105,8 @@ def read_voc(files: SplitFiles) -> tuple[dict[str, Any], tuple[str, ...]]:
             document["annotations"].append(_annotation(number, image_id, ids[thing.name], thing, from_zero))
     notes.append(
         "A corner at 0 or less occurs, so corners are taken as counted from 0."
+        if at_zero
+        else f"There is a {LABEL_MAP}, as CVAT and Datumaro write it, so corners are taken as counted from 0."
         if from_zero
         else "Corners are taken as counted from 1, as Pascal VOC counts, for none is at 0 or less."
     )

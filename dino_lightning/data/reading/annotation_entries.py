@@ -217,7 +217,7 @@ def _read_other(context: Context, position: int, entry: Any, rows: _Rows, from_o
         return
     crowd = 0 if entry.get("iscrowd") is None else convert.flag(entry["iscrowd"], "iscrowd")
     if crowd is None:
-        if isinstance(entry["iscrowd"], (int, float)):
+        if isinstance(entry["iscrowd"], (int, float)) and entry["iscrowd"] == entry["iscrowd"]:  # not NaN, of pandas
             report("entry-malformed", f"has iscrowd {shown_value(entry['iscrowd'])}; it must be 0 or 1.")
             return
         report("crowd-odd", f"has iscrowd {shown_value(entry['iscrowd'])}; it is read as 0.")

@@ -71,7 +71,7 @@ def match_names(folder: Path, listed: Sequence[str]) -> MatchedNames:
     how: Counter[str] = Counter()
     example = None
     for position, (way, file) in found.items():
-        if len(claimed[file]) > 1 or (way != DECODED and file in taken):
+        if len(claimed[file]) > 1 or (way not in (DECODED, TAIL) and file in taken):
             continue  # two names for one file: the base name does not tell them apart
         names[position] = file
         how[way] += 1
@@ -79,10 +79,11 @@ def match_names(folder: Path, listed: Sequence[str]) -> MatchedNames:
     return MatchedNames(names, how, example)
 
 
-DECODED, BASE, CASE, SUFFIX, PREFIX = (
+DECODED, TAIL, BASE, CASE, SUFFIX, PREFIX = (
     "by decoding the name",
+    "by the end of the path",
     "by the base name",
-    "by the base name, letters in another case",
+    "by the base name, letters or accents written otherwise",
     "by the name without its suffix",
     "without the prefix of an upload",
 )
@@ -113,12 +114,19 @@ class _Files:
             plain = _inside(variant)
             if plain is not None and self.has(plain):
                 return DECODED, plain
+            tails = [] if plain is None else [plain]
+            parts = _plain_parts(variant)
+            tails += ["/".join(parts[first:]) for first in range(1, len(parts) - 1)]
+            for tail in tails:  # of a path of another machine, what lies below the folder here too
+                for name_here in (tail, unicodedata.normalize("NFC", tail), unicodedata.normalize("NFD", tail)):
+                    if self.has(name_here):
+                        return TAIL, name_here
         exact, folded, stems = self._by_base_name()
         bases = list(dict.fromkeys(variant.rpartition("/")[2] for variant in variants))
         for way, table, keys in (
             (BASE, exact, bases),
             (CASE, folded, [_folded(base) for base in bases]),
-            (SUFFIX, stems, [_folded(base) for base in bases if not is_image(base)]),
+            (SUFFIX, stems, [_folded(_stem(base)) for base in bases]),
             (PREFIX, exact, [UPLOAD_PREFIX.sub("", base) for base in bases]),
         ):
             for key in keys:
@@ -135,8 +143,7 @@ class _Files:
                 for file in files:
                     if is_image(file):
                         path = (Path(folder) / file).relative_to(self._folder).as_posix()
-                        stem = os.path.splitext(file)[0]  # noqa: PTH122
-                        for table, key in zip(tables, (file, _folded(file), _folded(stem)), strict=True):
+                        for table, key in zip(tables, (file, _folded(file), _folded(_stem(file))), strict=True):
                             table[key].append(path)
             self._index = tables
         return self._index
@@ -159,6 +166,15 @@ def _variants(name: str) -> list[str]:
         variants.append(urlsplit(name).path.lstrip("/"))
     variants += [unquote(variant) for variant in variants]
     return list(dict.fromkeys(variants))
+
+
+def _plain_parts(name: str) -> list[str]:
+    """The parts of a path of another machine, without its drive and what leads upwards."""
+    return [part for part in DRIVE.sub("", name).split("/") if part not in ("", ".", "..") and "\0" not in part]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0] if is_image(name) else name  # noqa: PTH122
 
 
 def _folded(name: str) -> str:

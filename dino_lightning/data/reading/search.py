@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dino_lightning.data.images import is_image
+from dino_lightning.data.reading.file_names import match_names
 
 DEPTH = 3  # folders below the root that are looked into
 SNIFFED = 20  # JSON files of one folder that are opened; with more, there is one for each image
-PROBED = 3  # file names that tell whether a folder is the right one
+PROBED = 40  # file names that tell whether a folder is the right one
 PEEK = 1 << 26  # bytes of a gzipped file that are looked at
 SPLIT_WORDS = {
     "train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val",
@@ -48,7 +49,7 @@ def json_files(root: Path) -> list[Path]:
         folder / name
         for folder, names in _walk(root)
         for name in names
-        if name.lower().endswith((".json", ".json.gz")) and not name.startswith(".")
+        if name.lower().endswith((".json", ".json.gz")) and not name.startswith(".") and _is_file(folder / name)
     ]
 
 
@@ -78,6 +79,8 @@ def coco_files(root: Path) -> dict[str | None, list[list[Path]]]:
 def looks_like_coco(path: Path) -> bool:
     """Whether a JSON file has what a COCO detection file has: images, annotations and categories."""
     keys = (b'"images"', b'"annotations"', b'"categories"')
+    if not _is_file(path):
+        return False  # a pipe would wait for a writer
     try:
         if path.suffix.lower() == ".gz":
             with gzip.open(path) as packed:
@@ -93,30 +96,39 @@ def looks_like_coco(path: Path) -> bool:
 
 
 def image_folders(root: Path) -> list[Path]:
-    """The folders that hold images, the root among them, not too deep."""
-    return [folder for folder, names in _walk(root) if any(is_image(name) for name in names)]
+    """The folders that hold images, in them or below, the root among them, not too deep; sorted."""
+    found: set[Path] = set()
+    for folder, names in _walk(root):
+        if any(is_image(name) for name in names):
+            found |= {folder, *(above for above in folder.parents if above == root or above.is_relative_to(root))}
+    return sorted(found)
 
 
-def first_file_names(annotations: Path, count: int = PROBED) -> list[str]:
-    """The first file names of an annotation file, found as text: a large file is parsed once, by the reader."""
+def some_file_names(annotations: Path, count: int = PROBED) -> list[str]:
+    """Some file names of an annotation file, from all of it or, of a large one, from its beginning.
+
+    They are found as text: a large file is parsed once, by the reader.
+    """
+    if not _is_file(annotations):
+        return []
     try:
-        if annotations.suffix.lower() == ".gz":
-            with gzip.open(annotations) as packed:
-                return _names(packed.read(PEEK), count)
         with annotations.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             head = content[:4]
             if head.startswith(b"\x1f\x8b"):
-                return _names(gzip.decompress(content[:]), count)
+                with gzip.open(annotations) as packed:
+                    return _names(packed.read(PEEK), count)
             encoding = json.detect_encoding(head)
             if encoding.startswith(("utf-16", "utf-32")):
                 return _names(content[:].decode(encoding, "replace").encode(), count)
-            return _names(content, count)
+            return _names(content[:PEEK], count)
     except (OSError, ValueError, EOFError, zlib.error):
         return []
 
 
 def splits_in_entries(annotations: Path) -> set[str]:
     """The splits that the `split` fields of a file's images name, in this package's words."""
+    if not _is_file(annotations):
+        return set()
     try:
         with annotations.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             words = {match[1].decode() for match in SPLIT_FIELD.finditer(content)}
@@ -125,19 +137,23 @@ def splits_in_entries(annotations: Path) -> set[str]:
     return {split for word in words if (split := split_word(word))}
 
 
-def files_in(folder: Path, names: Sequence[str]) -> tuple[int, int]:
-    """How many of some listed file names are files in a folder: as they are, and by their base names."""
+def files_in(folder: Path, names: Sequence[str]) -> int:
+    """How many of some listed file names, as they are, are those of files in a folder."""
     plain = [name.replace("\\", "/") for name in names]
-    return (
-        sum(_is_file(folder / name) for name in plain if not name.startswith("/") and ".." not in name.split("/")),
-        sum(_is_file(folder / name.rpartition("/")[2]) for name in plain),
-    )
+    return sum(_is_file(folder / name) for name in plain if not name.startswith("/") and ".." not in name.split("/"))
+
+
+def matching_files(folder: Path, names: Sequence[str]) -> tuple[int, int]:
+    """How many of some listed file names can be matched with files in a folder, and how many are theirs as they are."""
+    matched = match_names(folder, names)
+    as_they_are = files_in(folder, names)
+    return as_they_are + matched.how.total(), as_they_are
 
 
 def foreign_format(path: Path) -> str:
     """Which other program wrote a JSON file, in a few words; empty where that is not known."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # found by `json_files`, so a regular one
             head = file.read(1 << 16)
     except OSError:
         return ""
@@ -154,15 +170,15 @@ def foreign_format(path: Path) -> str:
     return ""
 
 
-def _names(content: bytes | mmap.mmap, count: int) -> list[str]:
-    names: list[str] = []
-    for match in FILE_NAME.finditer(content):
+def _names(content: bytes, count: int) -> list[str]:
+    """`count` file names at equal distances."""
+    found = [match[1] for match in FILE_NAME.finditer(content)]
+    names = []
+    for encoded in found[:: max(1, len(found) // count)][:count]:
         try:
-            names.append(str(json.loads(match[1])))
+            names.append(str(json.loads(encoded)))
         except ValueError:
             continue
-        if len(names) == count:
-            break
     return names
 
 

@@ -100,6 +100,14 @@ def test_a_corner_at_0_in_any_split_says_that_all_are_counted_from_0(root, corne
     assert len(notes) == 1 and FROM_0 in notes[0]
 
 
+def test_a_label_map_says_that_corners_are_counted_from_0(root):
+    describe(root / "Annotations/a.xml", thing("room", (11, 9, 30, 12)))
+    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nroom:::\n")
+    document, notes = read(root)
+    assert boxes_of(document)[0] == [11, 9, 19, 3]
+    assert notes[0].startswith("There is a labelmap.txt, as CVAT and Datumaro write it")
+
+
 def test_the_first_and_the_last_pixel_make_a_whole_image(root):
     describe(root / "Annotations/a.xml", thing("room", (1, 1, 40, 20)), thing("room", (5, 5, 5, 5)))
     assert boxes_of(read(root)[0])[:2] == [[0, 0, 40, 20], [4, 4, 1, 1]]
