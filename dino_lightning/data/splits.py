@@ -129,15 +129,15 @@ def unused_files(root: Path, files: Mapping[str, SplitFiles]) -> list[Path]:
 def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Path | None = None) -> Path:
     """Of the candidates that exist, the one in which most of the first files listed in `annotations` lie.
 
-    Ties go to the first one, so the order of the candidates matters. Where none holds any, and a root is given, all its
-    folders with images are candidates, and base names count as well.
+    Ties go to the first one, so the order of the candidates matters. Where none holds half of them, and a root is
+    given, all its folders with images are candidates, and names that can be matched count as well.
     """
     folders = [folder for folder in candidates if folder.is_dir()]
     if len(folders) == 1 and root is None:
         return folders[0]
     names = some_file_names(annotations)
     best = max(folders, key=lambda folder: files_in(folder, names), default=None)
-    if best is not None and (root is None or not names or files_in(best, names) == len(names)):
+    if best is not None and (root is None or not names or 2 * files_in(best, names) >= len(names)):
         return best
     if root is not None and root.is_dir() and names:
         choice = _likeliest_folder(annotations, [*folders, *image_folders(root)], root, names)

@@ -136,7 +136,7 @@ def test_repairs_are_told_once_per_file(root):
     messages = [str(warning.message) for warning in caught if "dropped" in str(warning.message)]
     assert messages == [
         f"{root / 'train.json'}: 1 boxes without area inside their image are dropped; "
-        "2 boxes that stick out, by up to 45 pixels, are clipped to it for training."
+        "2 boxes that stick out, by up to 45 pixels, are clipped to their image for training."
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_pixel_of_rounding_is_no_alarm(root, lightning_log):
     write_json(root / "train.json", content)
     small(root)  # a warning would be an error here
     (line,) = [line for line in lightning_log.messages if "stick out" in line]
-    assert line.endswith("1 boxes that stick out, by up to 0.499 pixels, are clipped to it for training.")
+    assert line.endswith("1 boxes that stick out, by up to 0.499 pixels, are clipped to their image for training.")
 
 
 def test_the_root_category_is_left_out_aloud(root, lightning_log):

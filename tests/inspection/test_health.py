@@ -268,7 +268,7 @@ def test_one_file_whose_images_name_their_split(tmp_path):
     report = as_json(inspected(tmp_path))
     assert {name: split["images"] for name, split in report["splits"].items()} == {"train": 3, "val": 1, "test": 1}
     assert [finding["kind"] for finding in report["findings"]] == ["not-listed", "split-field", "images-of-no-split"]
-    assert "images of no split that is known: 1, which are not used" in report["findings"][2]["cases"][0]["detail"]
+    assert "1 images name no split, or an unknown one" in report["findings"][2]["cases"][0]["detail"]
 
 
 def test_options_that_choose_classes_are_told(root):
