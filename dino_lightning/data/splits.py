@@ -24,6 +24,7 @@ from dino_lightning.data.reading.search import (
     json_files,
     looks_like_coco,
     matching_files,
+    other_tables,
     some_file_names,
     split_of,
     split_word,
@@ -237,9 +238,16 @@ def _nothing_found(root: Path) -> str:
     """What lies in a folder in which no split was found, and the command to name it."""
     files = json_files(root)
     if not files:
+        others = other_tables(root)
+        listed = ", ".join(path.relative_to(root).as_posix() for path in others[:FILES_NAMED])
+        hint = (
+            f"What lies there, {listed}, is not read; export it as COCO."
+            if others
+            else "Is it the folder of the dataset?"
+        )
         return (
             f"{root}: no annotation file found: there is no JSON file in it, no data.yaml of YOLO and no XML of Pascal "
-            "VOC. Is it the folder of the dataset?"
+            f"VOC. {hint}"
         )
     likely = [path for path in files if not COMPANIONS.match(path.name) and looks_like_coco(path)]
     shown = [path.relative_to(root).as_posix() for path in (likely or files)[:FILES_NAMED]]

@@ -115,6 +115,13 @@ def test_files_that_do_not_tell_their_split_are_listed_with_the_command(tmp_path
     assert str(caught.value).endswith(command)
 
 
+def test_files_of_other_formats_are_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/metadata.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"What lies there, train/metadata.jsonl, is not read; export it as COCO."):
+        find_split_files(tmp_path)
+
+
 def test_json_files_of_other_formats_are_named(tmp_path):
     write_json(tmp_path / "plan.json", {"version": "5.0", "shapes": [], "imagePath": "plan.png"})
     with pytest.raises(DataError, match=r"none of its JSON files \(plan.json\) is a COCO file.*LabelMe's own format"):

@@ -18,6 +18,7 @@ from dino_lightning.data.reading.file_names import match_names
 DEPTH = 3  # folders below the root that are looked into
 SNIFFED = 20  # JSON files of one folder that are opened; with more, there is one for each image
 PROBED = 40  # file names that tell whether a folder is the right one
+OTHER_TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".tfrecord", ".record", ".pkl", ".mat", ".ndjson")
 PEEK = 1 << 26  # bytes of a gzipped file that are looked at
 SPLIT_WORDS = {
     "train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val",
@@ -51,6 +52,11 @@ def json_files(root: Path) -> list[Path]:
         for name in names
         if name.lower().endswith((".json", ".json.gz")) and not name.startswith(".") and _is_file(folder / name)
     ]
+
+
+def other_tables(root: Path) -> list[Path]:
+    """Files in which other programs keep annotations, and which are not read; sorted."""
+    return [folder / name for folder, names in _walk(root) for name in names if name.lower().endswith(OTHER_TABLES)]
 
 
 def coco_files(root: Path) -> dict[str | None, list[list[Path]]]:
