@@ -140,11 +140,15 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     **{
         f"{key} id {what}": (parsed(put(f"{key}.0.id", value)), ("entry-malformed",))
         for key in ("images", "categories")
-        for what, value in (("missing", ...), ("a string", "1"), ("a float", 1.5), ("true", True))
+        for what, value in (("missing", ...), ("empty", ""), ("a float", 1.5), ("true", True))
+    },
+    **{
+        f"{key} id a number as text": (parsed(put(f"{key}.0.id", value)), ("value-converted",))
+        for key, value in (("images", "1"), ("categories", "1"), ("annotations", "2"))
     },
     **{
         f"annotation id {what}": (parsed(put("annotations.0.id", value)), ())
-        for what, value in (("missing", ...), ("a string", "2"), ("a float", 2.5), ("true", True), ("an object", {}))
+        for what, value in (("missing", ...), ("a float", 2.5), ("true", True), ("an object", {}))
     },
     "image id twice": (parsed(put("images.1.id", 1)), ("duplicate-image-id",)),
     "category id twice": (parsed(put("categories.1.id", 1)), ("duplicate-category-id",)),
@@ -154,23 +158,29 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         f"{side} {what}": (parsed(put(f"images.1.{side}", value)), ("entry-malformed",))
         for side in ("width", "height")
         for what, value in (
-            ("missing", ...),
-            ("zero", 0),
             ("negative", -50),
-            ("a string", "50"),
+            ("a word", "wide"),
             ("infinite", float("inf")),
         )
     },
+    **{
+        f"{side} {what}": (parsed(put(f"images.1.{side}", value)), ("image-size-from-file",))
+        for side in ("width", "height")
+        for what, value in (("missing", ...), ("zero", 0))
+    },
+    "width a number as text": (parsed(put("images.1.width", "50")), ("value-converted",)),
+    "height a wrong number as text": (parsed(put("images.1.height", "50")), ("value-converted", "size-differs")),
     "width wrong": (parsed(put("images.1.width", 51)), ("size-differs",)),
     "width beyond memory": (parsed(put("images.1.width", 2**31 - 1)), ("size-differs",)),
     "file name missing": (parsed(put("images.1.file_name", ...)), ("entry-malformed",)),
     "file name empty": (parsed(put("images.1.file_name", "")), ("entry-malformed",)),
     "file name a list": (parsed(put("images.1.file_name", ["2.png"])), ("entry-malformed",)),
     "file name absolute": (parsed(put("images.1.file_name", "/etc/hostname")), ("file-name-escapes",)),
-    "file name upwards": (parsed(put("images.1.file_name", "../images/2.png")), ("file-name-escapes",)),
-    "file name upwards inside": (parsed(put("images.1.file_name", "x/../../2.png")), ("file-name-escapes",)),
+    "file name upwards": (parsed(put("images.1.file_name", "../images/2.png")), ("file-name-matched",)),
+    "file name upwards to nothing": (parsed(put("images.1.file_name", "../images/9.png")), ("file-name-escapes",)),
+    "file name upwards inside": (parsed(put("images.1.file_name", "x/../../2.png")), ("file-name-matched",)),
     "file name on a drive": (parsed(put("images.1.file_name", "D:2.png")), ("file-name-escapes",)),
-    "file name on a server": (parsed(put("images.1.file_name", "\\\\host\\share\\2.png")), ("file-name-escapes",)),
+    "file name on a server": (parsed(put("images.1.file_name", "\\\\host\\share\\2.png")), ("file-name-matched",)),
     "file name with null byte": (parsed(put("images.1.file_name", "2.png\0.txt")), ("image-undecodable",)),
     "file name of 5000 characters": (parsed(put("images.1.file_name", "n" * 5000)), ("image-undecodable",)),
     "file name of control characters": (
@@ -190,7 +200,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
             ("empty", []),
             ("of three", [1, 2, 3]),
             ("of five", [1, 2, 3, 4, 5]),
-            ("of strings", ["1", "2", "3", "4"]),
+            ("of words", ["one", "2", "3", "4"]),
             ("of bools", [True, True, True, True]),
             ("NaN", [float("nan"), 2, 3, 4]),
             ("infinite", [1, 2, float("inf"), 4]),
@@ -222,8 +232,9 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "category only in val": (in_val(only_in_val), ("classes-differ",)),
     "category names alike": (
         both(parsed(put("categories.1.name", "kitchen")), in_val(put("categories.1.name", "kitchen"))),
-        ("duplicate-category-name",),
+        ("category-repeated",),
     ),
+    "bbox of numbers as text": (parsed(put("annotations.3.bbox", ["1", "2", "3", "4"])), ("value-converted",)),
     "category unused": (parsed(add("categories", UNUSED)), ("category-unused", "category-missing")),
     "category without boxes in val": (
         in_val(each("annotations", lambda entry: entry.update(category_id=1))),

@@ -54,7 +54,14 @@ def wait_for(condition, process):
 def training_processes(process):
     """Of a run, by rank; those of loaders there are none."""
     parent = psutil.Process(process.pid)
-    return [parent, *(child for child in parent.children() if "dino_lightning.fit" in child.cmdline())]
+    return [parent, *(child for child in parent.children() if "dino_lightning.fit" in _command(child))]
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # it has just ended, and may not have been waited for yet
+        return []
 
 
 def kill(process, victim, run, when, rng):
