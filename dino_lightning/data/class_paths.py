@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 FIRST_OLD = "torchvision.transforms."  # the older transforms, which know no boxes
 KNOWN_PACKAGES = ("torchvision", "albumentations", "dino_lightning")
-NO_ARGUMENT = "are not valid for transform"  # albumentations warns of wrong names, and goes on without them
+NO_ARGUMENT = "are not valid for transform"  # albumentations warns of wrong names, and ignores them
 
 
 def built(given: Any) -> Any:

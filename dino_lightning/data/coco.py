@@ -103,8 +103,6 @@ class ImageTable(Sequence[ImageEntry]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def name(self, index: int) -> str:
         """The file name of one image, relative to its folder."""
         content = self.name_bytes[self.name_ends[index] : self.name_ends[index + 1]].tobytes()
@@ -219,13 +217,21 @@ class CocoAnnotations:
         )
 
     @property
+    def learnable(self) -> npt.NDArray[np.bool_]:
+        """(A,) the boxes to learn from: with an area, and no crowd regions."""
+        return self.usable & ~self.iscrowd
+
+    def learnable_per_image(self) -> npt.NDArray[np.int64]:
+        """(images,) number of boxes to learn from in each image."""
+        return np.diff(np.concatenate(([0], np.cumsum(self.learnable)))[self.offsets])
+
+    @property
     def summary(self) -> AnnotationSummary:
         """The counts of this file."""
-        learnable = self.usable & ~self.iscrowd
-        per_image = np.diff(np.concatenate(([0], np.cumsum(learnable)))[self.offsets])
+        per_image = self.learnable_per_image()
         return AnnotationSummary(
             images=len(self.images),
-            boxes=int(learnable.sum()),
+            boxes=int(per_image.sum()),
             crowd=int((self.usable & self.iscrowd).sum()),
             degenerate=int((~self.usable).sum()),
             clipped=int(self.clipped.sum()),

@@ -26,8 +26,7 @@ def hazards(
     sizes = annotations.images.sizes
     if not len(sizes):
         return []
-    learnable = annotations.usable & ~annotations.iscrowd
-    per_image = np.diff(np.concatenate(([0], np.cumsum(learnable)))[annotations.offsets])
+    learnable, per_image = annotations.learnable, annotations.learnable_per_image()
     scales = _scales(sizes, image_size, max_size, stretch_to)
     sentences = []
     crowded = per_image > num_queries

@@ -85,8 +85,7 @@ def _chosen(file: ReadFile, options: ReadOptions, *, training: bool) -> ReadFile
         if sentence:
             problems.append(Problem("classes-chosen", sentence))
     if options.drop_empty and training:
-        learnable = annotations.usable & ~annotations.iscrowd
-        counts = np.diff(np.concatenate(([0], np.cumsum(learnable)))[annotations.offsets])
+        counts = annotations.learnable_per_image()
         kept = np.flatnonzero(counts).tolist()
         if len(kept) < len(annotations.images) and kept:
             message = (

@@ -44,8 +44,8 @@ def why_no_file(path: Path) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """As `Path.is_file`, and False for a name too long for the file system, at which that raises."""
+    """As `Path.is_file`, and False for a name that the file system refuses, at which that may raise."""
     try:
         return path.is_file()
-    except OSError:
+    except (OSError, ValueError):
         return False

@@ -208,7 +208,7 @@ def _discover(root: Path) -> dict[str, SplitFiles]:
     if not any(matches.values()):
         matches["train"] = _first_match(root, WHOLE_LAYOUTS, ("",), year)
     found = {split: files for split, files in matches.items() if files is not None}
-    if "train" in found and found["train"].part is None and len(found) > 1:
+    if "train" in found and len(found) > 1:
         return found
     others = coco_files(root)
     for split in SPLIT_NAMES:

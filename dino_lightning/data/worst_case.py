@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from dino_lightning.data.augmentation import (
@@ -98,8 +97,7 @@ def largest_canvas(
 
 def most_boxes(annotations: CocoAnnotations) -> int:
     """The most boxes to learn from that any image has."""
-    counted = np.concatenate(([0], np.cumsum(annotations.usable & ~annotations.iscrowd)))
-    return int(np.diff(counted[annotations.offsets]).max(initial=0))
+    return int(annotations.learnable_per_image().max(initial=0))
 
 
 def blank_batch(canvas: Size, *, batch_size: int, num_boxes: int, pad_to_multiple: int = 1) -> Batch:

@@ -1,4 +1,4 @@
-"""Damage inside JPEG files that decoders repair without an error: they go on with grey, shifted or wrong pixels."""
+"""Damage inside JPEG files that decoders repair without an error: they continue with grey, shifted or wrong pixels."""
 
 from __future__ import annotations
 

@@ -93,13 +93,12 @@ class HealthReport:
 
 def learnable_boxes(source: CocoAnnotations) -> npt.NDArray[np.bool_]:
     """(A,) the boxes to learn from: with an area, and no crowd regions."""
-    learnable: npt.NDArray[np.bool_] = source.usable & ~source.iscrowd
-    return learnable
+    return source.learnable
 
 
 def learnable_boxes_per_image(source: CocoAnnotations) -> npt.NDArray[np.int64]:
     """(images,) number of boxes to learn from in each image."""
-    return np.diff(np.concatenate(([0], np.cumsum(learnable_boxes(source))))[source.offsets])
+    return source.learnable_per_image()
 
 
 def clipped_boxes(source: CocoAnnotations) -> npt.NDArray[np.float64]:

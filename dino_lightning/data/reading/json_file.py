@@ -60,15 +60,6 @@ class Tables(msgspec.Struct):
             self.source.madvise(mmap.MADV_DONTNEED)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        DataError: the file cannot be read, is no JSON, or holds something else.
-    """
-    return _parsed(path, _content(path))
-
-
 def read_tables(path: Path, needed: Sequence[str] = ("images", "annotations", "categories")) -> Tables:
     """The lists of a COCO file; those not needed are empty where the file lacks them.
 
@@ -112,15 +103,6 @@ def shown_value(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-def read_text(path: Path) -> bytes:
-    """The text of a file as UTF-8 without a byte order mark, whatever its encoding; unpacked where it is gzipped.
-
-    Raises:
-        DataError: it cannot be read, or is no text in UTF-8 or UTF-16.
-    """
-    return bytes(_content(path))
-
-
 def _parsed(path: Path, content: Buffer) -> dict[str, Any]:
     try:
         document = json.loads(bytes(content))
@@ -143,7 +125,7 @@ def _content(path: Path) -> Buffer:
     mapped = _mapped(path)
     head = bytes(mapped[:4])
     if head.startswith(GZIP):
-        mapped = memoryview(_unpacked(path, mapped))
+        mapped = memoryview(_unpacked(path))
         head = bytes(mapped[:4])
     if head.startswith(ZIP):
         raise DataError(f"{path}: is a ZIP archive. Unpack it, and give the JSON file in it.")
@@ -176,7 +158,7 @@ def _mapped(path: Path) -> memoryview:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _unpacked(path: Path, content: memoryview) -> bytes:
+def _unpacked(path: Path) -> bytes:
     pieces, size = [], 0
     try:
         with gzip.open(path) as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dino_lightning.data.images import is_image
 from dino_lightning.data.reading.file_names import match_names
+from dino_lightning.data.split_files import is_file
 
 DEPTH = 3  # folders below the root that are looked into
 SNIFFED = 20  # JSON files of one folder that are opened; with more, there is one for each image
@@ -50,7 +51,7 @@ def json_files(root: Path) -> list[Path]:
         folder / name
         for folder, names in _walk(root)
         for name in names
-        if name.lower().endswith((".json", ".json.gz")) and not name.startswith(".") and _is_file(folder / name)
+        if name.lower().endswith((".json", ".json.gz")) and not name.startswith(".") and is_file(folder / name)
     ]
 
 
@@ -85,7 +86,7 @@ def coco_files(root: Path) -> dict[str | None, list[list[Path]]]:
 def looks_like_coco(path: Path) -> bool:
     """Whether a JSON file has what a COCO detection file has: images, annotations and categories."""
     keys = (b'"images"', b'"annotations"', b'"categories"')
-    if not _is_file(path):
+    if not is_file(path):
         return False  # a pipe would wait for a writer
     try:
         if path.suffix.lower() == ".gz":
@@ -115,7 +116,7 @@ def some_file_names(annotations: Path, count: int = PROBED) -> list[str]:
 
     They are found as text: a large file is parsed once, by the reader.
     """
-    if not _is_file(annotations):
+    if not is_file(annotations):
         return []
     try:
         with annotations.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -133,7 +134,7 @@ def some_file_names(annotations: Path, count: int = PROBED) -> list[str]:
 
 def splits_in_entries(annotations: Path) -> set[str]:
     """The splits that the `split` fields of a file's images name, in this package's words."""
-    if not _is_file(annotations):
+    if not is_file(annotations):
         return set()
     try:
         with annotations.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -146,7 +147,7 @@ def splits_in_entries(annotations: Path) -> set[str]:
 def files_in(folder: Path, names: Sequence[str]) -> int:
     """How many of some listed file names, as they are, are those of files in a folder."""
     plain = [name.replace("\\", "/") for name in names]
-    return sum(_is_file(folder / name) for name in plain if not name.startswith("/") and ".." not in name.split("/"))
+    return sum(is_file(folder / name) for name in plain if not name.startswith("/") and ".." not in name.split("/"))
 
 
 def matching_files(folder: Path, names: Sequence[str]) -> tuple[int, int]:
@@ -222,10 +223,3 @@ def _rank(path: Path, root: Path) -> tuple[int, int, int, str]:
     stem = _stem(path).lower()
     usual = split_word(stem) == stem or any(word in stem for word in USUAL_WORDS)
     return len(path.relative_to(root).parts), 0 if usual else 1, len(stem), str(path)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
