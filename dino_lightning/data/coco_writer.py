@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.dataset import FEW_IMAGES
-from dino_lightning.data.splits import check_files_exist, check_images_folder
+from dino_lightning.data.image_places import check_files_exist, check_images_folder
 from dino_lightning.errors import DataError
 
 ImageMode = Literal["copy", "link", "none"]

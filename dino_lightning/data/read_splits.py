@@ -14,15 +14,10 @@ from dino_lightning.data.class_choice import class_choice
 from dino_lightning.data.classes import Classes, check_classes, classes_of
 from dino_lightning.data.coco import ROUNDING, CocoAnnotations, Problem
 from dino_lightning.data.findings import KINDS
+from dino_lightning.data.image_places import check_files_exist, check_images_folder
 from dino_lightning.data.read_files import read_files
 from dino_lightning.data.split_files import SplitFiles
-from dino_lightning.data.splits import (
-    Given,
-    check_files_exist,
-    check_images_folder,
-    resolve_split_files,
-    split_images,
-)
+from dino_lightning.data.splits import Given, resolve_split_files, split_images
 from dino_lightning.errors import DataError
 
 MOST_ALIKE = 3  # sentences of one kind about one file; more are one sentence with their number

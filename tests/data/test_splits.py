@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dino_lightning.data import find_split_files, load_coco
-from dino_lightning.data.splits import check_files_exist, check_images_folder, resolve_split_files, split_images
+from dino_lightning.data.image_places import check_files_exist, check_images_folder
+from dino_lightning.data.splits import resolve_split_files, split_images
 from dino_lightning.errors import DataError
 from tests.data.small_coco import document, write_json, write_split
 
