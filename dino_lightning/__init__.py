@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_lightning.cli.own_cli import DINOCLI
     from dino_lightning.data import CocoDataModule
     from dino_lightning.detections import Detections
     from dino_lightning.inference.detector import Detector, load_detector
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DINO": "dino_lightning.model",
+    "DINOCLI": "dino_lightning.cli.own_cli",
     "Batch": "dino_lightning.structures",
     "CocoDataModule": "dino_lightning.data",
     "CocoMetric": "dino_lightning.metrics",
@@ -30,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "DINO",
+    "DINOCLI",
     "Batch",
     "CocoDataModule",
     "CocoMetric",

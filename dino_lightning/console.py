@@ -1,15 +1,22 @@
-"""Text for a terminal: printed by the first process only, safe for any encoding, aligned in columns."""
+"""Text for a terminal: printed by the first process only, safe for any encoding, aligned, without secrets."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 # Set by torchrun, by Lightning's launcher, by Slurm and by LSF for each process they start.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+REDACTED = "***"  # stands where an address had a password or a signature
+# scheme, user info (a password may hold @), host and path, query, fragment; one slash where a Path was made of it
+_ADDRESS = re.compile(
+    r"(?P<scheme>\b(?:[a-zA-Z][\w+.-]*://|(?:https?|s3|hf):/))(?P<user>[^\s/?#]*@)?(?P<place>[^\s?#\"'<>]*)"
+    r"(?P<query>\?[^\s#\"<>]*[^\s#\"<>:.,;)'\]}])?(?P<fragment>#[^\s\"'<>]*)?"
+)
 
 
 def is_first_process() -> bool:
@@ -32,6 +39,44 @@ def say(text: str, file: TextIO | None = None) -> None:
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
+def without_secrets(value: Any) -> Any:
+    """A value without what opens the addresses in it: user and password, query and fragment become `***`.
+
+    For everything that is stored or shown. A checksum (`#sha256=...`) stays.
+
+    Args:
+        value: a text with any number of addresses in it, or a mapping, list or tuple of such; other values stay.
+    """
+    if isinstance(value, str):
+        return _ADDRESS.sub(_redacted, value) if ":/" in value else value
+    if isinstance(value, dict):
+        return {key: without_secrets(content) for key, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_secrets(content) for content in value)
+    return value
+
+
+def lacks_secrets(value: Any) -> bool:
+    """Whether a value holds an address that `without_secrets` has changed, and that opens nothing."""
+    return REDACTED in str(value) and any(
+        match["user"] == f"{REDACTED}@" or match["query"] == f"?{REDACTED}" or match["fragment"] == f"#{REDACTED}"
+        for match in _ADDRESS.finditer(str(value))
+    )
+
+
+def _redacted(match: re.Match[str]) -> str:
+    fragment = match["fragment"] or ""
+    return "".join(
+        (
+            match["scheme"],
+            f"{REDACTED}@" if match["user"] else "",
+            match["place"],
+            f"?{REDACTED}" if match["query"] else "",
+            fragment if not fragment or fragment.startswith("#sha256=") else f"#{REDACTED}",
+        )
+    )
 
 
 def shown(text: str, width: int) -> str:

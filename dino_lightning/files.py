@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 BLOCK = 1 << 20  # bytes read at a time
+FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are the full-width forms of the first four
+# the disk, the quota or the size of a file is at its limit
+FULL = {errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
 
 
 @contextmanager
@@ -18,19 +23,46 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved there when the block ends without an error.
 
     Args:
-        path: where the file is to be; missing folders are made.
+        path: where the file is to be; missing folders are made. Who may read it follows from the process's umask.
+
+    Raises:
+        OSError: it cannot be written; `filename` is `path`, also where a library hides the system's error in its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"tmp-{path.name[:40]}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f"tmp-{path.name[:40]}-{secrets.token_hex(4)}{path.suffix}")
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = _system_error(error)
+        if cause is None or cause.filename not in (None, str(temporary)):
+            raise
+        raise OSError(cause.errno, reason_of(cause), str(path)) from error
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The system's error: itself, or of a full disk what a library raised its own because of; None if there is none."""
+    if isinstance(error, OSError):
+        return error
+    inner = error.__context__
+    while isinstance(error, RuntimeError) and inner is not None:  # as PyTorch's writer raises
+        if isinstance(inner, OSError) and inner.errno in FULL:
+            return inner
+        inner = inner.__context__
+    return None
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says about a file, such as "No space left on device"."""
+    return error.strerror or str(error)
+
+
+def advice_on(error: OSError) -> str:
+    """What to do about a file that cannot be written, as the beginning of a sentence."""
+    return "Free some space" if error.errno in FULL else "Make its folder writable"
 
 
 def remove_unfinished(folder: Path, suffix: str) -> None:
@@ -53,7 +85,66 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def csv_cell(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula; only text is changed, never a number.
+
+    Text that begins with = + - @, a tab or a line end gets an apostrophe before it, as OWASP advises ("CSV Injection").
+    Text of that kind that has apostrophes already gets one more, so that taking the first away always gives the text
+    back.
+    """
+    return f"'{value}" if isinstance(value, str) and value.lstrip("'")[:1] in FORMULA_STARTS else value
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as a PNG; a half-written picture is never seen."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+@contextmanager
+def locked(path: Path, *, remove: bool = False) -> Iterator[bool]:
+    """Hold a lock file, whose folder is made if need be; gives False if another process holds it.
+
+    The system gives the lock back when the process ends, however it does. `lockf`, as loader processes would inherit a
+    lock of `flock`, and keep it for seconds after this process was killed. Nothing is locked between two parts of one
+    process.
+
+    Args:
+        path: the file.
+        remove: remove the file in the end.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            held = _lock(file.fileno())
+            if held and not _is_at(path, file.fileno()):
+                continue  # its last holder removed the file just after it was opened here
+            try:
+                yield held
+            finally:
+                if held and remove:
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether an open file is still the one at this path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where nothing is locked
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of another kind: a file system that has no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True

@@ -2,7 +2,8 @@
 
 One legend of shape letters for the whole package: B batch, S tokens, Q queries, L levels (or decoder layers, said
 where), P points, H heads, D dim, K classes, N boxes. Counts and sizes stay on the host as Python ints, so that no
-part needs a device synchronisation to learn a shape.
+part needs a device synchronisation to learn a shape. Nobody changes them; they are not frozen dataclasses because
+Lightning's functions for collections (`move_data_to_device`, `convert_input`) refuse those.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 
 
-@dataclass(frozen=True)
+@dataclass
 class Targets:
     """The boxes to find, padded to the largest count in the batch.
 
@@ -58,7 +59,7 @@ class Targets:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class GroundTruth:
     """What evaluation compares against, for one image, exactly as annotated (crowd regions included).
 
@@ -87,7 +88,7 @@ class Notice(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """A batch of images, placed top left in a common canvas, with what is known about each.
 
@@ -271,7 +272,7 @@ def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class DenoisingOutput:
     """The decoder's output for the denoising queries, and how they correspond to the targets.
 
@@ -291,7 +292,7 @@ class DenoisingOutput:
     max_boxes: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelOutput:
     """The detector's output for a batch; all decoder layers stacked.
 

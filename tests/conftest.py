@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+import lightning.pytorch  # noqa: F401  # before pytest has a handler of logs, or messages are seen twice
 import pytest
 import torch
 from PIL import Image
 
-from dino_lightning.cli.arguments import RUN_DIR_VARIABLE
+from dino_lightning.cli.run_folder import RUN_DIR_VARIABLE
 from dino_lightning.floor_plans import write_rooms_dataset
 
 TINY_SIZES = {

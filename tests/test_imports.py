@@ -23,8 +23,8 @@ LAYERS = (
     "training",
     "callbacks export",
     "inference",
-    "cli __init__",
-    "fit __main__",  # entry files
+    "cli",
+    "fit __main__ __init__",  # entry files
 )
 SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference")
 MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "data/split_loaders.py", "callbacks", "cli", "inference")

@@ -1,6 +1,7 @@
 """Lightning callbacks: saving and resuming, averaged weights, batch sizes, and what a run shows."""
 
 from dino_lightning.callbacks.auto_batch_size import AutoBatchSize
+from dino_lightning.callbacks.best import BestCheckpoint, EarlyStop
 from dino_lightning.callbacks.ema import EMA
 from dino_lightning.callbacks.learning_curves import LearningCurves
 from dino_lightning.callbacks.metrics_csv import MetricsCsvResume
@@ -15,6 +16,8 @@ __all__ = [
     "EMA",
     "AtomicCheckpointIO",
     "AutoBatchSize",
+    "BestCheckpoint",
+    "EarlyStop",
     "GracefulCheckpoint",
     "LearningCurves",
     "MetricsCsvResume",

@@ -151,7 +151,7 @@ class AutoBatchSize(lightning.Callback):
             )
         images = max(1, len(data.train_set) // processes)
         sizes = [size for size in range(1, min(share, images) + 1) if share % size == 0]
-        boxes = worst_box_count(data.most_boxes, module.model.num_denoising)
+        boxes = worst_box_count(data.most_boxes, module.model.num_denoising, module.model.denoising_rule)
         device = trainer.strategy.root_device
         with isolate_rng(), preserve_state(module.model):
             fitting, reason = largest_fitting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class EMA(lightning.Callback):
     def __init__(self, *, decay: float | None = 0.9997, tau: float = 2000.0, evaluate: bool = True) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"ema_decay={decay} must be between 0 and 1, e.g. 0.9997.")
-        if tau < 0:
+        if not tau >= 0:
             raise ValueError(f"ema_tau={tau} must be at least 0; 0 makes the decay constant.")
         self.decay, self.tau, self.evaluate = decay, tau, evaluate
         self._decay, self._tau = LONGEST_AVERAGE if decay is None else decay, tau
@@ -104,7 +105,12 @@ class EMA(lightning.Callback):
             if id(tensor) not in seen:
                 seen[id(tensor)] = len(live)
                 average = known.get(name, tensor).detach()
-                if name not in known or average.device != tensor.device or average.stride() != tensor.stride():
+                alike = (average.device, average.dtype, average.stride()) == (
+                    tensor.device,
+                    tensor.dtype,
+                    tensor.stride(),
+                )
+                if name not in known or not alike:
                     # with the tensor's strides; otherwise the update needs one kernel for each tensor
                     average = torch.empty_like(tensor, requires_grad=False).copy_(average)
                 live.append(tensor)
@@ -162,7 +168,7 @@ class EMA(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of updates, from which the decay follows."""
-        self.updates = state_dict["updates"]
+        self.updates = operator.index(state_dict["updates"])
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dino_lightning.callbacks.best import standing
+from dino_lightning.callbacks.run_loggers import told_if_not_written
 from dino_lightning.files import save_figure
 
 COLUMNS = ("epoch", "train/loss", "val/loss", "val/AP", "val/AP50", "val/AP75", "val/F1")
@@ -22,10 +24,11 @@ class LearningCurves(lightning.Callback):
 
     Args:
         directory: the folder of the run.
+        best_by: the metric of the best epoch, as of `callbacks.BestCheckpoint`.
     """
 
-    def __init__(self, *, directory: str) -> None:
-        self.directory = Path(directory)
+    def __init__(self, *, directory: str, best_by: str = "val/AP") -> None:
+        self.directory, self.best_by = Path(directory), best_by
         self.history: list[dict[str, float]] = []
         self._validated = False
         self._denoising = False
@@ -46,7 +49,8 @@ class LearningCurves(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, list[dict[str, float]]]) -> None:
         """Restore the history."""
-        self.history = list(state_dict["history"])
+        rows = state_dict["history"]
+        self.history = [{str(name): float(value) for name, value in row.items()} for row in rows]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note that this epoch was validated: the Trainer's metrics repeat old values where it was not."""
@@ -65,17 +69,18 @@ class LearningCurves(lightning.Callback):
         if loss is not None:
             metrics["train/loss"] = loss
         self.history.append({"epoch": float(trainer.current_epoch + 1), **metrics})
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             figure = draw_curves(self.history, denoising=self._denoising)
             if figure is not None:
-                save_figure(figure, self.curves_path)
+                with told_if_not_written(self.curves_path):
+                    save_figure(figure, self.curves_path)
 
     def table(self) -> str:
         """The last three epochs and the best of those that were validated, which is marked with a star."""
         if not self.history:
             return "No epoch was finished."
         validated = [index for index, row in enumerate(self.history) if "val/AP" in row]
-        best = max(validated, key=lambda index: self.history[index]["val/AP"], default=None)
+        best = max(validated, key=lambda index: standing(self.history[index], self.best_by), default=None)
         shown = set(range(max(0, len(self.history) - 3), len(self.history)))
         lines = ["  " + "".join(f"{name.replace('/', ' '):>11}" for name in COLUMNS)]
         for index in sorted(shown if best is None else shown | {best}):
@@ -86,8 +91,9 @@ class LearningCurves(lightning.Callback):
         if best is not None and self.history[best].get("val/F1", 0) > 0:
             row = self.history[best]
             lines.append(
-                f"* best epoch: F1 {row['val/F1']:.3f} at IoU 0.5 with precision {row['val/F1_precision']:.3f} and "
-                f"recall {row['val/F1_recall']:.3f}, at a score threshold of {row['val/F1_threshold']:.2f}"
+                f"* best epoch by {self.best_by}: F1 {row['val/F1']:.3f} at IoU 0.5 with precision "
+                f"{row['val/F1_precision']:.3f} and recall {row['val/F1_recall']:.3f}, at a score threshold of "
+                f"{row['val/F1_threshold']:.3f}"
             )
         if validated and self._denoising:
             lines.append("  (train loss includes the denoising queries, val loss does not)")

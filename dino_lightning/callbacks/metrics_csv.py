@@ -9,9 +9,10 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from dino_lightning.callbacks.run_loggers import unwritten
 from dino_lightning.files import atomic_write
 
 
@@ -31,8 +32,13 @@ class MetricsCsvResume(lightning.Callback):
         self.path, self.copy = path, copy
         self._rows: list[dict[str, str]] = []
         if resuming:
-            kept, logged = _rows(copy), _rows(path)
-            self._rows = max(kept, logged, key=_last_step)
+            (kept, _), (logged, broken) = _rows(copy), _rows(path)
+            self._rows = max(kept, logged, key=lambda rows: (_last_step(rows), len(rows)))
+            if broken:
+                rank_zero_warn(
+                    f"{path}: {len(broken)} of its {len(broken) + len(logged)} rows cannot be read (first: line "
+                    f"{broken[0]})" + (f"; they are taken from {copy}." if self._rows is kept else " and are left out.")
+                )
             if self._rows and self._rows == logged:
                 self._keep()
         elif getattr(rank_zero_only, "rank", 0) == 0:  # set by Lightning, not declared
@@ -40,8 +46,11 @@ class MetricsCsvResume(lightning.Callback):
 
     @rank_zero_only
     def _keep(self) -> None:
-        with atomic_write(self.copy) as temporary:
-            shutil.copyfile(self.path, temporary)
+        try:
+            with atomic_write(self.copy) as temporary:
+                shutil.copyfile(self.path, temporary)
+        except OSError as error:
+            raise unwritten(self.copy, error) from error
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -67,12 +76,34 @@ class MetricsCsvResume(lightning.Callback):
             self._keep()
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics file."""
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[int]]:
+    """The whole rows of a metrics file, and the line numbers of those that are not."""
     if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("step") and None not in row.values() and None not in row]
+        return [], []
+    rows, broken = [], []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = [line.replace("\0", "\N{REPLACEMENT CHARACTER}") for line in file]
+    reader = csv.DictReader(lines)
+    for row in reader:
+        cut = reader.line_num == len(lines) and not lines[-1].endswith("\n")  # a number may have lost its last digits
+        if cut or not _is_whole(row):
+            broken.append(reader.line_num)
+        else:
+            rows.append(row)
+    return rows, broken
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether a row has a value or nothing in each column, and a step."""
+    if None in row or None in row.values():  # too many cells, too few
+        return False
+    try:
+        int(row["step"])
+        for value in row.values():
+            float(value or 0)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _last_step(rows: list[dict[str, str]]) -> int:

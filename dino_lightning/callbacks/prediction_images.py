@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
+from dino_lightning.callbacks.run_loggers import TensorBoardIfPossible, told_if_not_written
 from dino_lightning.data import CocoDataModule
 from dino_lightning.data.images import read_image
 from dino_lightning.detections import Detections
@@ -48,6 +50,8 @@ class _Example:
 class PredictionImages(lightning.Callback):
     """Keeps one sheet up to date: the first images of the validation set, their detections and the ground truth.
 
+    First by their place in the annotation file, of the images that this process has seen.
+
     Drawn on the original image files where the Trainer has a `CocoDataModule`, and on the model's resized input
     elsewhere.
 
@@ -59,7 +63,9 @@ class PredictionImages(lightning.Callback):
     def __init__(self, *, path: str, num_images: int = 6) -> None:
         self.path = Path(path)
         self.num_images = num_images
-        self._examples: list[_Example] = []
+        self._examples: list[tuple[int, _Example]] = []  # and its place, in the file or as it came
+        self._places: dict[int, int] | None = None  # of the images by id, during a validation
+        self._seen = 0
         self._originals: dict[int, Pixels] = {}  # by image id, scaled for the sheet: they are the same each time
 
     def on_validation_batch_end(
@@ -72,26 +78,35 @@ class PredictionImages(lightning.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first images and their detections, on the process that draws."""
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        if not trainer.is_global_zero or trainer.sanity_checking or dataloader_idx > 0:
             return
-        for index in range(min(len(batch), self.num_images - len(self._examples))):
-            self._examples.append(_example(batch, index, outputs["detections"][index].cpu()))
+        if self._places is None:
+            self._places = _places(trainer)
+        for index in range(len(batch)):
+            place = self._places.get(batch.image_ids[index], self._seen)
+            self._seen += 1
+            if len(self._examples) < self.num_images or any(place < last for last, _ in self._examples[-1:]):
+                self._examples.append((place, _example(batch, index, outputs["detections"][index].cpu())))
+                self._examples = sorted(self._examples, key=itemgetter(0))[: self.num_images]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw the sheet, write the file, and hand the sheet to all loggers that take images."""
-        if not self._examples or not trainer.is_global_zero or trainer.sanity_checking:
+        """Draw the sheet, write the file, and give it to loggers that take images; not in a `fast_dev_run`."""
+        unwanted = trainer.sanity_checking or getattr(trainer, "fast_dev_run", False)
+        if not self._examples or not trainer.is_global_zero or unwanted:
             return
         assert isinstance(pl_module, DINOModule)
         threshold = pl_module.score_threshold
-        files = _image_files(trainer, {example.image_id for example in self._examples})
-        panels = [self._panel(example, files.get(example.image_id), threshold) for example in self._examples]
-        self._examples = []
+        examples = [example for _, example in self._examples]
+        self._examples, self._places, self._seen = [], None, 0
+        files = _image_files(trainer, {example.image_id for example in examples})
+        panels = [self._panel(example, files.get(example.image_id), threshold) for example in examples]
         heading = (
-            f"Epoch {trainer.current_epoch + 1}: detections with a score of at least {threshold:.2f}; "
+            f"Epoch {trainer.current_epoch + 1}: detections with a score of at least {threshold:.3f}; "
             "ground truth dashed green"
         )
         figure = draw_panels(panels, heading)
-        save_figure(figure, self.path)
+        with told_if_not_written(self.path):
+            save_figure(figure, self.path)
         canvas = figure.canvas
         assert isinstance(canvas, FigureCanvasAgg)
         rgba: Any = canvas.buffer_rgba()  # type: ignore[no-untyped-call]  # matplotlib has no types here
@@ -107,7 +122,7 @@ class PredictionImages(lightning.Callback):
             pixels = _visible(example.image)
         height, width = example.original_size
         scale = np.array([pixels.shape[1] / width, pixels.shape[0] / height] * 2)
-        found = example.detections.above(threshold)
+        found = example.detections.above(threshold).within(example.original_size)
         return Panel(
             pixels=pixels,
             boxes_xyxy=found.boxes_xyxy.double().numpy() * scale,
@@ -127,6 +142,13 @@ def _example(batch: Batch, index: int, detections: Detections) -> _Example:
         detections=detections,
         truth_xyxy=np.zeros((0, 4)) if batch.ground_truth is None else batch.ground_truth[index].boxes_xyxy,
     )
+
+
+def _places(trainer: lightning.Trainer) -> dict[int, int]:
+    """By image id: the place in the annotation file; empty for a data module of another kind."""
+    data = getattr(trainer, "datamodule", None)
+    images = data.val_set.annotations.images if isinstance(data, CocoDataModule) else ()
+    return {image.id: place for place, image in enumerate(images)}
 
 
 def _image_files(trainer: lightning.Trainer, image_ids: set[int]) -> dict[int, tuple[str, Path]]:
@@ -161,7 +183,9 @@ def _visible(image: Tensor) -> Pixels:
 
 def _log(logger: Logger, name: str, pixels: Pixels, step: int) -> None:
     """Give an image to a logger that takes any: each of them has another method for it."""
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, TensorBoardIfPossible):
+        logger.log_picture(name, pixels, step)
+    elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, pixels, step, dataformats="HWC")
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_image(logger.run_id, pixels, f"{name}/{step:07d}.png")

@@ -24,6 +24,9 @@ SIGNS_OF_A_LOST_PEER = (
 )
 
 
+FIRST_PROCESS = "DINO_LIGHTNING_FIRST_PROCESS"  # tells the processes that Lightning starts who has started them
+
+
 class RankWatchdog(threading.Thread):
     """Ends this process soon after another rank has died, and says which one.
 
@@ -67,6 +70,17 @@ class RankWatchdog(threading.Thread):
             flush=True,
         )
         self.end(1)
+
+
+def watch_first_process() -> None:
+    """In a process that Lightning has started, end it soon after the first one is gone, from the beginning on.
+
+    `WatchProcesses` begins only when the processes have found each other, which they never do if the first one is
+    killed while this one still starts.
+    """
+    first = os.environ.get(FIRST_PROCESS)
+    if first and os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        RankWatchdog([], int(first)).start()
 
 
 class WatchProcesses(lightning.Callback):

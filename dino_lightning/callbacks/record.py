@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -17,10 +16,14 @@ from typing import Any
 
 import lightning
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 
+from dino_lightning.callbacks.run_loggers import unwritten
+from dino_lightning.console import without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.files import atomic_write
+from dino_lightning.weights.stored import OPTIONS_KEY
 
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
 
@@ -43,7 +46,7 @@ class RunRecord(lightning.Callback):
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         start = {
             "time": now,
-            "command": _without_query(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+            "command": shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])]),
             "from_step": trainer.global_step,
             "processes": trainer.world_size,
             "device": _device(trainer.strategy.root_device),
@@ -64,18 +67,53 @@ class RunRecord(lightning.Callback):
 
 
 class SavedConfig(SaveConfigCallback):
-    """Lightning's callback, but a resumed run keeps its old `config.yaml` until its checkpoint has been accepted."""
+    """Writes `config.yaml`, whole or not at all, and its text into every checkpoint, which may be copied elsewhere.
+
+    Without the secrets of addresses. A resumed run keeps its old file until its checkpoint has been accepted.
+
+    Args:
+        *given: as in Lightning: parser, options and the name of the file.
+        folder: of the run, where the file is put whatever the loggers are.
+        **more: as in Lightning.
+    """
+
+    _text: str | None = None
+
+    def __init__(self, *given: Any, folder: Path, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.folder = folder
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Save at once in evaluation; in training `on_fit_start` does it."""
         if stage != "fit":
-            super().setup(trainer, pl_module, stage)
+            self.config = _storable(self.config)
+            self._save(trainer)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save, without the checkpoint: a new run with this configuration must not resume from it."""
-        self.config = self.config.clone()
+        self.config = _storable(self.config)
         self.config.ckpt_path = None
-        super().setup(trainer, pl_module, "fit")
+        self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the options."""
+        if self._text is not None:
+            checkpoint[OPTIONS_KEY] = self._text
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        # with options that are null; by place, as jsonargparse has renamed the argument
+        self._text = str(self.parser.dump(self.config, "parser_mode", False))
+        if trainer.is_global_zero and not self.already_saved:
+            path = self.folder / self.config_filename
+            try:
+                with atomic_write(path) as temporary:
+                    temporary.write_text(self._text, encoding="utf-8")
+            except OSError as error:
+                raise unwritten(path, error) from error
+        self.already_saved = True
+        trainer.strategy.barrier("config")
 
 
 def fingerprint(data: CocoDataModule) -> dict[str, dict[str, Any]]:
@@ -101,16 +139,27 @@ def fingerprint(data: CocoDataModule) -> dict[str, dict[str, Any]]:
     return result
 
 
+def _storable(config: Namespace) -> Namespace:
+    """A copy of the options without the secrets in their addresses."""
+    copy = config.clone()
+    for name, value in config.items():
+        copy[name] = _storable_value(value)
+    return copy
+
+
+def _storable_value(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return _storable(value)
+    if isinstance(value, list):
+        return [_storable_value(content) for content in value]
+    return without_secrets(value)
+
+
 def _classes(data: CocoDataModule) -> list[dict[str, Any]]:
     return [
         {"label": label, "category_id": category_id, "name": name}
         for label, (category_id, name) in enumerate(zip(data.category_ids, data.class_names, strict=True))
     ]
-
-
-def _without_query(command: str) -> str:
-    """The command with the query part of its URLs replaced by dots: signatures and tokens are there."""
-    return re.sub(r"(\w+://[^\s?]+)\?[^\s']+", r"\1?...", command)
 
 
 def _device(device: torch.device) -> str:

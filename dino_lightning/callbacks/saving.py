@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dino_lightning.errors import CheckpointError
-from dino_lightning.files import atomic_write, previous_checkpoint, remove_unfinished
+from dino_lightning.files import advice_on, atomic_write, previous_checkpoint, reason_of, remove_unfinished
 from dino_lightning.weights.reading import read_checkpoint
 
 SECONDS_BETWEEN_POLLS = 5.0
@@ -278,24 +278,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     os.fsync(file.fileno())
                 if path.name == "last.ckpt" and path.exists():
                     _link(path, previous_checkpoint(path))
-        except (OSError, RuntimeError) as error:
-            reason = _system_reason(error)
-            if reason is None:
-                raise
+        except OSError as error:
             kept = "; the last one that was saved is intact" if path.exists() else ""
             raise CheckpointError(
-                f"The checkpoint {path} could not be written ({reason}){kept}. Free some space, then resume with "
-                "--ckpt_path last."
+                f"The checkpoint {path} could not be written ({reason_of(error)}){kept}. {advice_on(error)}, then "
+                "resume with --ckpt_path last."
             ) from error
-
-
-def _system_reason(error: BaseException | None) -> str | None:
-    """The operating system's reason, also where PyTorch raised its own error because of it; None without one."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__context__
-    return None
 
 
 def _link(source: Path, target: Path) -> None:

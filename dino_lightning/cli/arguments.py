@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,26 +13,26 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dino_lightning.cli.checkpoints import LAST, RUNS, checkpoint_to_resume, model_file, read_whole_checkpoint
+from dino_lightning.cli.checkpoints import LAST, checkpoint_to_resume, model_file, read_whole_checkpoint
 from dino_lightning.cli.config_files import with_packaged_configs
+from dino_lightning.cli.run_folder import new_folder, shared_run_dir
 from dino_lightning.cli.run_options import add_own_options
-from dino_lightning.console import say
+from dino_lightning.cli.stored_options import (
+    arguments_of_model,
+    arguments_of_weights,
+    model_options,
+    run_folder_of,
+    stored_arguments,
+)
+from dino_lightning.console import lacks_secrets, say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
+from dino_lightning.training.resume import flat
+from dino_lightning.weights.stored import check_checkpoint, check_settings
 from dino_lightning.weights.zoo import needed_options
 
-RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes of one run their common folder
-
 DEFAULT_SEED = 42
-FROM_DATA = (
-    "num_classes",
-    "class_names",
-    "category_ids",
-    "image_size",
-    "max_size",
-    "stretch_to",
-)  # arguments the model takes over
 
 
 def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
@@ -54,44 +51,51 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
         UsageError: `--ckpt_path last` without any run.
         CheckpointError: `--ckpt_path` names no checkpoint.
     """
-    run_dir, args = _take_option(args, "--run_dir")
-    checkpoint, args = _take_option(args, "--ckpt_path")
-    folder = Path(run_dir) if run_dir else _shared_run_dir()
+    run_dir, args = take_option(args, "--run_dir")
+    checkpoint, args = take_option(args, "--ckpt_path")
+    folder = Path(run_dir) if run_dir else shared_run_dir()
     if checkpoint is not None:
         if subcommand == "fit":
             wanted = checkpoint_to_resume(checkpoint, folder)
         else:
             wanted = model_file(folder if checkpoint == LAST and folder is not None else checkpoint)
         path, content = read_whole_checkpoint(wanted)
-        origin = path.resolve().parent.parent
+        check_settings(check_checkpoint(content, path)["hyper_parameters"], path, DINOModule)
+        origin = run_folder_of(path)
         if not _has_option(args, "--config", "-c"):
-            args = [*_stored_arguments(origin, content), *args]
+            args = [*stored_arguments(subcommand, path, content), *args]
+        elif subcommand != "fit":
+            args = [*arguments_of_model(content["hyper_parameters"]), *args]
         if checkpoint == LAST and folder is None and subcommand == "fit":
             folder = path.parent.parent
-        if folder is None and (origin / "config.yaml").is_file():
+        if folder is None and origin is not None:
             folder = origin if subcommand == "fit" else origin / subcommand
         args += ["--ckpt_path", str(path)]
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
+    elif subcommand != "fit" and not _has_option(args, "--help", "-h"):
+        args = [*arguments_of_weights(_place_of_weights(args)), *args]
     args = with_options_of_weights(with_packaged_configs(args))
-    folder = folder or RUNS / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    os.environ[RUN_DIR_VARIABLE] = str(folder)
-    return args, folder
+    return args, folder or new_folder()
 
 
 def with_options_of_weights(args: Sequence[str]) -> list[str]:
     """The options that weights of a name need, put before those of the user, which win over them."""
+    return [*model_options(needed_options(_place_of_weights(args))), *args]
+
+
+def _place_of_weights(args: Sequence[str]) -> str | None:
+    """What the arguments and their configuration files say for `model.weights`."""
     place: str | None = None
     for previous, arg in zip(["", *args], args, strict=False):
         name, equals, value = arg.partition("=")
         if not equals:
             name, value = previous, arg
         if name == "--model.weights":
-            place = value
+            place = None if value == "null" else value
         elif name in ("--config", "-c"):
             place = _weights_in(Path(value), place)
-    needed = needed_options(place)
-    return [*_model_options(needed), *args]
+    return place
 
 
 def _weights_in(config: Path, before: str | None) -> str | None:
@@ -102,6 +106,24 @@ def _weights_in(config: Path, before: str | None) -> str | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         return before
     return found if isinstance(found, str) else None
+
+
+def refuse_redacted_addresses(options: Mapping[str, Any]) -> None:
+    """Refuse addresses from a stored configuration, which lack their secrets, where they are needed.
+
+    Args:
+        options: of a subcommand, as parsed; with a checkpoint, none of the model's addresses is needed.
+
+    Raises:
+        UsageError: there is one; the message asks for the option.
+    """
+    for name, value in flat(options).items():
+        needless = options.get("ckpt_path") is not None and name.startswith("model.")
+        if lacks_secrets(value) and not needless:
+            raise UsageError(
+                f"--{name} {value}: passwords and queries of addresses are not stored; give --{name} again, with the "
+                "whole address."
+            )
 
 
 def sizes_for_device() -> list[str]:
@@ -178,7 +200,7 @@ def known_options() -> list[str]:
     return [action.dest for action in fit_parser()._actions if action.dest != "help"]
 
 
-def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
+def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
     """The last value of an option, and the arguments without it."""
     value: str | None = None
     rest: list[str] = []
@@ -197,34 +219,3 @@ def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def _has_option(args: Sequence[str], *names: str) -> bool:
     return any(arg == name or arg.startswith(f"{name}=") for arg in args for name in names)
-
-
-def _shared_run_dir() -> Path | None:
-    """The folder that the first process of this run chose, in the processes it started."""
-    shared = os.environ.get(RUN_DIR_VARIABLE)
-    return Path(shared) if shared and "LOCAL_RANK" in os.environ else None
-
-
-def _stored_arguments(origin: Path, content: Any) -> list[str]:
-    """What the run behind a checkpoint was started with: its configuration, or at least the model's sizes."""
-    if (origin / "config.yaml").is_file():
-        return ["--config", str(origin / "config.yaml")]
-    stored = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-    return [
-        *_data_options(stored),
-        *_model_options({name: value for name, value in stored.items() if name not in FROM_DATA}),
-    ]
-
-
-def _data_options(stored: Mapping[str, Any]) -> list[str]:
-    """The sizes of images that a model was trained on, which evaluation has to have, too."""
-    if stored.get("stretch_to") is not None:
-        return [f"--data.fixed_size={stored['stretch_to']}", "--data.fixed_size_mode=stretch"]
-    names = ("image_size", "max_size")
-    return [f"--data.{name}={stored[name]}" for name in names if stored.get(name) is not None]
-
-
-def _model_options(values: Mapping[str, Any]) -> list[str]:
-    return [
-        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
-    ]

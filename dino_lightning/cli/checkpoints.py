@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from dino_lightning.cli.command import expected_errors
 from dino_lightning.console import say
 from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.files import previous_checkpoint
@@ -76,3 +80,28 @@ def read_whole_checkpoint(path: Path) -> tuple[Path, Any]:
         content = read_checkpoint(previous)
         say(f"warning: {error} Resuming from the one before it, {previous}.", sys.stderr)
         return previous, content
+
+
+def raise_if_restoring(error: Exception, args: Sequence[str]) -> None:
+    """Say in one sentence that a checkpoint is damaged where an error came while Lightning restored from one.
+
+    Args:
+        error: not one of the user's.
+        args: of the command, whose last is the checkpoint where there is one.
+
+    Raises:
+        CheckpointError: it came from there.
+    """
+    if isinstance(error, expected_errors()):
+        return
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__) if _restores(frame)]
+    if names:
+        part = names[-1].removeprefix("_").removeprefix("restore_").replace("_", " ")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"{args[-1]} is damaged, or of another version: its {part} cannot be restored ({reason})."
+        ) from error
+
+
+def _restores(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).endswith(".checkpoint_connector")

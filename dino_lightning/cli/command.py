@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from dino_lightning.console import without_secrets
 from dino_lightning.errors import UserError
+from dino_lightning.files import FULL, reason_of
 
 PROGRAM = "python -m dino_lightning"
 BAD_INPUT, WRONG_OPTION = 1, 2
@@ -107,7 +109,7 @@ def explain(error: BaseException) -> str:
     message = str(error)
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    return message
+    return str(without_secrets(message))
 
 
 def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = lambda: "Interrupted.") -> int:
@@ -120,16 +122,18 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
     Returns:
         The exit code of the action; 1 for bad input, 2 for a wrong option, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    asked: list[int] = []
     try:
-        with _terminated_by_signal():
+        with _terminated_by_signal(), _ctrl_c_noted(asked):
             return action()
     except expected_errors() as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return WRONG_OPTION if isinstance(error, argparse.ArgumentError) else BAD_INPUT
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        name = "a file could not be written" if error.filename is None else error.filename
+        print(without_secrets(f"error: {name}: {reason_of(error)}."), file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, Terminated) as stop:
         _say_interrupted(interrupted())
@@ -139,7 +143,14 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
         if isinstance(stop.__context__, (KeyboardInterrupt, Terminated)):
             _say_interrupted(interrupted())
             return TERMINATED if isinstance(stop.__context__, Terminated) else INTERRUPTED
-        raise
+        if not asked:
+            raise
+    except Exception:
+        if not asked:
+            raise
+    # A package swallowed Ctrl-C, while it was imported for example, and failed at what it had not finished.
+    _say_interrupted(interrupted())
+    return INTERRUPTED
 
 
 def _say_interrupted(text: str) -> None:
@@ -169,6 +180,26 @@ def _terminated_by_signal() -> Iterator[None]:
 
 
 @contextmanager
+def _ctrl_c_noted(asked: list[int]) -> Iterator[None]:
+    """Add to `asked` whenever Ctrl-C raises `KeyboardInterrupt`, which some packages swallow."""
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or not handled:
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
 def plain_warnings() -> Iterator[None]:
     """Print warnings as one line, without file, line number and source text, which say nothing to a user.
 
@@ -185,4 +216,4 @@ def plain_warnings() -> Iterator[None]:
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {' '.join(str(without_secrets(str(message))).split())}\n"

@@ -26,7 +26,7 @@ def with_packaged_configs(args: Sequence[str]) -> list[str]:
 
 def _packaged_config(previous: str, arg: str) -> str:
     option, _, value = arg.partition("=") if arg.startswith("--config=") else (previous, "", arg)
-    if option not in ("--config", "-c") or Path(value).is_file():
+    if option not in ("--config", "-c") or "\n" in value or Path(value).is_file():  # a text is a configuration itself
         return arg
     try:
         found = str(config_path(Path(value).name))

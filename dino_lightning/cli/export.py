@@ -19,9 +19,9 @@ beside the checkpoint, on several sizes of images and batches, and found the sam
 within 0.001, from the same resized pixels and the same proposals (some, of nearly the same score, change places).
 
 --format onnx, the default, with batch size, height and width left open. Outputs: boxes (B, N, 4), corners x1, y1, x2,
-y2 in pixels of the original image; scores (B, N); labels (B, N), places in class_names; tokens (B, Q), the proposals
-that the queries came from. Its metadata has class_names, category_ids, score_threshold and what the images must look
-like. With --preprocessing
+y2 in pixels of the original image, not clipped to it; scores (B, N); labels (B, N), places in class_names; tokens
+(B, Q), the proposals that the queries came from. Its metadata has class_names, category_ids, score_threshold and what
+the images must look like. With --preprocessing
 
   inside   one input: images (B, 3, H, W) uint8, RGB 0-255, all of one size, as they are. They are resized by the rule
            of evaluation and normalised inside. The simplest to use. Some resized pixels are rounded the other way than

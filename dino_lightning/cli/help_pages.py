@@ -22,7 +22,7 @@ WIDTH, COLUMN = 100, 32
 ALL = "All options: --help all, or docs/options.md. A misspelled option is refused, with the names that exist."
 
 SKIPPED = ("help", "print_config", "data", "model", "trainer", "data.help", "model.help", "trainer.help")
-RUN = ("config", "ckpt_path", "run_dir", "seed_everything")
+RUN = ("config", "ckpt_path", "run_dir", "overwrite", "seed_everything")
 DATA = (
     "data.root", "data.train_annotations", "data.train_images", "data.val_annotations", "data.val_images",
     "data.batch_size", "data.augmentation", "data.image_size", "data.max_size", "data.num_workers", "data.on_bad_image",
@@ -31,7 +31,9 @@ MODEL = (
     "model.weights", "model.backbone", "model.backbone_weights", "model.num_queries", "model.lr", "model.backbone_lr",
     "model.lr_schedule", "model.lr_drop_epochs", "model.freeze",
 )  # fmt: skip
-HELPERS = ("auto_batch_size", "ema_decay", "early_stopping_patience", "save_every_minutes")
+HELPERS = (
+    "auto_batch_size", "ema_decay", "best_by", "early_stopping_patience", "save_every_minutes", "wandb", "mlflow",
+)  # fmt: skip
 TRAINER = (
     "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision",
     "trainer.accumulate_grad_batches", "trainer.check_val_every_n_epoch",
@@ -68,6 +70,7 @@ OWN_WORDS = {
     "trainer.check_val_every_n_epoch": "validate after every so many epochs",
 }
 VALUES = {"config": "FILE", "ckpt_path": "PATH", "run_dir": "DIR", "data.root": "DIR", "seed_everything": "N"}
+VALUES |= {"overwrite": "", "wandb": "PROJECT", "mlflow": "URI"}
 
 
 def help_page(command: str, args: Sequence[str]) -> str | None:
@@ -114,7 +117,8 @@ def pages() -> dict[Path, str]:
 
 
 def _actions() -> Iterator[argparse.Action]:
-    from dino_lightning.cli.arguments import FROM_DATA, fit_parser  # imports PyTorch and Lightning
+    from dino_lightning.cli.arguments import fit_parser  # imports PyTorch and Lightning
+    from dino_lightning.cli.stored_options import FROM_DATA
 
     skipped = {*SKIPPED, *(f"model.{name}" for name in FROM_DATA)}
     yield from (action for action in fit_parser()._actions if action.option_strings and action.dest not in skipped)
@@ -124,7 +128,7 @@ def _section(title: str, names: Sequence[str], options: dict[str, argparse.Actio
     lines = [title]
     for name in names:
         action = options[name]
-        left = f"  --{name} {VALUES.get(name, 'VALUE')}"
+        left = f"  --{name} {VALUES.get(name, 'VALUE')}".rstrip()
         text = _described(name, action)
         default = _default(action)
         text += f" ({default})" if default and not name.startswith("trainer.") else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -23,59 +23,83 @@ from dino_lightning.callbacks import (
     StoppedOnRequest,
     WatchProcesses,
 )
+from dino_lightning.callbacks.rank_watchdog import watch_first_process
+from dino_lightning.cli import run_folder
 from dino_lightning.cli.arguments import (
     DEFAULT_SEED,
-    FROM_DATA,
     explain_argument_error,
     prepare,
+    refuse_redacted_addresses,
+    take_option,
     with_options_of_weights,
 )
-from dino_lightning.cli.command import SIGNAL_EXIT_CODE, expected_errors
+from dino_lightning.cli.checkpoints import raise_if_restoring
+from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.help_pages import asks_for_all
+from dino_lightning.cli.option_checks import check_options
+from dino_lightning.cli.own_loggers import all_loggers, refuse_options_of_fit
 from dino_lightning.cli.quiet import metrics_table, parameter_line, quiet
+from dino_lightning.cli.run_folder import ONLY_ON_COMMAND_LINE
 from dino_lightning.cli.run_options import (
     add_own_options,
     as_list,
     asked_for,
+    check_metrics,
     checkpoints_and_record,
     ddp_strategy,
     kept_metrics,
-    loggers,
 )
-from dino_lightning.console import say
+from dino_lightning.cli.stored_options import FROM_DATA, options_text, other_sizes
+from dino_lightning.cli.user_optimizer import use_own_optimizer
+from dino_lightning.console import say, without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
-from dino_lightning.report import Source, as_text, dominating_error, find_report, load_report, write_report
+from dino_lightning.report import (
+    Source,
+    as_text,
+    dominating_error,
+    find_report,
+    load_report,
+    write_report,
+)
 from dino_lightning.training.initial_weights import detector_weights
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
-from dino_lightning.training.precision import default_precision
+from dino_lightning.training.precision import check_precision, default_precision
 from dino_lightning.training.recipe import advice_on_few_steps, choose_recipe, describe, planned_steps
 from dino_lightning.training.resume import changed_options
 from dino_lightning.weights.loading import load_initial_weights
 
 
-class DINOCLI(LightningCLI):
-    """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`."""
+class Commands(LightningCLI):
+    """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`; users make theirs of `DINOCLI`."""
+
+    classes: tuple[type[DINOModule], type[CocoDataModule]] = (DINOModule, CocoDataModule)
+    options: Mapping[str, Any] = {}  # of `LightningCLI`
+    program = PROGRAM  # what runs this, for the lines that say how to go on
 
     def __init__(
-        self, args: Sequence[str], run_dir: Path, callbacks: Sequence[Callback] = (), stop_flag: Path | None = None
+        self,
+        args: Sequence[str],
+        run_dir: Path,
+        callbacks: Sequence[Callback] = (),
+        stop_flag: Path | None = None,
+        held: ExitStack | None = None,
     ) -> None:
         self.run_dir = run_dir
+        self.held = held  # what keeps the folder for this run alone
         self.stop_flag = stop_flag
         self.extra_callbacks = list(callbacks)
         self.report = LearningCurves(directory=str(run_dir))
         self._other_run: tuple[str, dict[str, Any]] | None = None
-        super().__init__(
-            DINOModule,
-            CocoDataModule,
-            args=list(args),
-            save_config_callback=SavedConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run writes its configuration again
-            seed_everything_default=DEFAULT_SEED,
-            parser_kwargs={"exit_on_error": False},
-        )
+        usual: dict[str, Any] = {
+            "save_config_callback": SavedConfig,
+            "save_config_kwargs": {"folder": run_dir},
+            "seed_everything_default": DEFAULT_SEED,
+            "parser_kwargs": {"exit_on_error": False},
+        }
+        super().__init__(*self.classes, args=list(args), **{**usual, **self.options})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -85,13 +109,11 @@ class DINOCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """This program's own options first, then data, model and Trainer: the order of `--help all`."""
         add_own_options(parser)
-        parser.add_lightning_class_args(CocoDataModule, "data")
-        parser.add_lightning_class_args(DINOModule, "model")
-        parser.add_lightning_class_args(Trainer, "trainer")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """State each value once: classes and sizes come from the data."""
-        for name in FROM_DATA:
+        parser.add_lightning_class_args(self._datamodule_class, "data")
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        for name in FROM_DATA:  # each value is stated once: classes and sizes come from the data
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -101,9 +123,24 @@ class DINOCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise ArgumentError(None, explain_argument_error(str(error))) from error
+        for name in ONLY_ON_COMMAND_LINE:
+            if self.config[self.config.subcommand][name]:
+                raise ArgumentError(
+                    None, f"{name} is an option of the command line (--{name}), not of a configuration."
+                )
+        check_options(self.config[self.config.subcommand])
 
     def _add_instantiators(self) -> None:
         """Keep the stored hyperparameters plain (Lightning would add the names of its own helpers to them)."""
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Give the user's optimizer our parameter groups and schedule; Lightning would take both away."""
+        own = type(self).configure_optimizers is not LightningCLI.configure_optimizers
+        if own or type(self.model).configure_optimizers is not DINOModule.configure_optimizers:
+            super()._add_configure_optimizers_method_to_model(subcommand)
+        elif isinstance(self.model, DINOModule):
+            optimizer, lr_scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
+            use_own_optimizer(self.model, optimizer, lr_scheduler, self.configure_optimizers)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Without Lightning's own table of results: ours follows it."""
@@ -125,8 +162,10 @@ class DINOCLI(LightningCLI):
             raise UsageError(str(error)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the device: precision."""
+        """Ask again for addresses that were stored without their secrets; settle the precision, by the device."""
+        refuse_redacted_addresses(self.config[self.config.subcommand].as_dict())
         trainer = self.config[self.config.subcommand].trainer
+        check_precision(trainer.precision)
         best = default_precision(trainer.accelerator)
         if trainer.precision is None:
             trainer.precision = best
@@ -137,10 +176,14 @@ class DINOCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         """The Trainer with this run's loggers, checkpoints and pictures, unless the user has others."""
         options = self.config[self.subcommand]
+        if self.held is not None and self.subcommand != "fit":
+            self.run_dir = run_folder.hold_evaluation(self.run_dir, options.as_dict(), self.held)
+        self.save_config_kwargs["folder"] = self.run_dir
+        check_metrics(options, getattr(self.datamodule, "class_names", ()))
+        self.report.best_by = options.best_by
         if config.get("strategy") == "ddp":
             config["strategy"] = ddp_strategy(compress_gradients=options.compress_gradients)
-        if config.get("logger") in (None, True):
-            config["logger"] = loggers(self.run_dir)
+        config["logger"] = all_loggers(self.run_dir, config.get("logger"), options, fitting=self.subcommand == "fit")
         config["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("enable_model_summary") is None:
@@ -155,13 +198,19 @@ class DINOCLI(LightningCLI):
         if config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
             if fitting:
-                callbacks.append(kept_metrics(self.run_dir, resuming=bool(options.ckpt_path)))
+                callbacks.append(kept_metrics(self.run_dir, resuming=self._resuming()))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             callbacks += checkpoints_and_record(self.run_dir, options, self.stop_flag)
         return super()._instantiate_trainer(config, callbacks)
 
+    def _resuming(self) -> bool:
+        """Whether the run in this folder goes on."""
+        return run_folder.resumes_in(self.run_dir, self.config[self.subcommand].ckpt_path)
+
     def before_fit(self) -> None:
         """Print the dataset and, of a resumed run, the options that changed since its checkpoint."""
+        if self.held is not None and not self._resuming():
+            run_folder.clear(self.run_dir)  # not earlier: the options are parsed, and the dataset is read
         self._introduce()
         assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
         say(f"{parameter_line(self.model)}\n")
@@ -171,7 +220,7 @@ class DINOCLI(LightningCLI):
         if self.config.fit.ckpt_path is not None:
             self.model.has_weights = True  # the Trainer tells so only after the module is set up
             before = options_of(Path(self.config.fit.ckpt_path))
-            changes = [] if before is None else changed_options(before, self.config.fit.as_dict())
+            changes = [] if before is None else changed_options(before, without_secrets(self.config.fit.as_dict()))
             if changes:
                 say("Changed since the checkpoint was written:\n  " + "\n  ".join(changes) + "\n")
 
@@ -203,7 +252,7 @@ class DINOCLI(LightningCLI):
         say(f"\n{self.report.table()}\n")
         assert isinstance(self.model, DINOModule)
         if self.model.evaluation is not None:
-            say(f"{dominating_error(self.model.evaluation, threshold=self.model.score_threshold)}\n")
+            say(f"Last epoch: {dominating_error(self.model.evaluation, threshold=self.model.score_threshold)}\n")
         places = [
             ("best checkpoint", checkpoints / "best.ckpt"),
             ("last checkpoint", checkpoints / "last.ckpt"),
@@ -217,7 +266,8 @@ class DINOCLI(LightningCLI):
             if path.exists():
                 say(f"{name:<16} {path}")
         if (checkpoints / "best.ckpt").exists():
-            say(f"\nLook closer:  python -m dino_lightning validate --ckpt_path {checkpoints / 'best.ckpt'}")
+            say(f"\nLook closer:  {self.program} validate --ckpt_path {checkpoints / 'best.ckpt'}")
+        if (self.run_dir / "tensorboard").is_dir():
             say(f"Watch losses: tensorboard --logdir {self.run_dir}")
 
     def before_validate(self) -> None:
@@ -225,6 +275,9 @@ class DINOCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         if options.ckpt_path is None:
             self._load_weights()
+        assert isinstance(self.datamodule, CocoDataModule)
+        if (sentence := other_sizes(options.ckpt_path, options.model.weights, self.datamodule)) is not None:
+            say(f"{sentence}\n")
         if options.against is None:
             return
         if not options.report:
@@ -234,10 +287,13 @@ class DINOCLI(LightningCLI):
 
     def _load_weights(self) -> None:
         assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
-        weights = self.model.hparams["weights"]
+        weights = self.model.places["weights"]
         if weights is None:
             raise UsageError("There is nothing to evaluate: give a checkpoint with --ckpt_path, or --model.weights.")
-        say(f"{load_initial_weights(self.model.model, weights, self.datamodule.class_names)}\n")
+        loaded = load_initial_weights(self.model.model, weights, self.datamodule.class_names)
+        if loaded.score_threshold is not None:
+            self.model.score_threshold = loaded.score_threshold
+        say(f"{loaded}\n")
 
     def before_test(self) -> None:
         """As before validation."""
@@ -282,22 +338,30 @@ class DINOCLI(LightningCLI):
         for row in rows:
             say(
                 f"{row.name[:23]:<24}{row.num_boxes:>8}{row.ap:>8.3f}{row.ap50:>8.3f}{row.f1:>8.3f}"
-                f"{row.precision:>11.3f}{row.recall:>8.3f}{row.threshold:>11.2f}"
+                f"{row.precision:>11.3f}{row.recall:>8.3f}{row.threshold:>11.3f}"
             )
 
 
-def run_subcommand(subcommand: str, args: Sequence[str]) -> int:
+def run_subcommand(
+    subcommand: str, args: Sequence[str], start: Callable[..., object] = Commands, program: str = PROGRAM
+) -> int:
     """Run `fit`, `validate` or `test`; returns the exit code, also of a run that was stopped and saved.
+
+    Args:
+        subcommand: `fit`, `validate` or `test`.
+        args: its options.
+        start: as in `execute`.
+        program: what runs this, for the line that says how to resume.
 
     Raises:
         UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
     """
     try:
-        execute(subcommand, args)
+        execute(subcommand, args, start=start)
     except StoppedOnRequest as stopped:
         say(
             f"\nStopped at step {stopped.step} on request. Resume with:\n"
-            f"    python -m dino_lightning fit --ckpt_path {stopped.checkpoint}"
+            f"    {program} fit --ckpt_path {stopped.checkpoint}"
         )
         # To the first process, an exit code of another would mean that it has failed.
         return 0 if os.environ.get("LOCAL_RANK", "0") != "0" else SIGNAL_EXIT_CODE + stopped.signal_number
@@ -305,7 +369,11 @@ def run_subcommand(subcommand: str, args: Sequence[str]) -> int:
 
 
 def execute(
-    subcommand: str, args: Sequence[str], callbacks: Sequence[Callback] = (), stop_flag: Path | None = None
+    subcommand: str,
+    args: Sequence[str],
+    callbacks: Sequence[Callback] = (),
+    stop_flag: Path | None = None,
+    start: Callable[..., object] = Commands,
 ) -> None:
     """Run one subcommand, with more callbacks than its own.
 
@@ -314,28 +382,52 @@ def execute(
         args: its options.
         callbacks: what else is to watch it.
         stop_flag: a file that asks to save and stop as soon as it exists.
+        start: takes the arguments of `Commands`, and runs.
 
     Raises:
         UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
         StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
     """
-    resuming = any(arg.partition("=")[0] == "--ckpt_path" for arg in args)
-    with quiet(subcommand, resuming=resuming):
-        _execute(subcommand, args, callbacks, stop_flag)
+    with quiet(subcommand):
+        _execute(subcommand, args, callbacks, stop_flag, start)
 
 
-def _execute(subcommand: str, args: Sequence[str], callbacks: Sequence[Callback], stop_flag: Path | None) -> None:
-    prepared, run_dir = prepare(subcommand, ["--help"] if asks_for_all(args) else list(args))
+def _execute(
+    subcommand: str,
+    args: Sequence[str],
+    callbacks: Sequence[Callback],
+    stop_flag: Path | None,
+    start: Callable[..., object],
+) -> None:
+    watch_first_process()
+    overwrite, given = run_folder.take_overwrite(args)
+    if asks_for_all(given):
+        start([subcommand, "--help"], Path())
+        return
+    if subcommand != "fit":
+        refuse_options_of_fit(args)
+    prepared, run_dir = prepare(subcommand, given)
     watch = OutOfMemoryReporter()
-    try:
-        DINOCLI([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+    with ExitStack() as held:
+        held.callback(run_folder.remove_unused, run_dir)
+        if subcommand == "fit":
+            run_folder.hold(run_dir, take_option(prepared, "--ckpt_path")[0], held, overwrite=overwrite)
+        else:
+            run_dir = run_folder.evaluation_folder(run_dir, subcommand)
+        held.enter_context(run_folder.shared(run_dir))
+        try:
+            start([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag, held)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+                raise_if_restoring(error, prepared)
+                raise
+            raise watch.explained(error) from error
+        except Exception as error:
+            raise_if_restoring(error, prepared)
             raise
-        raise watch.explained(error) from error
 
 
-class _ParseOnly(DINOCLI):
+class _ParseOnly(Commands):
     """Parses and checks a command line, and starts nothing."""
 
     def _set_seed(self) -> None:
@@ -357,17 +449,15 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ArgumentError: an option or a configuration file that does not parse; the message is one sentence.
     """
-    given = with_options_of_weights(with_packaged_configs(args))
+    given = with_options_of_weights(with_packaged_configs(run_folder.take_overwrite(args)[1]))
     parsed: dict[str, Any] = _ParseOnly(["fit", *given], Path()).config.fit.as_dict()
     return parsed
 
 
 def options_of(checkpoint: Path) -> dict[str, Any] | None:
-    """The options of the run that a checkpoint is from; None where they are not beside it or of another version."""
-    stored = checkpoint.resolve().parent.parent / "config.yaml"
-    if not stored.is_file():
-        return None
+    """The options of the run that a checkpoint is from; None where it has none, or those of another version."""
+    text = options_text(checkpoint)
     try:
-        return parse_fit(["--config", str(stored)])
+        return None if text is None else parse_fit(["--config", text])
     except expected_errors():
         return None

@@ -117,7 +117,7 @@ def _check(parser: CommandParser, options: argparse.Namespace) -> None:
 
 def _report(folder: Path, summary: Summary) -> None:
     say(
-        f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {summary.threshold:.2f}"
+        f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {summary.threshold:.3f}"
     )
     if summary.other_size:
         say(

@@ -27,9 +27,7 @@ ALWAYS = (
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # options may be left out
     r"Grad strides do not match bucket view strides",  # DDP with channels-last images
     r"Glyph \d+ .*missing from",  # class and file names in letters that matplotlib's font lacks
-)
-# When the run's folder is expected to have files in it; `MetricsCsvResume` keeps metrics.csv.
-WITH_A_CHECKPOINT = (
+    # A folder with a run in it is refused, and a resumed run keeps its metrics: its lock alone is there, or its own.
     r"Checkpoint directory .* exists and is not empty",
     r"Experiment logs directory .* exists and is not empty",
 )
@@ -38,16 +36,13 @@ IN_EVALUATION = (r"The dirpath has changed from",)
 
 
 @contextmanager
-def quiet(subcommand: str, *, resuming: bool = False) -> Iterator[None]:
+def quiet(subcommand: str) -> Iterator[None]:
     """Leave these messages out inside, and print every other warning as one line that begins with `warning:`.
 
     Args:
         subcommand: `fit`, `validate` or `test`.
-        resuming: whether a training is resumed from a checkpoint.
     """
     ignored = list(ALWAYS)
-    if resuming or subcommand != "fit":
-        ignored += WITH_A_CHECKPOINT
     if subcommand != "fit":
         ignored += IN_EVALUATION
     log = logging.getLogger(RANK_ZERO_LOG)
@@ -74,10 +69,10 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     Args:
         metrics: numbers by name; -1 stands for nothing to measure and is shown as a dash.
     """
+    names = [name for name in metrics if name.partition("/dataloader_idx_")[0].count("/") == 1]
+    width = max((18, *(len(name) + 1 for name in names)))
     cells = [
-        f"{name:<18}{'-' if float(value) == -1 else f'{float(value):.3f}':>6}"
-        for name, value in metrics.items()
-        if name.count("/") == 1
+        f"{name:<{width}}{'-' if float(metrics[name]) == -1 else f'{float(metrics[name]):.3f}':>6}" for name in names
     ]
     return "\n".join("  ".join(cells[start : start + 3]) for start in range(0, len(cells), 3))
 

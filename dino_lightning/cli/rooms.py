@@ -10,7 +10,7 @@ from dino_lightning.errors import UsageError
 
 DESCRIPTION = """Draw synthetic floor plans as a COCO dataset: DIR/{train,val}/annotations.json and images/.
 
-A dataset that is already there with the same options is used as it is; one with other options is replaced.
+A dataset that is already there with the same options is used as it is; one with other options is refused.
 """
 
 
@@ -28,13 +28,14 @@ def run(args: Sequence[str]) -> int:
         add("--style", choices=("clean", "realistic"), default="clean", help="small and plain, or as real ones (clean)")
         add("--seed", type=int, default=0, help="0 or more; another seed draws other plans (0)")
         add("--size", type=int, help="long side of the pages in pixels (drawn from the range of the style)")
+        add("--overwrite", action="store_true", help="replace a dataset of drawn plans with other options")
         options = parser.parse_args(args)
         from dino_lightning.floor_plans import write_rooms_dataset  # takes a second to import
 
         try:
             print(write_rooms_dataset(**vars(options)))
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(str(error).replace("or overwrite it", "or --overwrite to replace it")) from error
         return 0
 
     return run_command(action)

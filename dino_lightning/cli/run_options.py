@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from dino_lightning.callbacks import EMA, AutoBatchSize, GracefulCheckpoint, MetricsCsvResume, RunRecord
+from dino_lightning.callbacks import (
+    EMA,
+    AutoBatchSize,
+    BestCheckpoint,
+    EarlyStop,
+    GracefulCheckpoint,
+    MetricsCsvResume,
+    RunRecord,
+)
+from dino_lightning.callbacks.best import check_metric
+from dino_lightning.callbacks.run_loggers import MetricsCsv, TensorBoardIfPossible
 
 
 def ddp_strategy(*, compress_gradients: bool) -> DDPStrategy:
@@ -29,8 +40,8 @@ def ddp_strategy(*, compress_gradients: bool) -> DDPStrategy:
 def loggers(run_dir: Path) -> list[Logger]:
     """CSV, written at once for a run may be killed at any moment, and TensorBoard."""
     return [
-        CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=1),
-        TensorBoardLogger(save_dir=str(run_dir), name="", version="tensorboard"),
+        MetricsCsv(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=1),
+        TensorBoardIfPossible(save_dir=str(run_dir), name="", version="tensorboard"),
     ]
 
 
@@ -48,9 +59,26 @@ def asked_for(options: Any, *, fitting: bool) -> list[Callback]:
     if options.ema_decay or by_recipe:
         callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))
     if options.early_stopping_patience and fitting:
-        patience = int(options.early_stopping_patience)
-        callbacks.append(EarlyStopping("val/AP", mode="max", patience=patience, verbose=True))
+        callbacks.append(EarlyStop(best_by=options.best_by, patience=int(options.early_stopping_patience)))
     return callbacks
+
+
+def check_metrics(options: Any, class_names: Sequence[str]) -> None:
+    """Refuse metrics of validation that do not exist, of `--best_by` and of the user's own callbacks.
+
+    Args:
+        options: of the subcommand, as parsed.
+        class_names: of the dataset.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    check_metric(options.best_by, class_names, "--best_by")
+    for callback in as_list(options.trainer.callbacks):
+        own = callback.get("init_args") or {}
+        if str(own.get("monitor") or "").startswith("val/"):
+            kind = str(callback.class_path).rpartition(".")[2]
+            check_metric(own["monitor"], class_names, f"{kind} of trainer.callbacks, monitor")
 
 
 def kept_metrics(run_dir: Path, *, resuming: bool) -> MetricsCsvResume:
@@ -60,7 +88,7 @@ def kept_metrics(run_dir: Path, *, resuming: bool) -> MetricsCsvResume:
 
 
 def checkpoints_and_record(run_dir: Path, options: Any, stop_flag: Path | None) -> list[Callback]:
-    """best.ckpt by AP, last.ckpt, and run.json.
+    """best.ckpt by the metric of `--best_by`, last.ckpt, and run.json.
 
     Args:
         run_dir: of this run.
@@ -81,7 +109,7 @@ def checkpoints_and_record(run_dir: Path, options: Any, stop_flag: Path | None) 
             every_steps=options.save_every_steps,
             flag=stop_flag,
         ),
-        ModelCheckpoint(filename="best", monitor="val/AP", mode="max", **common),
+        BestCheckpoint(best_by=options.best_by, filename="best", **common),
         # at the end of the epoch, or it would be stale when validation is rarer
         ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
     ]
@@ -100,6 +128,18 @@ def add_own_options(parser: LightningArgumentParser) -> None:
         type=str | None,
         default=None,
         help="Folder for this run's files; a new one in runs/ by default.",
+    )
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, help="Remove the run that --run_dir holds, and start again."
+    )
+    parser.add_argument(
+        "--wandb", type=str | None, default=None, help="fit: log to this project of Weights & Biases, too."
+    )
+    parser.add_argument(
+        "--mlflow",
+        type=str | None,
+        default=None,
+        help="fit: log to MLflow at this address, too, such as http://localhost:5000 or sqlite:///mlflow.db.",
     )
     parser.add_argument(
         "--compress_gradients",
@@ -133,10 +173,17 @@ def add_own_options(parser: LightningArgumentParser) -> None:
         help="Evaluate the averaged weights rather than the raw ones, and let best.ckpt hold them.",
     )
     parser.add_argument(
+        "--best_by",
+        type=str,
+        default="val/AP",
+        help="The metric of validation by which best.ckpt is the best: val/AP, val/F1, val/AP50, val/loss and more; "
+        "among equals the lowest val/loss decides.",
+    )
+    parser.add_argument(
         "--early_stopping_patience",
         type=PositiveInt | None,
         default=None,
-        help="Stop once val/AP has not improved in so many validations.",
+        help="Stop once so many validations in a row were no better, by best_by, than the best.",
     )
     parser.add_argument(
         "--report", type=bool, default=True, help="validate and test: write a report with plots and images."

@@ -44,6 +44,7 @@ class ImageCache:
         folder: where the entries lie; made if missing.
         image_size: short side of the stored images in pixels.
         max_size: limit of their long side in pixels.
+        stretch_to: side in pixels of the square that images are stored as in place of that; None for their own shape.
         max_bytes: limit of all entries together. Several processes may exceed it by a few dozen images.
 
     Attributes:
@@ -53,10 +54,13 @@ class ImageCache:
         OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, *, image_size: int, max_size: int, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, *, image_size: int, max_size: int, max_bytes: int, stretch_to: int | None = None
+    ) -> None:
         self.folder = folder
         self.image_size = image_size
         self.max_size = max_size
+        self.stretch_to = stretch_to
         self.max_bytes = max_bytes
         self.problem: str | None = None
         self._start = time.time() - 1  # file systems keep time in steps
@@ -87,6 +91,8 @@ class ImageCache:
         image = decode_bytes(content, str(path))
         size = (int(image.shape[1]), int(image.shape[2]))
         stored_size = resized_size(size, self.image_size, self.max_size)
+        if self.stretch_to is not None:
+            stored_size = self.stretch_to, self.stretch_to
         if size[0] * size[1] < WORTHWHILE * stored_size[0] * stored_size[1]:
             return image, size
         image = functional.resize(image, list(stored_size), antialias=True)
@@ -103,8 +109,8 @@ class ImageCache:
             return None  # reading it will say what is wrong
 
     def _entry_of(self, path: Path, content: bytes) -> Path:
-        key = f"{self.image_size},{self.max_size}".encode()
-        digest = hashlib.blake2b(content, digest_size=20, key=key).hexdigest()
+        sizes = f"{self.image_size},{self.max_size}" if self.stretch_to is None else f"stretched,{self.stretch_to}"
+        digest = hashlib.blake2b(content, digest_size=20, key=sizes.encode()).hexdigest()
         with contextlib.suppress(OSError):  # gone since it was read: nothing to remember
             self._digests[path] = (_signature(path), digest)
         return self._entry(digest)

@@ -24,9 +24,11 @@ from dino_lightning.data.read_splits import Splits, read_splits
 from dino_lightning.data.sampling import repeats_in_words
 from dino_lightning.data.split_loaders import SplitLoaders
 from dino_lightning.data.splits import Given
+from dino_lightning.data.stored_options import check_stored, storable
 from dino_lightning.data.tables import class_table, summary
 from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
 from dino_lightning.data.worst_case import blank_batch, largest_canvas, most_boxes, turns
+from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
 
 MAX_ASPECT_RATIO = 8  # of images kept scaled down for stretching
@@ -64,7 +66,8 @@ class CocoDataModule(SplitLoaders):
             of its name, or the smallest of its parts. `classes` then names the new one.
         drop_empty: leave out training images without a box; by default they stay, as examples of what is not there.
         batch_size: training images per step and process.
-        val_batch_size: evaluation images per step and process; 1 pads nothing.
+        val_batch_size: evaluation images per step and process at the most: a batch holds images of one size, without
+            padding, so that results are the same with any number.
         num_workers: loader processes; by default chosen from the number of cores and images, at most 8.
         augmentation: "coco", the published augmentation; "plans", for drawings; "flips", mirrored and
             turned by quarters only; "none", resizing only. Own `transforms` come before it.
@@ -72,12 +75,12 @@ class CocoDataModule(SplitLoaders):
         max_size: limit of the long side in pixels.
         augmentation_options: values for the options of the preset, by name: `{rotation: 0, crop: 0.3}`. See
             `dino_lightning.data.augmentation` for what there is.
-        fixed_size: put every image into a square canvas of this many pixels, for static shapes; bounds
+        fixed_size: put every training image into a square canvas of this many pixels, for static shapes; bounds
             `image_size` and `max_size`.
         fixed_size_mode: how images fill that canvas. "pad": any size within it, as the augmentation gives it;
             "letterbox": the long side always fills it; "stretch": all of it is filled, proportions are given up, in
-            evaluation too.
-        pad_to_multiple: round height and width of a batch up to a multiple of this.
+            evaluation and prediction too, where nothing is padded otherwise.
+        pad_to_multiple: round height and width of a training batch up to a multiple of this.
         aspect_buckets: put training images of similar shape into a batch, which needs less padding and trains
             faster; where the augmentation turns images, all of a batch get the same orientation.
         cache_dir: folder in which images much larger than `image_size` are kept scaled down, so that they are decoded
@@ -99,6 +102,7 @@ class CocoDataModule(SplitLoaders):
             epoch.
 
     Attributes:
+        root: as given; "" for map-style datasets.
         classes: the classes, by label.
         train_set: the training images.
         val_set: the validation images.
@@ -149,7 +153,10 @@ class CocoDataModule(SplitLoaders):
         transforms: GivenTransforms | None = None,
         repeat_factor_threshold: float | None = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        check_stored(root, transforms)
+        self.save_hyperparameters(storable(options, from_datasets=self._given is not None))
         check_options(
             batch_size=batch_size,
             val_batch_size=val_batch_size,
@@ -170,6 +177,9 @@ class CocoDataModule(SplitLoaders):
             repeat_factor_threshold=repeat_factor_threshold,
         )
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
+        if not root and self._given is None:
+            raise DataError("root is empty; give the folder of the dataset, or . for the working directory.")
+        self.root = root
         self.repeat_factor_threshold = repeat_factor_threshold
         self.mosaic = mosaic
         self.batch_size = batch_size
@@ -212,23 +222,29 @@ class CocoDataModule(SplitLoaders):
         training = with_own_transforms(
             transforms, train_transform(augmentation, image_size, max_size, augmentation_options, canvas)
         )
-        evaluation = eval_transform(image_size, max_size, canvas)
+        # as `detect` and `predict` resize, which know of no canvas but that of stretching
+        evaluation = eval_transform(image_size, max_size, canvas if self.stretch_to is not None else None)
         # what is stretched to a square needs its short side in full
         cached_long_side = max_size if self.stretch_to is None else MAX_ASPECT_RATIO * self.stretch_to
-        make = partial(
-            CocoDetection,
-            classes=self.classes,
-            on_bad_image=on_bad_image,
-            cache=image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
-        )
+        make = partial(CocoDetection, classes=self.classes, on_bad_image=on_bad_image)
         self.train_set = make(
-            splits.train, transform=training, with_ground_truth=False, reader=self._readers.get("train")
+            splits.train,
+            transform=training,
+            with_ground_truth=False,
+            cache=image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
+            reader=self._readers.get("train"),
         )
         self.drawn_plans = None if not drawn_plans else WithDrawnPlans(self.train_set, count=drawn_plans)
-        self.val_set = make(splits.val, transform=evaluation, reader=self._readers.get("val"))
+        # in evaluation an image is resized once, so it is kept as it is evaluated
+        make = partial(
+            make,
+            transform=evaluation,
+            cache=image_cache(cache_dir, image_size, max_size, cache_gigabytes, stretch_to=self.stretch_to),
+        )
+        self.val_set = make(splits.val, reader=self._readers.get("val"))
         self.test_set = None
         if splits.test is not None:
-            self.test_set = make(splits.test, transform=evaluation, reader=self._readers.get("test"))
+            self.test_set = make(splits.test, reader=self._readers.get("test"))
         if repeat_factor_threshold is not None:
             source = self.train_set.annotations
             labels = self.classes.labels_of(source)
@@ -279,6 +295,11 @@ class CocoDataModule(SplitLoaders):
         }
         cls.__init__(module, root="", **options)
         return module
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The options as loggers show them: under `datamodule`, as some have a namesake in the model that differs."""
+        return {"datamodule": dict(super().hparams_initial)}
 
     @property
     def num_classes(self) -> int:

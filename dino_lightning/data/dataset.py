@@ -134,10 +134,12 @@ class CocoDetection(Dataset[Sample]):
         if self.cache is not None and self.cache.problem is not None:
             notices.append(Notice("cache", self.cache.problem))
         boxes_xyxy, labels = self._boxes_and_labels(index)
-        if image.shape[1:] != size:  # the cache returned it scaled down
+        scaled_down = image.shape[1:] != size  # by the cache
+        if scaled_down:
             boxes_xyxy *= boxes_xyxy.new_tensor([image.shape[2] / size[1], image.shape[1] / size[0]] * 2)
         truth = ground_truth(self.annotations, self._labels, index) if self.with_ground_truth else None
-        return self._transformed(index, LabelledImage(image, boxes_xyxy, labels, landscape=landscape), truth, notices)
+        example = LabelledImage(image, boxes_xyxy, labels, landscape, file_size=size if scaled_down else None)
+        return self._transformed(index, example, truth, notices)
 
     def _transformed(
         self, index: int, example: LabelledImage, truth: GroundTruth | None, notices: Sequence[Notice]

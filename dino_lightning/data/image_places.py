@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.data.coco import CocoAnnotations
+from dino_lightning.data.reading.file_names import match_names
 from dino_lightning.data.reading.json_file import shown_value
-from dino_lightning.data.reading.search import files_in, image_folders, matching_files, some_file_names, split_of
+from dino_lightning.data.reading.search import (
+    coco_files,
+    files_in,
+    image_folders,
+    matching_files,
+    some_file_names,
+    split_of,
+)
 from dino_lightning.data.split_files import is_file, why_no_file
 from dino_lightning.errors import DataError
 
 FILES_TO_PROBE = 8  # to tell whether a folder is the right one
+EVERY = 1 << 62  # file names
 
 
 def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Path | None = None) -> Path:
@@ -29,7 +38,7 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Pat
         return best
     if root is not None and root.is_dir() and names:
         choice = _likeliest_folder(annotations, [*folders, *image_folders(root)], root, names)
-        if choice is not None:
+        if choice is not None and not _is_of_another_split(annotations, choice, root, names):
             return choice
     return best or candidates[0]
 
@@ -50,6 +59,22 @@ def _likeliest_folder(annotations: Path, folders: Sequence[Path], root: Path, na
     # the same files seen from above are no other choice
     apart = [folder for folder in likely if not any(folder != o and folder.is_relative_to(o) for o in likely)]
     return likely[0] if len(apart) == 1 else None
+
+
+def _is_of_another_split(annotations: Path, folder: Path, root: Path, names: Sequence[str]) -> bool:
+    """Whether the files of these names in a folder are another split's, whose annotation file lists the same names.
+
+    As `000001.png` does, where the images of this split are gone.
+    """
+    if not (annotations.is_relative_to(root) and folder.is_relative_to(root)):
+        return False
+    own = split_of(annotations, root)
+    matched = [folder / name for name in match_names(folder, names).names if name is not None]
+    places = {split_of(path, root) for path in matched if is_file(path)}
+    if own is None or own in places:
+        return False
+    others = [choices[0][0] for split, choices in coco_files(root).items() if split is not None and split in places]
+    return any(2 * len(set(names) & set(some_file_names(other, EVERY))) >= len(names) for other in others)
 
 
 def check_images_folder(split: CocoAnnotations) -> None:

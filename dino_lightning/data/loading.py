@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,27 +22,36 @@ from dino_lightning.structures import Batch
 MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
 MAX_DEATHS = 3  # of worker processes in one epoch
+NO_GUARD = 97  # exit code of a worker that ran the whole script instead of reading images
+CANNOT_START = (
+    "The loader processes cannot start: on this system each of them imports your script, and so runs all of it. Put "
+    'what starts the training into a function, and call it below the line `if __name__ == "__main__":`; or load images '
+    "without processes, by num_workers=0. If that line is there, see the error of the loader process above."
+)
 
 
-class Loader(DataLoader[Sample]):
+class Loader(DataLoader[Any]):
     """A loader whose place in the epoch is saved with the checkpoint (Lightning's protocol of stateful loaders).
 
     Where a worker process is killed, usually by the system when memory runs out, all of them are restarted. No
     batch is lost: batches follow from indices and seeds, so a new process makes the same ones.
 
     Raises:
-        DataError: more than three worker processes of one epoch were killed.
+        DataError: more than three worker processes of one epoch were killed, or they cannot start.
     """
 
-    def __init__(self, dataset: Dataset[Sample], *, sampler: Any = None, **arguments: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **arguments: Any) -> None:
         super().__init__(dataset, sampler=sampler, **arguments)
         # None in evaluation, and with Lightning's overfit_batches, whose own sampler has no position to save.
         self._order = sampler if isinstance(sampler, TrainSampler) else None
         self._given = 0
         self._first = 0
         self._last_epoch: int | None = None
+        self._processes: Sequence[Any] = ()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its private iterator class
+        if self.num_workers > 0 and getattr(multiprocessing.current_process(), "_inheriting", False):
+            sys.exit(NO_GUARD)  # this is a worker that imports the script it is for; the first process says so
         self._given, self._first = self._first, 0
         if self._order is not None:
             if self._order.epoch == self._last_epoch:  # the caller did not set the epoch (Lightning does): set it here
@@ -56,6 +67,8 @@ class Loader(DataLoader[Sample]):
             except (RuntimeError, OSError, EOFError) as error:
                 if self.num_workers == 0 or not _tells_of_a_death(error):
                     raise
+                if self._cannot_start():
+                    raise DataError(CANNOT_START) from error
                 self._iterator = None  # this also ends the remaining processes
                 deaths += 1
                 if deaths > MAX_DEATHS:
@@ -72,10 +85,19 @@ class Loader(DataLoader[Sample]):
         """The batches of the epoch after the first `given`."""
         if self._order is not None:
             self._order.skip = given * (self.batch_size or 1)
+        self._processes = ()
         iterator = super().__iter__()
+        self._processes = getattr(iterator, "_workers", ())
         if self.num_workers > 0:
             _leave_deaths_to_the_loader()
         return iterator if self._order is not None else islice(iterator, given, None)
+
+    def _cannot_start(self) -> bool:
+        """Whether processes end while they import the script that starts them, not killed but by an error of it."""
+        context = self.multiprocessing_context or multiprocessing
+        if context.get_start_method() == "fork":
+            return False
+        return not self._processes or any((worker.exitcode or 0) > 0 for worker in self._processes)
 
     def state_dict(self) -> dict[str, int]:
         """The seed, the epoch, and the number of its batches that were given."""
@@ -91,6 +113,32 @@ class Loader(DataLoader[Sample]):
         self._order.seed = state_dict["seed"]
         self._order.set_epoch(state_dict["epoch"] + finished)
         self._first = self._given = 0 if finished else state_dict["batches"]
+
+
+class BatchesOf(Dataset[list[Sample]]):
+    """Samples in batches that are settled beforehand: item `i` is the list of those of batch `i`.
+
+    A dataset and not a sampler of batches, so that Lightning shares the batches out among processes as it does images.
+
+    Args:
+        samples: the samples.
+        batches: the indices of the samples of each batch.
+    """
+
+    def __init__(self, samples: Dataset[Sample], batches: Sequence[Sequence[int]]) -> None:
+        self.samples, self.batches = samples, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> list[Sample]:
+        return [self.samples[index] for index in self.batches[number]]
+
+
+def collate_settled(batches: Sequence[list[Sample]]) -> Batch:
+    """The batch that `BatchesOf` gave, a list of one for torch."""
+    (samples,) = batches
+    return collate(samples)
 
 
 def _tells_of_a_death(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,8 +32,8 @@ def check_options(**options: Any) -> None:
             raise ValueError(f"{name} is {options[name]}; it must be at least 1.")
     if options["num_workers"] is not None and options["num_workers"] < 0:
         raise ValueError(f"num_workers is {options['num_workers']}; it must not be negative.")
-    if not options["cache_gigabytes"] > 0:
-        raise ValueError(f"cache_gigabytes is {options['cache_gigabytes']}; it must be more than 0.")
+    if not 0 < options["cache_gigabytes"] < math.inf:
+        raise ValueError(f"cache_gigabytes is {options['cache_gigabytes']}; it must be more than 0 and finite.")
     if not 0 < options["val_fraction"] < 1:
         raise ValueError(f"val_fraction is {options['val_fraction']}; it must lie between 0 and 1.")
     if options["fixed_size"] is None and options["fixed_size_mode"] != "pad":
@@ -54,7 +55,9 @@ def check_options(**options: Any) -> None:
         raise ValueError(f"repeat_factor_threshold is {threshold}; it must be more than 0 and at most 1.")
 
 
-def image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: float) -> ImageCache | None:
+def image_cache(
+    folder: str | None, image_size: int, max_size: int, gigabytes: float, *, stretch_to: int | None = None
+) -> ImageCache | None:
     """The cache in a folder, or None without one.
 
     Args:
@@ -62,6 +65,7 @@ def image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: f
         image_size: short side in pixels that images are kept at.
         max_size: limit of their long side in pixels.
         gigabytes: limit of the folder.
+        stretch_to: side in pixels of the square that they are kept as instead.
 
     Raises:
         DataError: the folder cannot be written to.
@@ -69,6 +73,9 @@ def image_cache(folder: str | None, image_size: int, max_size: int, gigabytes: f
     if folder is None:
         return None
     try:
-        return ImageCache(Path(folder), image_size=image_size, max_size=max_size, max_bytes=int(gigabytes * 1e9))
+        limit = int(gigabytes * 1e9)
+        return ImageCache(
+            Path(folder), image_size=image_size, max_size=max_size, max_bytes=limit, stretch_to=stretch_to
+        )
     except OSError as error:
         raise DataError(f"cache_dir: {folder} cannot be written to ({error}). Give another folder.") from error

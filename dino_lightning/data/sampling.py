@@ -23,6 +23,33 @@ from dino_lightning.data.dataset import Draw
 BATCHES_IN_A_POOL = 32  # images are sorted by elongation within this many batches at a time
 
 
+def batches_of_one_size(
+    sizes: Sequence[tuple[int, int]], batch_size: int, *, in_order: bool = False
+) -> list[list[int]]:
+    """Which images make a batch in evaluation: those of one size, so that no padding moves results.
+
+    Args:
+        sizes: (height, width) of each image as the detector gets it.
+        batch_size: images in a batch at the most.
+        in_order: only images that follow each other, so that the order of all stays.
+
+    Returns:
+        Indices of the images of each batch, ascending; the batches in the order of their first images.
+    """
+    unfinished: dict[tuple[int, int], list[int]] = {}
+    batches = []
+    for index, size in enumerate(sizes):
+        if in_order and size not in unfinished:
+            unfinished.clear()
+        batch = unfinished.setdefault(size, [])
+        if not batch:
+            batches.append(batch)
+        batch.append(index)
+        if len(batch) == batch_size:
+            del unfinished[size]
+    return batches
+
+
 def derive_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers of 0 or more; other numbers give another seed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -17,11 +17,15 @@ from torch.utils.data import Dataset
 from dino_lightning.data.classes import Classes
 from dino_lightning.data.dataset import UNREADABLE, CocoDetection, Sample
 from dino_lightning.data.drawn_plans import WithDrawnPlans
-from dino_lightning.data.loading import Loader, collate, default_workers
+from dino_lightning.data.loading import BatchesOf, Loader, collate, collate_settled, default_workers
 from dino_lightning.data.mosaic import WithMosaic
 from dino_lightning.data.own_transforms import check_picklable
-from dino_lightning.data.sampling import TrainSampler, image_repeat_factors, number_of_draws
+from dino_lightning.data.sampling import TrainSampler, batches_of_one_size, image_repeat_factors, number_of_draws
+from dino_lightning.data.transforms import Resize
+from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
+
+MOST_EMPTY_PAGES = 64  # in a row, in place of images that cannot be read
 
 
 class SplitLoaders(lightning.LightningDataModule):
@@ -45,28 +49,32 @@ class SplitLoaders(lightning.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._notices: Counter[str] = Counter()
+        self._empty_pages = 0  # in a row
 
     def train_dataloader(self) -> Loader:
         """Shuffled training batches, all full; a smaller one only where there is no full one."""
         samples: Dataset[Sample] = self.train_set if self.drawn_plans is None else self.drawn_plans
         if self.mosaic:
             samples = WithMosaic(samples, self.mosaic)
-        return self._loader(self.train_set, self.batch_size, training=samples)
+        return self._training_loader(samples)
 
     def val_dataloader(self) -> Loader:
-        """All validation batches, in the order of the file."""
-        return self._loader(self.val_set, self.val_batch_size)
+        """All validation images, those of one size together, so that nothing is padded."""
+        return self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> Loader:
-        """All test batches, in the order of the file; the validation batches if there is no test split."""
-        if self.test_set is None:
-            rank_zero_info("No test split found: the validation split is used instead.")
-            return self.val_dataloader()
-        return self._loader(self.test_set, self.val_batch_size)
+        """The same of the test images, or of the validation images if there is no test split."""
+        return self._evaluation_loader(self._test_images())
 
     def predict_dataloader(self) -> Loader:
-        """The batches of `test_dataloader`."""
-        return self.test_dataloader()
+        """The images of `test_dataloader` in the order of their file; a batch holds neighbours of one size."""
+        return self._evaluation_loader(self._test_images(), in_order=True)
+
+    def _test_images(self) -> CocoDetection:
+        if self.test_set is None:
+            rank_zero_info("No test split found: the validation split is used instead.")
+            return self.val_set
+        return self.test_set
 
     @property
     def images_per_epoch(self) -> int:
@@ -84,29 +92,36 @@ class SplitLoaders(lightning.LightningDataModule):
         factors = image_repeat_factors(source, self.classes.labels_of(source), self.repeat_factor_threshold)
         return np.append(factors, np.ones(0 if self.drawn_plans is None else self.drawn_plans.count))
 
-    def _loader(self, images: CocoDetection, batch_size: int, *, training: Dataset[Sample] | None = None) -> Loader:
-        """The loader of some images; of the samples made from them where they are for training."""
+    def _evaluation_loader(self, images: CocoDetection, *, in_order: bool = False) -> Loader:
+        """Images in batches of one size, see `batches_of_one_size`."""
         self._leave_out_unreadable(images)
-        dataset: Any = images if training is None else training
-        processes, processes_here = 1, 1
-        if self.trainer is not None:
-            processes, processes_here = self.trainer.world_size, self.trainer.num_devices
+        transform = images.transform
+        sizes = [image.size for image in images.annotations.images]
+        if isinstance(transform, Resize):
+            sizes = [transform.resized(size) for size in sizes]
+        batches = BatchesOf(images, batches_of_one_size(sizes, self.val_batch_size, in_order=in_order))
+        return Loader(batches, batch_size=1, collate_fn=collate_settled, **self._workers(images, len(images)))
+
+    def _workers(self, images: CocoDetection, samples: int) -> dict[str, Any]:
+        """The arguments of a loader of so many samples, made of these images, that are about its processes."""
         workers = self.num_workers
         if workers is None:
-            workers = default_workers(len(dataset), processes_here)
+            workers = default_workers(samples, 1 if self.trainer is None else self.trainer.num_devices)
         if workers:
             check_picklable(images.transform)
-        arguments: dict[str, Any] = {
-            "batch_size": batch_size,
-            "collate_fn": partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
+        return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-        if training is None:
-            return Loader(dataset, **arguments)
-        seed, rank = torch.initial_seed(), 0
+
+    def _training_loader(self, dataset: Any) -> Loader:
+        """The loader of samples that are made from the training images."""
+        images, batch_size = self.train_set, self.batch_size
+        self._leave_out_unreadable(images)
+        processes, seed, rank = 1, torch.initial_seed(), 0
         if self.trainer is not None:
+            processes = self.trainer.world_size
             seed, rank = self.trainer.strategy.broadcast(seed), self.trainer.global_rank
         images_per_process = -(-self.images_per_epoch // processes)
         ratios = [image.size[1] / image.size[0] for image in images.annotations.images]
@@ -119,7 +134,14 @@ class SplitLoaders(lightning.LightningDataModule):
             aspect_ratios=ratios if self.aspect_buckets else None,
             repeat_factors=self._repeat_factors(),
         )
-        return Loader(dataset, sampler=sampler, drop_last=images_per_process >= batch_size, **arguments)
+        return Loader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            drop_last=images_per_process >= batch_size,
+            collate_fn=partial(collate, pad_to=self.pad_to, pad_to_multiple=self.pad_to_multiple),
+            **self._workers(images, len(dataset)),
+        )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Say what went wrong with the images of a batch, once for each kind (a hook of Lightning's)."""
@@ -127,7 +149,26 @@ class SplitLoaders(lightning.LightningDataModule):
             if notice.kind not in self._notices:
                 warnings.warn(notice.message, stacklevel=2)
             self._notices[notice.kind] += 1
+        self._refuse_empty_pages_alone(batch)
         return batch
+
+    def _refuse_empty_pages_alone(self, batch: Batch) -> None:
+        """Stop where no image can be read any more: there is nothing to learn from empty pages.
+
+        Raises:
+            DataError: none of many images in a row, of a small split in two epochs, could be read.
+        """
+        unreadable = sum(notice.kind == UNREADABLE for notice in batch.notices)
+        self._empty_pages = self._empty_pages + len(batch) if unreadable >= len(batch) else 0
+        stage = None if self.trainer is None else self.trainer.state.stage
+        evaluated = {"validate": self.val_set, "sanity_check": self.val_set, "test": self.test_set}
+        split = evaluated.get(str(stage and stage.value)) or self.train_set
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        if self._empty_pages >= max(1, min(MOST_EMPTY_PAGES, 2 * len(split) // processes)):
+            raise DataError(
+                f"None of the last {self._empty_pages} images of {split.annotations.path} could be read (their folder "
+                f"was {split.annotations.image_path(0).parent}). Bring them back, then resume with --ckpt_path last."
+            )
 
     def teardown(self, stage: str) -> None:
         """Say how many images could not be read (a hook of Lightning's)."""

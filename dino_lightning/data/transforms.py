@@ -25,12 +25,14 @@ class LabelledImage:
         boxes_xyxy: (N, 4) float32, corners in pixels of `image`.
         labels: (N,) int64, contiguous labels 0..K-1.
         landscape: the orientation that a transform with quarter turns must give; None: any.
+        file_size: (height, width) of the image file where `image` is a copy of it scaled down, else None.
     """
 
     image: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
     landscape: bool | None = None
+    file_size: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -229,13 +231,22 @@ class Resize:
     canvas: Canvas | None = None
 
     def __call__(self, example: LabelledImage) -> LabelledImage:
-        """The resized image with its boxes, in pixels of that image."""
-        return resize_by_rule(example, self.image_size, self.max_size, self.canvas)
+        """The resized image with its boxes, in pixels of that image; a scaled-down copy gets the size of its file's."""
+        return resize(example, self.resized(example.file_size or example.size))
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) that an image of (height, width) is resized to."""
+        return ruled_size(size, self.image_size, self.max_size, self.canvas)
 
 
 def resize_by_rule(
     example: LabelledImage, short_side: int, max_size: int, canvas: Canvas | None = None
 ) -> LabelledImage:
     """Resize by `resized_size`, and into the canvas if there is one."""
-    ruled = resized_size(example.size, short_side, max_size)
-    return resize(example, ruled if canvas is None else canvas.fitted(example.size, ruled))
+    return resize(example, ruled_size(example.size, short_side, max_size, canvas))
+
+
+def ruled_size(size: tuple[int, int], short_side: int, max_size: int, canvas: Canvas | None) -> tuple[int, int]:
+    """The (height, width) by `resized_size`, and within the canvas if there is one."""
+    ruled = resized_size(size, short_side, max_size)
+    return ruled if canvas is None else canvas.fitted(size, ruled)

@@ -108,7 +108,7 @@ def card(description: Mapping[str, Any], repository: str, folder: Path) -> str:
         lines += [f"Of the validation images, after {description['epoch']} epochs (IoU of F1: 0.5):", ""]
         lines += [f"| {' | '.join(shown)} |", f"|{'---|' * len(shown)}"]
         lines += [f"| {' | '.join(f'{metrics[name]:.3f}' for name in shown)} |", ""]
-        lines += [f"Scores from {description['score_threshold']:.2f} on give the best F1 and count as found.", ""]
+        lines += [f"Scores from {description['score_threshold']:.3f} on give the best F1 and count as found.", ""]
     else:
         lines += ["None are known: the weights come from a file without a run beside it.", ""]
     for file, title in PICTURES.items():

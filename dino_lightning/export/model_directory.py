@@ -13,6 +13,7 @@ import torch
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.weights.reading import read_checkpoint
+from dino_lightning.weights.stored import FORMAT_KEY, VERSION_KEY, check_checkpoint
 
 MODEL_FILE = "model.ckpt"
 DESCRIPTION_FILE = "model.json"
@@ -43,14 +44,15 @@ def write_model_directory(
     Raises:
         CheckpointError: not a checkpoint of ours.
     """
-    checkpoint = read_checkpoint(checkpoint_path)
-    missing = [name for name in KEPT_ENTRIES if not isinstance(checkpoint, dict) or name not in checkpoint]
+    checkpoint = check_checkpoint(read_checkpoint(checkpoint_path), checkpoint_path)
+    missing = [name for name in KEPT_ENTRIES if name not in checkpoint]
     if missing:
         raise CheckpointError(f"{checkpoint_path} is not a checkpoint of dino_lightning: it has no {missing[0]}.")
     partial = model_dir / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.save({name: checkpoint[name] for name in KEPT_ENTRIES}, partial / MODEL_FILE)
+    kept = (*KEPT_ENTRIES, *(name for name in (FORMAT_KEY, VERSION_KEY) if name in checkpoint))
+    torch.save({name: checkpoint[name] for name in kept}, partial / MODEL_FILE)
     (partial / DESCRIPTION_FILE).write_text(
         json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
     )
@@ -76,8 +78,8 @@ def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: boo
     the epoch is over.
     """
     settings = checkpoint["hyper_parameters"]
-    names = settings["class_names"] or []
-    ids = settings["category_ids"] or list(range(len(names)))
+    ids = settings.get("category_ids") or list(range(settings["num_classes"]))
+    names = settings.get("class_names") or [str(label) for label in range(len(ids))]
     metrics: dict[str, float] = {}
     if metrics_file.is_file():
         with metrics_file.open(newline="") as file:
@@ -96,8 +98,8 @@ def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: boo
         ],
         "preprocessing": {
             "colour": "RGB, 0-255",
-            "short_side": settings["image_size"],
-            "long_side_at_most": settings["max_size"],
+            "short_side": settings.get("image_size"),
+            "long_side_at_most": settings.get("max_size"),
             "stretched_to_a_square_of": settings.get("stretch_to"),
             "normalisation": "inside the model",
         },

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
-from dino_lightning.detections import Detections
+from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first
@@ -47,7 +47,7 @@ class OnnxModel:
         try:
             self.class_names = tuple(json.loads(stored["class_names"]))
             self.category_ids = tuple(json.loads(stored["category_ids"]))
-            self.score_threshold = float(stored["score_threshold"])
+            self.score_threshold = check_score_threshold(float(stored["score_threshold"]))
             self.image_size, self.max_size = int(stored["image_size"]), int(stored["max_size"])
             self.stretch_to: int | None = json.loads(stored["stretch_to"])
             self.preprocessing = stored["preprocessing"]
@@ -76,14 +76,14 @@ class OnnxModel:
             max_size: limit of the long side in pixels, with preprocessing outside.
 
         Returns:
-            Detections of each image, boxes in its own pixels.
+            Detections of each image, boxes in its own pixels and clipped to it, see `Detections.within`.
 
         Raises:
             ValueError: an image that cannot be read, or sizes for a file that resizes by itself.
         """
         if self.preprocessing == "inside" and (image_size or max_size):
             raise ValueError("The sizes of images are fixed in this ONNX file; export with --preprocessing outside.")
-        threshold = self.score_threshold if threshold is None else threshold
+        threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
         transform = self._transform(image_size, max_size)
         return [self._detect(to_pixels(image), transform).above(threshold) for image in images]
 
@@ -105,6 +105,7 @@ class OnnxModel:
                 "image_sizes": np.array([resized.shape[2:]], dtype=np.int64),
                 "original_sizes": np.array([pixels.shape[1:]], dtype=np.int64),
             }
+        size = (int(pixels.shape[1]), int(pixels.shape[2]))
         boxes, scores, labels = self._session.run(["boxes", "scores", "labels"], inputs)
         kept = scores[0] > 0  # 0: taken out by non-maximum suppression
         return Detections(
@@ -113,7 +114,7 @@ class OnnxModel:
             labels=torch.from_numpy(labels[0][kept]),
             class_names=self.class_names,
             category_ids=self.category_ids,
-        )
+        ).within(size)
 
 
 def onnxruntime_session(file: str | Path | bytes, providers: Sequence[str] | None = None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ GENERATOR_VERSION = 1  # increased whenever the same parameters give other image
 MANIFEST = "rooms.json"
 SPLITS = ("train", "val")
 SEEDS_PER_SPLIT = 1_000_000
+DRAWN = re.compile(r"\d{6,}\.(png|jpg)")  # how images are named
 LONG_SIDE = {"clean": (200, 320), "realistic": (200, 1100)}
 
 
@@ -123,11 +125,12 @@ def write_rooms_dataset(
     style: Style = "clean",
     seed: int = 0,
     size: int | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write a COCO dataset of plans: `root/{train,val}/annotations.json` and `root/{train,val}/images/`.
 
-    An existing dataset with the same parameters is reused; one with other parameters is replaced. A new one is
-    built beside `root` and moved into place, so an interrupted run never leaves half a dataset.
+    An existing dataset with the same parameters is reused; one with other parameters is replaced unless told not to. A
+    new one is built beside `root` and moved into place, so an interrupted run never leaves half a dataset.
 
     Args:
         root: folder of the dataset.
@@ -136,12 +139,14 @@ def write_rooms_dataset(
         style: see `draw_plan`.
         seed: 0 or more; another seed gives other plans.
         size: long side of the pages in pixels; None draws each from the range of the style.
+        overwrite: replace a dataset of this function with other parameters.
 
     Returns:
         The folder, as a path.
 
     Raises:
-        ValueError: `root` holds anything that this function did not write, or a parameter is out of range.
+        ValueError: `root` holds anything that this function did not write, or with other parameters where those are not
+            to be replaced; or a parameter is out of range.
     """
     root = Path(root)
     counts = {"train": num_train, "val": num_val}
@@ -157,7 +162,7 @@ def write_rooms_dataset(
         "seed": seed,
         "size": size,
     }
-    if _is_current(root, manifest):
+    if _is_current(root, manifest, overwrite=overwrite):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -181,15 +186,15 @@ def write_rooms_dataset(
         try:
             built.rename(root)
         except OSError:  # another process was faster, and wrote the same dataset
-            if not _is_current(root, manifest):
+            if not _is_current(root, manifest, overwrite=True):
                 raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return root
 
 
-def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `root` already is the wanted dataset; raises ValueError if the folder holds anything else."""
+def _is_current(root: Path, manifest: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether `root` already is the wanted dataset; raises ValueError if the folder holds anything else to be kept."""
     if not root.exists():
         return False
     if not root.is_dir():
@@ -204,9 +209,17 @@ def _is_current(root: Path, manifest: dict[str, Any]) -> bool:
     ours = {MANIFEST} | {f"{split}{part}" for split in SPLITS for part in ("", "/annotations.json", "/images")}
     if found == manifest and ours <= names:
         return True
-    if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - ours:
+    if not isinstance(found, dict) or found.get("generator") != GENERATOR or names - ours or not _all_drawn(root):
         raise ValueError(f"{root} holds files that are not a rooms dataset; give a new or empty folder.")
+    if not overwrite:
+        others = ", ".join(f"{name} {found.get(name)}" for name, value in manifest.items() if found.get(name) != value)
+        raise ValueError(f"{root} holds another rooms dataset ({others}); give a new folder, or overwrite it.")
     return False
+
+
+def _all_drawn(root: Path) -> bool:
+    """Whether the images have the names that `_save` gives, and nothing lies among them."""
+    return all(DRAWN.fullmatch(path.name) for path in root.glob("*/images/*"))
 
 
 def _save(picture: Image.Image, folder: Path, stem: str, style: Style, seed: int) -> str:

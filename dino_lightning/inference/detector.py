@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,20 @@ from typing import Any, Protocol, overload
 
 import torch
 
+from dino_lightning.console import say
 from dino_lightning.data.images import ImageLike, read_image, to_pixels
-from dino_lightning.detections import Detections
+from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
 from dino_lightning.inference.tiling import merge, views
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import find_model, read_checkpoint
+from dino_lightning.weights.stored import (
+    DEFAULT_THRESHOLD,
+    check_checkpoint,
+    check_hyperparameters,
+    check_state,
+    missing_settings,
+)
 
 
 class _Model(Protocol):
@@ -47,7 +56,7 @@ class Detector:
 
     def __repr__(self) -> str:
         shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
-        return f"Detector({len(self.class_names)} classes: {shown}; score_threshold {self.score_threshold:.2f})"
+        return f"Detector({len(self.class_names)} classes: {shown}; score_threshold {self.score_threshold:.3f})"
 
     @property
     def score_threshold(self) -> float:
@@ -83,6 +92,10 @@ class Detector:
             return self.detect(images, **options)
         return self.detect([images], **options)[0]  # type: ignore[list-item]  # a Sequence is a list or tuple here
 
+    def show(self, image: ImageLike, **options: Any) -> None:
+        """Detect in an image and show the picture; options and errors as in `detect`, see `Detections.show`."""
+        self.detect([image], **options)[0].show()
+
     def detect(
         self,
         images: Sequence[ImageLike],
@@ -105,12 +118,14 @@ class Detector:
             **sizes: `image_size` and `max_size` of `DINOModule.detect`.
 
         Returns:
-            Detections of each image, on the host, boxes in its own pixels.
+            Detections of each image, on the host, boxes in its own pixels and clipped to it, see `Detections.within`.
 
         Raises:
-            ValueError: an image that cannot be read, or tiles that cannot be.
+            ValueError: an image that cannot be read, a threshold that is none, or tiles that cannot be.
         """
         found = []
+        if threshold is not None:
+            check_score_threshold(threshold)
         for image in images:
             if tile is None:
                 detections = self.model.detect([image], threshold=threshold, **sizes)[0]
@@ -131,14 +146,15 @@ class Detector:
         return found
 
 
-def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
+def load_detector(path: str | Path, device: torch.device | str = "auto") -> Detector:
     """The detector of one of our checkpoints, in evaluation mode, with its classes, sizes and score threshold.
 
     Args:
         path: a checkpoint of a run; a model directory, as a SageMaker job leaves it; the folder of a run; an ONNX
             file as `export` writes it, or a folder with one; `rooms_small`; or an address, such as `hf://OWNER/REPO`
             for the model.ckpt of a repository.
-        device: where to compute; an ONNX file decides for itself.
+        device: where to compute: `auto` is a CUDA GPU if there is one, and else the CPU; an Apple GPU is `mps`. An ONNX
+            file decides for itself.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
@@ -149,6 +165,8 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
 
         model = OnnxModel(file)
         return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     module = load_module(file).to(device)
     count = module.hparams["num_classes"]
     return Detector(
@@ -162,14 +180,26 @@ def load_module(path: str | Path) -> DINOModule:
     """The `DINOModule` of one of our checkpoints, in evaluation mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, of a newer version, or not one of ours.
     """
-    content = read_checkpoint(path)
-    if not isinstance(content, dict) or "hyper_parameters" not in content or "state_dict" not in content:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of dino_lightning; give a published one to --model.weights of a training run."
-        )
-    module = DINOModule(**content["hyper_parameters"])
+    content = check_checkpoint(read_checkpoint(path), path)
+    check_hyperparameters(content, path, DINOModule)
+    settings = content["hyper_parameters"]
+    try:
+        with torch.device("meta"):  # sizes only: wrong ones may need any amount of memory
+            check_state(content["state_dict"], DINOModule(**settings).state_dict(), path)
+        module = DINOModule(**settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # sizes that do not go together fail anywhere
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: its hyperparameters make no model ({reason}).") from error
+    if "score_threshold" not in content:
+        say(f"warning: {path} has no score_threshold; {DEFAULT_THRESHOLD} is used.", sys.stderr)
+    if lacking := missing_settings(content, DINOModule):
+        names = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        say(f"warning: {path} lacks the hyperparameters {names}; their defaults are used.", sys.stderr)
     module.load_state_dict(content["state_dict"])
-    module.on_load_checkpoint(content)
+    module.score_threshold = float(content.get("score_threshold", DEFAULT_THRESHOLD))
+    module.has_weights = True
     return module.eval()

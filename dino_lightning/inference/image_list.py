@@ -74,6 +74,8 @@ def list_images(
         if len(sources) > 1:
             raise DataError(f"{documents[0]}: a COCO file must be the only thing given; {len(sources)} were.")
         return _images_of_coco(Path(documents[0]), image_folder)
+    if image_folder is not None:
+        raise DataError(f"{image_folder}: an image folder goes with a COCO file, and {sources[0]} is none.")
     names: set[str] = set()
     out = None if leave_out is None else leave_out.resolve()
     for source in sources:

@@ -137,7 +137,10 @@ def _detect(fabric: Fabric, module: DINOModule, threshold: float, seen: Sequence
     )
     with fabric.autocast():
         found: list[Detections] = module(batch.to(fabric.device))
-    return [detections.cpu().above(threshold) for detections in found]
+    return [
+        detections.cpu().above(threshold).within(size)
+        for detections, size in zip(found, batch.original_sizes, strict=True)
+    ]
 
 
 class _Finisher:

@@ -14,15 +14,16 @@ from lightning.fabric.strategies import DDPStrategy  # type: ignore[attr-defined
 
 from dino_lightning.console import say
 from dino_lightning.data.loading import default_workers
+from dino_lightning.detections import check_score_threshold
 from dino_lightning.errors import UsageError
-from dino_lightning.files import sha256_of
+from dino_lightning.files import locked, sha256_of
 from dino_lightning.inference.detector import load_module
 from dino_lightning.inference.image_list import ListedImage, list_images
 from dino_lightning.inference.loop import predict_images
 from dino_lightning.inference.results import (
+    LOCK,
     Summary,
     finished,
-    locked,
     other_images,
     overlay_paths,
     prepare,
@@ -95,7 +96,7 @@ def predict_folder(
     """
     images = list_images(options.images, options.image_folder, leave_out=options.output)
     module = load_module(checkpoint)
-    threshold = module.score_threshold if options.threshold is None else options.threshold
+    threshold = check_score_threshold(module.score_threshold if options.threshold is None else options.threshold)
     settings = {
         "model": sha256_of(checkpoint),
         "threshold": threshold,
@@ -126,7 +127,7 @@ def _begin(
     options: PredictOptions, held: ExitStack, settings: Mapping[str, Any], images: Sequence[ListedImage]
 ) -> str | None:
     """Lock the folder until `held` is closed and prepare it; or why that cannot be."""
-    if not held.enter_context(locked(options.output)):
+    if not held.enter_context(locked(options.output / LOCK)):
         return f"{options.output}: another predict writes there now; wait for its end, or give another --output."
     if not options.overwrite:
         advice = "give another --output, or --overwrite to start again."
@@ -154,7 +155,7 @@ def _fabric(options: PredictOptions) -> Fabric:
         fabric = Fabric(**arguments)
         if fabric.world_size > 1:
             fabric = Fabric(**arguments, strategy=DDPStrategy(timeout=LONGEST_WAIT))
-    except (ValueError, TypeError) as error:  # devices that are not there, or no words for any
+    except (ValueError, TypeError, RuntimeError) as error:  # devices that are not there, or no words for any
         raise UsageError(" ".join(str(error).split())) from error
     fabric.launch()
     return fabric

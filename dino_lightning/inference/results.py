@@ -8,18 +8,17 @@ command finds finished. Nothing is held in memory but the names and where their 
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dino_lightning.detections import COLUMNS, Detections
-from dino_lightning.files import atomic_write
+from dino_lightning.files import atomic_write, csv_cell
 from dino_lightning.inference.image_list import ListedImage
 
 SETTINGS = "settings.json"
@@ -224,7 +223,7 @@ def write_results(folder: Path, images: Sequence[ListedImage], categories: Mappi
                     common = {"image_id": image.image_id, "category_id": found["category_id"]}
                     results.add({**common, "bbox": bbox, "score": found["score"]})
                     row = (found["name"], found["category_id"], found["score"], *found["box"])
-                    table.writerow((image.name, image.image_id, *row))
+                    table.writerow(map(csv_cell, (image.name, image.image_id, *row)))
             results.close()
             entries.close()
             listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
@@ -295,28 +294,3 @@ def overlay_paths(folder: Path, images: Iterable[ListedImage]) -> dict[str, Path
         taken.add(free)
         paths[name] = free
     return paths
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder, which is made if need be; gives False if another process holds it.
-
-    The system gives the lock back when the process ends, however it does. The file stays: to delete it would let two
-    processes lock two files of the same name. `lockf`, as loader processes would inherit a lock of `flock`, and keep it
-    for seconds after this process was killed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        yield _lock(file.fileno())
-
-
-def _lock(file: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # on Windows, where nothing is locked
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # of another kind: a file system that has no locks
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True

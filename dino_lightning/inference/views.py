@@ -1,8 +1,7 @@
-"""Images read in loader processes, as the views that the detector is given, and put into batches of like shape."""
+"""Images read in loader processes, as the views that the detector is given, and put into batches of one shape."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from dino_lightning.errors import DataError
 from dino_lightning.inference.image_list import ListedImage
 from dino_lightning.inference.tiling import Window, views
 
-SHAPES_PER_DOUBLING = 2  # of the aspect ratio: images of one such class share a batch
+BATCHES_WAITING = 4  # full ones of so many views may be held back until others of their shape come
 
 
 @dataclass(frozen=True)
@@ -99,19 +98,26 @@ class Views(IterableDataset[View | Unreadable]):
 
 
 def batches(stream: Iterable[View | Unreadable], size: int) -> Iterator[list[View] | Unreadable]:
-    """Views of like shape by `size`, as soon as so many are there, so that little is padded.
+    """Views of one shape, at most `size` at a time: nothing is padded, so that results are those of each view alone.
 
-    What is held back is bounded: fewer than `size` views of each of the few classes of shape.
+    Views wait for others of their shape, but not many: once there are `BATCHES_WAITING` times `size` of them, those
+    that began to wait first go without.
     """
-    waiting: dict[int, list[View]] = {}
+    waiting: dict[tuple[int, ...], list[View]] = {}
+    held = 0
     for view in stream:
         if isinstance(view, Unreadable):
             yield view
             continue
-        height, width = view.pixels.shape[1:]
-        shape = round(SHAPES_PER_DOUBLING * math.log2(height / width))
+        shape = tuple(view.pixels.shape)
         group = waiting.setdefault(shape, [])
         group.append(view)
-        if len(group) == size:
-            yield waiting.pop(shape)
+        held += 1
+        if len(group) < size:
+            if held < BATCHES_WAITING * size:
+                continue
+            shape = next(iter(waiting))
+        ready = waiting.pop(shape)
+        held -= len(ready)
+        yield ready
     yield from waiting.values()

@@ -33,7 +33,7 @@ class Limits:
     Attributes:
         num_queries: boxes that the model can find in an image.
         max_detections: detections that evaluation keeps of an image.
-        max_detections_of_class: detections of one class in an image that COCO's metrics count.
+        max_detections_of_class: detections of one class in an image that COCO's average precision counts.
         image_size: short side of the images in training, in pixels.
         max_size: limit of their long side.
     """
@@ -127,8 +127,8 @@ def check_boxes(found: Found, split: str, source: CocoAnnotations, limits: Limit
             found["too-many-boxes", split].append(Case(detail, entry.id, None, entry.file_name))
         if count > limits.max_detections or most > limits.max_detections_of_class:
             detail = (
-                f"{count} boxes, {most} of them of one class; evaluation keeps {limits.max_detections}, and counts "
-                f"{limits.max_detections_of_class} of a class"
+                f"{count} boxes, {most} of them of one class; evaluation keeps {limits.max_detections}, and average "
+                f"precision counts {limits.max_detections_of_class} of a class"
             )
             found["beyond-evaluation", split].append(Case(detail, entry.id, None, entry.file_name))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dino_lightning.boxes import cxcywh_to_xyxy, paired_generalized_iou, paired_iou
 from dino_lightning.losses.class_losses import CLASS_LOSSES, ClassLoss, class_loss
-from dino_lightning.losses.matcher import HungarianMatcher, Matches
+from dino_lightning.losses.matcher import HungarianMatcher, Matches, check_weights
 from dino_lightning.structures import DenoisingOutput, ModelOutput, Targets
 
 
@@ -29,7 +29,7 @@ class Criterion(nn.Module):
         class_loss: one of `class_losses.CLASS_LOSSES`; `focal` is the published one.
 
     Raises:
-        ValueError: there is no class loss of that name.
+        ValueError: there is no class loss of that name, or weights that cannot be, see `check_weights`.
     """
 
     def __init__(
@@ -44,6 +44,9 @@ class Criterion(nn.Module):
         super().__init__()
         if class_loss not in CLASS_LOSSES:
             raise ValueError(f"class_loss={class_loss!r}: choose one of {', '.join(CLASS_LOSSES)}.")
+        check_weights(
+            {"class_loss_weight": weight_class, "bbox_loss_weight": weight_bbox, "giou_loss_weight": weight_giou}
+        )
         self.matcher = matcher or HungarianMatcher()
         self.class_loss = class_loss
         self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}

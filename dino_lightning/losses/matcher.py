@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,22 @@ from dino_lightning.losses.focal import FOCAL_ALPHA, FOCAL_GAMMA
 from dino_lightning.structures import Targets
 
 MatchingCost = Literal["published", "position_modulated"]
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights of a sum that cannot be.
+
+    Args:
+        weights: by the name of the option.
+
+    Raises:
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: a weight must be a number from 0 up.")
+    if not any(weights.values()):
+        raise ValueError(f"{', '.join(weights)} are all 0: at least one must count.")
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class HungarianMatcher(nn.Module):
             fits better (Stable-DINO, arXiv 2304.04742).
 
     Raises:
-        ValueError: there is no cost of that kind.
+        ValueError: there is no cost of that kind, or weights that cannot be, see `check_weights`.
     """
 
     def __init__(
@@ -59,6 +76,7 @@ class HungarianMatcher(nn.Module):
         super().__init__()
         if kind not in get_args(MatchingCost):
             raise ValueError(f"matching_cost={kind!r}: choose one of {', '.join(get_args(MatchingCost))}.")
+        check_weights({"cost_class": cost_class, "cost_bbox": cost_bbox, "cost_giou": cost_giou})
         self.cost_class, self.cost_bbox, self.cost_giou, self.kind = cost_class, cost_bbox, cost_giou, kind
 
     @torch.no_grad()

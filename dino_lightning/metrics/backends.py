@@ -40,6 +40,7 @@ def average_precision(
     coco_class, eval_class = _load_backend(backend)
     with _without_garbage_collection(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truths = [image.truth for image in images]
+        counted = [_best_of_each_class(image.scores, image.labels) for image in images]
         truth = _annotations(
             [one.boxes_xyxy for one in truths],
             [one.labels for one in truths],
@@ -47,9 +48,11 @@ def average_precision(
             iscrowd=np.concatenate([one.iscrowd for one in truths]).astype(np.int64),
         )
         detected = _annotations(
-            [image.boxes_xyxy for image in images],
-            [image.labels for image in images],
-            score=np.concatenate([image.scores for image in images]).astype(np.float64),
+            [image.boxes_xyxy[kept] for image, kept in zip(images, counted, strict=True)],
+            [image.labels[kept] for image, kept in zip(images, counted, strict=True)],
+            score=np.concatenate([image.scores[kept] for image, kept in zip(images, counted, strict=True)]).astype(
+                np.float64
+            ),
         )
         coco = [coco_class(), coco_class()]
         for one, annotations in zip(coco, (truth, detected), strict=True):
@@ -65,6 +68,18 @@ def average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
+
+
+def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """(D,) True for the detections of one image that COCO's average precision counts: the best 100 of each class."""
+    if len(scores) <= MAX_DETECTIONS:
+        return np.ones(len(scores), np.bool_)
+    order = np.lexsort((-scores, labels))
+    sorted_labels = labels[order]
+    rank = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels)
+    keep = np.zeros(len(scores), np.bool_)
+    keep[order[rank < MAX_DETECTIONS]] = True
+    return keep
 
 
 def _load_backend(backend: Backend) -> tuple[Callable[..., Any], Callable[..., Any]]:

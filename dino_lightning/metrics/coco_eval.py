@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dino_lightning.detections import Detections
-from dino_lightning.metrics.backends import MAX_DETECTIONS, Backend, EvaluatedImage, average_precision
+from dino_lightning.metrics.backends import Backend, EvaluatedImage, average_precision
 from dino_lightning.metrics.curves import OperatingPoint, PrecisionRecallCurve, match_images
 from dino_lightning.metrics.results import ClassResult, Evaluation
 from dino_lightning.structures import GroundTruth
@@ -46,7 +46,7 @@ class CocoMetric(Metric):
       detections for each class and image.
     - `AR`: COCO's average recall at 100 detections.
     - `F1`, `F1_precision`, `F1_recall`, `F1_threshold`: the best F1 over one common score threshold for all
-      classes, at `f1_iou_threshold`, classes told apart, from the same detections.
+      classes, at `f1_iou_threshold`, classes told apart, from all detections, as `predict` gives them.
     - with more than one class `AP_class/<name>`, `AP50_class/<name>` and `F1_class/<name>`, the last at the
       class's own best threshold.
 
@@ -135,7 +135,6 @@ class CocoMetric(Metric):
             if int(image_id) in self._images:
                 continue
             kept = start + np.flatnonzero(keep[start:end])
-            kept = kept[_best_of_each_class(scores[kept], labels[kept])]
             self._images[int(image_id)] = EvaluatedImage(boxes_xyxy[kept], scores[kept], labels[kept], truth)
 
     def compute(self) -> dict[str, float]:
@@ -276,18 +275,6 @@ class CocoMetric(Metric):
             iou_threshold=self.f1_iou_threshold,
             precision=precision,
         )
-
-
-def _best_of_each_class(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """(D,) True for the detections of one image that COCO looks at: the best 100 of each class."""
-    if len(scores) <= MAX_DETECTIONS:
-        return np.ones(len(scores), np.bool_)
-    order = np.lexsort((-scores, labels))
-    sorted_labels = labels[order]
-    rank = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels)
-    keep = np.zeros(len(scores), np.bool_)
-    keep[order[rank < MAX_DETECTIONS]] = True
-    return keep
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:

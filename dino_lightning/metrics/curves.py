@@ -132,8 +132,7 @@ def match_images(
     """Match the detections of many images to their ground truth.
 
     Args:
-        images: per image boxes_xyxy (D, 4) in pixels, scores (D,), labels (D,) and the truth. At most 100
-            detections for each class, where the result is to go with COCO's average precision.
+        images: per image boxes_xyxy (D, 4) in pixels, scores (D,), labels (D,) and the truth.
         num_classes: K; labels are 0..K-1.
         iou_threshold: lowest IoU at which a detection is a true positive.
     """

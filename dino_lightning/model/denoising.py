@@ -9,6 +9,7 @@ They teach the decoder to keep one box of several near an object, which suppress
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from dino_lightning.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from dino_lightning.structures import Targets
+
+DenoisingRule = Literal["boxes", "published"]
+LEAST_COUNTED_AS_BOXES = 50  # by the published rule; fewer are numbers of groups
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,22 @@ class DenoisingQueries:
     num_unused: int = 0
 
 
-def num_denoising_groups(num_denoising: int, max_boxes: int) -> int:
-    """How many groups of denoising queries `num_denoising` allows for the fullest image of the batch.
+def num_denoising_groups(num_denoising: int, max_boxes: int, rule: DenoisingRule = "boxes") -> int:
+    """How many groups of denoising queries `num_denoising` gives, at least one.
 
-    The published rule, kept for parity: from 50 up it counts boxes (100 gives 100 // max_boxes groups); below 50
-    it counts half groups, whatever the number of boxes.
+    A group has each box of an image twice, once to be rebuilt and once to be rejected.
+
+    Args:
+        num_denoising: boxes to aim for.
+        max_boxes: boxes in the fullest image of the batch.
+        rule: `boxes`: as many whole groups as have no more than so many boxes. `published`: the same from 50 up, as
+            with the published 100; below, twice `num_denoising` groups however many boxes there are.
     """
-    doubled = 2 * num_denoising
-    if max_boxes == 0 or doubled < 1:
+    if max_boxes == 0:
         return 1
-    return max(doubled // (2 * max_boxes), 1) if doubled >= 100 else doubled
+    if rule == "published" and num_denoising < LEAST_COUNTED_AS_BOXES:
+        return max(2 * num_denoising, 1)
+    return max(num_denoising // max_boxes, 1)
 
 
 def draw_noise(targets: Targets, *, num_groups: int, num_classes: int) -> Noise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from dino_lightning.model.decoder import Decoder
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.denoising import (
     DenoisingQueries,
+    DenoisingRule,
     Noise,
     denoising_attention_mask,
     denoising_queries,
@@ -49,7 +51,9 @@ class DINO(nn.Module):
         num_encoder_layers: encoder depth.
         num_decoder_layers: decoder depth.
         num_queries: proposals taken from the encoder; an image with fewer tokens gives fewer.
-        num_denoising: denoising boxes to aim for per image, 0 for none; see `num_denoising_groups`.
+        num_denoising: denoising boxes to aim for per image, 0 for none; at least one group of all boxes.
+        denoising_rule: `published` for the published code's reading of a `num_denoising` below 50: twice as many
+            groups, however many boxes an image has.
         label_noise_ratio: twice the share of denoising labels that are replaced.
         box_noise_scale: how far box corners move, in half box sizes.
         denoising_multiple: round the number of denoising queries up to a multiple of this by unused ones; fewer
@@ -88,6 +92,7 @@ class DINO(nn.Module):
         num_decoder_layers: int = 6,
         num_queries: int = 900,
         num_denoising: int = 100,
+        denoising_rule: DenoisingRule = "boxes",
         label_noise_ratio: float = 0.5,
         box_noise_scale: float = 1.0,
         denoising_multiple: int = 1,
@@ -107,7 +112,11 @@ class DINO(nn.Module):
         if min(num_decoder_layers, num_queries, denoising_multiple, query_groups) < 1:
             raise ValueError("num_decoder_layers, num_queries, denoising_multiple and query_groups must be at least 1.")
         self.num_classes = num_classes
-        self.num_denoising = num_denoising
+        if num_denoising < 0:
+            raise ValueError(f"num_denoising={num_denoising}: give a number of boxes, or 0 for none.")
+        if denoising_rule not in get_args(DenoisingRule):
+            raise ValueError(f"denoising_rule={denoising_rule!r}: choose one of {', '.join(get_args(DenoisingRule))}.")
+        self.num_denoising, self.denoising_rule = num_denoising, denoising_rule
         self.label_noise_ratio, self.box_noise_scale = label_noise_ratio, box_noise_scale
         self.denoising_multiple = denoising_multiple
         self.position = {"temperature": position_temperature, "offset": position_offset}
@@ -268,10 +277,10 @@ class DINO(nn.Module):
 
     def _denoising_queries(self, batch: Batch, noise: Noise | None) -> DenoisingQueries | None:
         targets = batch.targets
-        if not self.training or targets is None or self.num_denoising < 1 or not max(targets.num_boxes, default=0):
+        if not self.training or targets is None or not self.num_denoising or not max(targets.num_boxes, default=0):
             return None
         if noise is None:
-            groups = num_denoising_groups(self.num_denoising, max(targets.num_boxes))
+            groups = num_denoising_groups(self.num_denoising, max(targets.num_boxes), self.denoising_rule)
             noise = draw_noise(targets, num_groups=groups, num_classes=self.num_classes)
         return denoising_queries(
             targets,

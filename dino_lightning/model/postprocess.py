@@ -43,7 +43,7 @@ def postprocess(
         category_ids: original category id of each label, passed on.
 
     Returns:
-        Detections of each image, best first; boxes are not clipped to the image.
+        Detections of each image, best first; boxes are not clipped to the image, see `Detections.within`.
     """
     scores = output.pred_logits[-1].float().sigmoid()
     boxes_cxcywh = output.pred_boxes[-1].float()

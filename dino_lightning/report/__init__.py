@@ -14,7 +14,15 @@ from dino_lightning.report.pictures import pictures
 from dino_lightning.report.summary import Source, summarise
 from dino_lightning.report.tables import as_csv, as_json, as_text
 
-__all__ = ["JSON_NAME", "Source", "as_text", "dominating_error", "find_report", "load_report", "write_report"]
+__all__ = [
+    "JSON_NAME",
+    "Source",
+    "as_text",
+    "dominating_error",
+    "find_report",
+    "load_report",
+    "write_report",
+]
 
 
 def write_report(

@@ -39,9 +39,9 @@ def dominating_error(evaluation: Evaluation, *, threshold: float) -> str:
         boxes += classified.num_boxes
     most = max(ERROR_KINDS, key=lambda kind: counts[kind])
     if not boxes or not counts[most]:
-        return f"No errors at a score of {threshold:.2f}."
+        return f"no errors at a score of {threshold:.3f}."
     listed = ", ".join(f"{counts[kind]} {kind}" for kind in ERROR_KINDS if counts[kind])
-    first = f"Errors at a score of {threshold:.2f}, of {boxes} boxes in {len(evaluation.images)} images: {listed}."
+    first = f"errors at a score of {threshold:.3f}, of {boxes} boxes in {len(evaluation.images)} images: {listed}."
     if most != "missed":
         return f"{first}\nMost are {most}; try this: {_AGAINST[most]}."
     reason, count = reasons.most_common(1)[0]

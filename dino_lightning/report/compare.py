@@ -184,8 +184,8 @@ def _notes(
         )
     if abs(this["threshold"] - other["threshold"]) > 1e-9:
         notes.append(
-            f"Errors, counts and images are at a score threshold of {this['threshold']:.2f} here and of "
-            f"{other['threshold']:.2f} there."
+            f"Errors, counts and images are at a score threshold of {this['threshold']:.3f} here and of "
+            f"{other['threshold']:.3f} there."
         )
     if this["iou_threshold"] != other.get("iou_threshold"):
         notes.append("The two runs count a detection as correct from different IoUs.")

@@ -87,10 +87,14 @@ def f1_over_threshold(summary: dict[str, Any], other: dict[str, Any] | None = No
         axes.plot(
             other["curves"]["thresholds"], other["curves"]["at_threshold"]["f1"], color="#999999", label="F1, other"
         )
-    best = f"best F1 {values['F1']:.3f} at {values['F1_threshold']:.2f}"
+    best = f"best F1 {values['F1']:.3f} at {values['F1_threshold']:.3f}"
     axes.plot([values["F1_threshold"]], [values["F1"]], "*", color=LINES[8], markersize=13, label=best)
     axes.axvline(
-        summary["threshold"], color="#777777", linestyle=":", linewidth=1.2, label=f"used: {summary['threshold']:.2f}"
+        summary["threshold"],
+        color="#777777",
+        linestyle=":",
+        linewidth=1.2,
+        label=f"of the model: {summary['threshold']:.3f}",
     )
     _unit_square(axes, "score threshold", "")
     _legend(axes)
@@ -108,7 +112,7 @@ def class_f1(summary: dict[str, Any]) -> Plot | None:
         axes.plot(summary["curves"]["thresholds"], values, color=_line(number), linewidth=1, label=_name(row["name"]))
         axes.plot([row["best_threshold"]], [row["best_f1"]], "*", color=_line(number), markersize=9)
     axes.axvline(summary["threshold"], color="#777777", linestyle=":", linewidth=1.2)
-    _unit_square(axes, "score threshold (dotted: the one used)", "F1")
+    _unit_square(axes, "score threshold (dotted: that of the model)", "F1")
     _legend(axes)
     return _plot(
         figure,
@@ -131,7 +135,7 @@ def errors(summary: dict[str, Any], other: dict[str, Any] | None = None) -> Plot
     axes.set_yticks(places, [WORDS[row["kind"]] for row in summary["errors"]])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel(f"ground-truth boxes or detections, at a score of {summary['threshold']:.2f}")
+    axes.set_xlabel(f"ground-truth boxes or detections, at a score of {summary['threshold']:.3f}")
     figure.subplots_adjust(left=0.2)
     if other is not None:
         _legend(axes)
@@ -220,7 +224,7 @@ def counted(summary: dict[str, Any]) -> Plot | None:
     dots = axes.scatter(true, found, s=sizes, color=LINES[0], alpha=0.5, linewidths=0.5, edgecolors="black")
     dots.set_rasterized(len(pairs) > 1500)
     axes.set_xlabel("ground-truth boxes")
-    axes.set_ylabel(f"detections with a score of at least {summary['threshold']:.2f}")
+    axes.set_ylabel(f"detections with a score of at least {summary['threshold']:.3f}")
     _legend(axes)
     return _plot(
         figure,

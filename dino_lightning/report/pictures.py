@@ -151,6 +151,7 @@ def _picture(
     except (DataError, MemoryError):  # readable a moment ago, or left out of the evaluation as unreadable
         source = ""
     names = [shown(name, NAME_LENGTH) for name in class_names]
+    image = image._replace(boxes_xyxy=np.clip(image.boxes_xyxy, 0, [width, height, width, height]))  # to be seen
     return Picture(group, row, source, width, height, tuple(_boxes(image, classified, names)))
 
 

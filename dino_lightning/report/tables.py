@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dino_lightning.files import csv_cell
+
 WORDS = {
     "correct": "true positive",
     "missed": "missed",
@@ -37,15 +39,22 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """True positives, errors and counted boxes at the threshold, in two lines."""
+    """F1, true positives, errors and counted boxes at the model's threshold, and the best F1; a line each."""
     at, counts = summary["at_threshold"], summary["counts"]
     shown = ", ".join(f"{row['count']} {WORDS[row['kind']]}" for row in summary["errors"])
-    lines = [f"at a score of {summary['threshold']:.2f}: {at['correct']} true positives, {shown}"]
+    lines = [
+        f"at a score of {summary['threshold']:.3f}, from which predict reports: {at['correct']} true positives, {shown}"
+    ]
+    if at["f1"] is not None:
+        lines[:0] = [
+            f"F1 at the threshold of the model, {summary['threshold']:.3f}: {at['f1']:.3f}; best F1 on these images: "
+            f"{summary['values']['F1']:.3f}, at {summary['values']['F1_threshold']:.3f}"
+        ]
     if counts["exact"] is not None:
         lines.append(
             f"boxes counted: {counts['counted']}, ground truth {counts['true']}; the number is exact in "

@@ -40,10 +40,11 @@ def convert(place: str, output: Path, layout: FileLayout | None, overwrite: bool
     layout = layout or ("published" if found.source == "dino_lightning checkpoint" else "ours")
     state, names, ids = _classes(file, found, contiguous)
     classes = len(state[CLASS_BIAS])
-    content: dict[str, Any]
+    content: dict[str, Any] = {}
     try:
+        if layout == "ours" or (found.source == "dino_lightning checkpoint" and found.settings):
+            content = _our_checkpoint(file, state, _settings(file, found, state, names, ids))  # checks that all fits
         if layout == "ours":
-            content = _our_checkpoint(file, state, _settings(file, found, state, names, ids))
             if found.score_threshold is not None:
                 content["score_threshold"] = found.score_threshold
             backbone = content["hyper_parameters"].get("backbone", "resnet50")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dino_lightning.console import without_secrets
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.weights.backbone_loading import start_backbone_from
@@ -16,6 +18,21 @@ from dino_lightning.weights.loading import (
     load_initial_weights,
 )
 from dino_lightning.weights.shipped import names_for_rooms
+
+PLACES = ("weights", "weights_for_rooms", "backbone_weights")  # the options that may be addresses
+
+
+def take_addresses(module: LightningModule) -> dict[str, str | None]:
+    """The places of initial weights as they were given; the module's hyperparameters, which are stored, lose secrets.
+
+    Args:
+        module: a `DINOModule` that has saved its hyperparameters.
+    """
+    given = {name: module.hparams[name] for name in PLACES}
+    initial: Any = module._hparams_initial  # what loggers write
+    for options in (module.hparams, initial):
+        options.update(without_secrets(given))
+    return given
 
 
 def detector_weights(

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dino_lightning.losses import Criterion, HungarianMatcher, Matches
 from dino_lightning.model import DINO
-from dino_lightning.model.denoising import num_denoising_groups
+from dino_lightning.model.denoising import DenoisingRule, num_denoising_groups
 from dino_lightning.structures import Batch, Targets
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -64,7 +64,7 @@ class StepSize:
         """The size of a batch in training, or without denoising queries in evaluation."""
         boxes = 0 if batch.targets is None else max(batch.targets.num_boxes, default=0)
         height, width = batch.images.shape[-2:]
-        queries = denoising_queries(model.num_denoising, boxes) if model.training else 0
+        queries = denoising_queries(model.num_denoising, boxes, model.denoising_rule) if model.training else 0
         return cls(images=len(batch), canvas=(height, width), boxes=boxes, denoising_queries=queries)
 
     def __str__(self) -> str:
@@ -75,14 +75,14 @@ class StepSize:
         )
 
 
-def denoising_queries(num_denoising: int, boxes: int) -> int:
+def denoising_queries(num_denoising: int, boxes: int, rule: DenoisingRule = "boxes") -> int:
     """The number of denoising queries for each image of a batch in which the largest number of boxes is `boxes`."""
-    return 2 * num_denoising_groups(num_denoising, boxes) * boxes if num_denoising else 0
+    return 2 * num_denoising_groups(num_denoising, boxes, rule) * boxes if num_denoising else 0
 
 
-def worst_box_count(most_boxes: int, num_denoising: int) -> int:
+def worst_box_count(most_boxes: int, num_denoising: int, rule: DenoisingRule = "boxes") -> int:
     """The count up to `most_boxes` with the most queries (not always the largest, as groups are complete)."""
-    return max(range(most_boxes + 1), key=lambda count: (denoising_queries(num_denoising, count), count))
+    return max(range(most_boxes + 1), key=lambda count: (denoising_queries(num_denoising, count, rule), count))
 
 
 # ---------------------------------------------------------------------- on the device

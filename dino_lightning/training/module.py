@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from dino_lightning.data.images import ImageLike, to_pixels
 from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
-from dino_lightning.detections import Detections
+from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, HungarianMatcher, mean_num_boxes
 from dino_lightning.losses.class_losses import ClassLoss
@@ -25,19 +27,35 @@ from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO, postprocess
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
-from dino_lightning.training.initial_weights import rate_factor, start
+from dino_lightning.training.initial_weights import start, take_addresses
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
     AccumulatedBoxes,
     GroupRule,
-    RateSchedule,
-    drop_epochs,
+    OwnOptimizer,
+    clip_gradients,
     freeze_parts,
-    parameter_groups,
+    groups_of,
 )
+from dino_lightning.training.option_checks import check_numbers
+from dino_lightning.training.precision import check_precision
 from dino_lightning.training.recipe import RecipeName, choose_recipe, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
-from dino_lightning.training.step_metrics import StepMetrics
+from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
+from dino_lightning.training.step_metrics import EvaluationLoss, StepMetrics, of_loader
+from dino_lightning.training.stored_state import check_callbacks, check_training_state, with_own_settings
+from dino_lightning.weights.stored import (
+    DEFAULT_THRESHOLD,
+    FORMAT,
+    FORMAT_KEY,
+    VERSION_KEY,
+    WEIGHTS,
+    check_checkpoint,
+    check_hyperparameters,
+    check_state,
+    complete_settings,
+    package_version,
+)
 from dino_lightning.weights.zoo import needed_options
 
 
@@ -79,14 +97,19 @@ class DINOModule(lightning.LightningModule):
             run.
         lr_schedule: `step` drops the learning rate at given epochs, `cosine` takes it to 0 along half a cosine.
         lr_drop_epochs: epochs after which the learning rate drops; by default one, after 11/12 of the epochs, in short
-            runs after 4/5.
+            runs after 4/5, and before the last of two or more.
         lr_drop_factor: the factor of each drop.
         class_loss: the loss of the class scores. `focal` is the published one, short runs have `quality_focal`; it and
             `varifocal`, `ia_bce`, `position_supervised` and `matchability` have targets that follow the IoU of the box,
             and learn faster from few images and classes, see `dino_lightning.losses.class_losses`.
         class_loss_weight: weight of the class loss in the sum; 1 as published, 2 in short runs.
+        bbox_loss_weight: weight of the L1 loss of the boxes.
+        giou_loss_weight: weight of the GIoU loss of the boxes.
         matching_cost: what decides which query shall find which box. `published`, or Stable-DINO's
             `position_modulated`, see `dino_lightning.losses.HungarianMatcher`.
+        cost_class: weight of the class in the cost by which queries are matched to boxes.
+        cost_bbox: weight of the L1 distance in it.
+        cost_giou: weight of the GIoU in it.
         box_noise_scale: how far corners of denoising boxes move, in half box sizes; 1 as published, 0.4 in short runs.
         freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
         compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
@@ -130,7 +153,12 @@ class DINOModule(lightning.LightningModule):
         lr_drop_factor: float = 0.1,
         class_loss: ClassLoss | None = None,
         class_loss_weight: float | None = None,
+        bbox_loss_weight: float = 5.0,
+        giou_loss_weight: float = 2.0,
         matching_cost: MatchingCost = "published",
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
         box_noise_scale: float | None = None,
         freeze: list[str] | None = None,
         compile: bool = False,
@@ -151,16 +179,23 @@ class DINOModule(lightning.LightningModule):
         detector = {**needed_options(weights), **detector}
         check_nms_iou_threshold(nms_iou_threshold)
         self.save_hyperparameters()
+        self.places = take_addresses(self)  # of initial weights, with their secrets
+        check_numbers(self.hparams)
         self.model = DINO(num_classes=num_classes, **detector)
         self._frozen = freeze_parts(self.model, freeze or [])
         self._follow_recipe(None)
         self.metric = CocoMetric()
+        self._further_metrics: dict[int, CocoMetric] = {}  # of further loaders, by their number
         self.class_results: list[ClassResult] = []
         self.evaluation: Evaluation | None = None  # of the last validate or test, on the first process
-        self.score_threshold = 0.3  # the best-F1 point once a validation has found it
+        self.score_threshold = DEFAULT_THRESHOLD  # the best-F1 point once a validation has found it
         self.has_weights = False  # or will have, from the checkpoint of a resumed run
+        self.own_optimizer: OwnOptimizer | None = None  # in place of AdamW and of the schedule
+        self.own_schedule: Callable[[torch.optim.Optimizer], OptimizerLRScheduler] | None = None
         self._noise_seed: int | None = None
+        self._stored_rate: StoredRate | None = None  # of the checkpoint that a run is resumed from
         self.step_metrics = StepMetrics()
+        self._evaluation_losses: defaultdict[int, EvaluationLoss] = defaultdict(EvaluationLoss)  # by loader
         self._shown: dict[str, float] = {}  # metrics of this step, if they are logged
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
@@ -176,23 +211,30 @@ class DINOModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take class names and sizes from the data module; load initial weights once, unless a checkpoint follows."""
+        check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self._take_from_data(data)
         if stage == "fit":
             self._follow_recipe(planned_steps(self.trainer, data))
         if stage == "fit" and not self.has_weights:
-            start(self.model, self.hparams, num_images=len(getattr(data, "train_set", ())))
+            start(self.model, {**self.hparams, **self.places}, num_images=len(getattr(data, "train_set", ())))
             self.has_weights = True
 
     def _follow_recipe(self, steps: int | None) -> None:
         """Settle what the recipe decides, for a run of so many steps."""
+        self._planned_steps = steps
         self.recipe = choose_recipe(self.hparams["recipe"], steps).with_choices(self.hparams)
         self.model.box_noise_scale = self.recipe.box_noise_scale
         self.criterion = Criterion(
-            matcher=HungarianMatcher(kind=self.hparams["matching_cost"]),
+            matcher=HungarianMatcher(
+                **{name: self.hparams[name] for name in ("cost_class", "cost_bbox", "cost_giou")},
+                kind=self.hparams["matching_cost"],
+            ),
             class_loss=self.recipe.class_loss,
             weight_class=self.recipe.class_loss_weight,
+            weight_bbox=self.hparams["bbox_loss_weight"],
+            weight_giou=self.hparams["giou_loss_weight"],
         )
 
     def _take_from_data(self, data: Any) -> None:
@@ -212,18 +254,19 @@ class DINOModule(lightning.LightningModule):
             self.model.compile_layers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, fused into one kernel for each group, and its learning-rate schedule."""
-        optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self._fused)
-        schedule = RateSchedule(
-            optimizer,
-            warmup_steps=self.recipe.warmup_steps,
-            milestones=self._milestones(),
-            gamma=self.hparams["lr_drop_factor"],
-            cosine_steps=1 if self.hparams["lr_schedule"] == "cosine" else None,  # set in `on_train_start`
-        )
-        if schedule.cosine_steps and self.trainer.max_steps < 0 and (self.trainer.max_epochs or -1) < 0:
-            raise ValueError("lr_schedule=cosine ends with the training: set max_epochs or max_steps.")
+        """AdamW, fused into one kernel for each group, or the user's optimizer, and its learning-rate schedule."""
+        groups, optimizer = groups_of(self.model, self.hparams), None
+        if self.own_optimizer is not None:
+            optimizer = self.own_optimizer.on_groups(groups, lr=self.hparams["lr"])
+        optimizer = optimizer or torch.optim.AdamW(groups, fused=self._fused)
+        if self.own_schedule is not None:
+            return self.own_schedule(optimizer)
+        schedule = schedule_of(optimizer, self.hparams, self.recipe, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _optimizer_name(self) -> str:
+        return "AdamW" if self.own_optimizer is None else self.own_optimizer.name
 
     @property
     def _fused(self) -> bool:
@@ -236,9 +279,9 @@ class DINOModule(lightning.LightningModule):
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
         schedule = self.lr_schedulers()
-        if isinstance(schedule, RateSchedule) and schedule.cosine_steps is not None:
-            # Not earlier: this makes Lightning create its loaders, which would then ignore their stored state.
-            schedule.cosine_steps = int(self.trainer.estimated_stepping_batches)
+        if isinstance(schedule, RateSchedule):
+            schedule.begin(self.trainer, self._stored_rate)
+            self._stored_rate = None
         self._set_rates()  # a run resumed within an epoch has no `on_train_epoch_start`
 
     def on_train_epoch_start(self) -> None:
@@ -254,21 +297,6 @@ class DINOModule(lightning.LightningModule):
         """Seed the noise of a step from seed, epoch, batch and rank, so that resuming needs no stored state."""
         assert self._noise_seed is not None
         torch.manual_seed(derive_seed(self._noise_seed, self.current_epoch, batch_idx, self.global_rank))
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        factor = rate_factor(self.hparams)
-        return parameter_groups(
-            self.model,
-            lr=self.hparams["lr"] * factor,
-            backbone_lr=self.hparams["backbone_lr"] * factor,
-            weight_decay=self.hparams["weight_decay"],
-            rule=self.hparams["group_rule"],
-            backbone_layer_decay=self.hparams["backbone_layer_decay"],
-        )
-
-    def _milestones(self) -> list[int]:
-        given = self.hparams["lr_drop_epochs"]
-        return drop_epochs(self.trainer.max_epochs, self.recipe.lr_drop_share) if given is None else list(given)
 
     def configure_gradient_clipping(
         self,
@@ -286,18 +314,14 @@ class DINOModule(lightning.LightningModule):
             factor = self._accumulated.correction() * self.trainer.accumulate_grad_batches
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         limit = self.recipe.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or 0.0)
-        elif limit > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        norm = clip_gradients(parameters, limit, by_value=gradient_clip_algorithm == "value")
         self.step_metrics.grad_norm = norm
         self._non_finite.leave_out(norm, optimizer, scaled=self.trainer.precision == "16-mixed")
 
     # ------------------------------------------------------------------ steps
 
     def forward(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch, in pixels of the original images."""
+        """The detections of a batch, in pixels of the original images, whose edges boxes may pass."""
         return self._detections(self.model(batch), batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -359,52 +383,80 @@ class DINOModule(lightning.LightningModule):
         """The mean training loss of the epoch so far; None before its first step. Synchronises with the device."""
         return self.step_metrics.epoch_loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Detect objects, update the metric, and return the batch's `detections` for callbacks."""
-        return self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Detect objects, update the metric, and return the batch's `detections` for callbacks.
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        Of several loaders, the first has the metrics' plain names and decides on the threshold; those of a further one
+        end in `/dataloader_idx_1` and so on.
+        """
+        return self._evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The same as `validation_step`, for the test split."""
-        return self._evaluate(batch, "test")
+        return self._evaluate(batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
-        """The detections of a batch, on the host."""
-        return [detections.cpu() for detections in self(batch)]
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Detections]:
+        """The detections of a batch, on the host, boxes clipped to their images, each with the id of its image."""
+        found = self._on_host(self(batch), batch)
+        return [each.within(size) for each, size in zip(found, batch.original_sizes, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        """Log COCO's average precision and the best-threshold F1; keep that threshold."""
-        results = self._log_metric("val")
-        if not self.trainer.sanity_checking and results["F1"] > 0:
+        """Log COCO's average precision and the best-threshold F1; in training, keep that threshold.
+
+        `validate` does not move it: the threshold is the model's, whatever it is evaluated on.
+        """
+        results = self._log_metrics("val", len(self.trainer.num_val_batches))
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not self.trainer.sanity_checking and results["F1"] > 0:
             self.score_threshold = results["F1_threshold"]
 
     def on_test_epoch_end(self) -> None:
         """Log the same metrics for the test split."""
-        self._log_metric("test")
+        self._log_metrics("test", len(self.trainer.num_test_batches))
 
-    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
+    def _evaluate(self, batch: Batch, stage: str, loader: int) -> dict[str, Any]:
         output = self.model(batch)
         if batch.targets is not None:
             try:
-                loss = self.criterion(output, batch.targets, batch.image_ids)["loss"]
+                # summed: the divisor is the number of boxes of all batches
+                loss = self.criterion(
+                    output, batch.targets, batch.image_ids, num_boxes=torch.ones((), device=self.device)
+                )["loss"]
             except NonFiniteError:  # the score will be bad; only training has to stop
                 loss = torch.full((), float("nan"), device=self.device)
-            self.log(f"{stage}/loss", loss, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        detections = [found.cpu() for found in self._detections(output, batch)]
+            self._evaluation_losses[loader].add(batch.image_ids, loss, sum(batch.targets.num_boxes))
+        detections = self._on_host(self._detections(output, batch), batch)
         if batch.ground_truth is None:
             raise ValueError("The batch has no ground_truth; evaluation needs it.")
-        self.metric.update(detections, batch.ground_truth, batch.image_ids)
+        self._metric_of(loader).update(detections, batch.ground_truth, batch.image_ids)
         return {"detections": detections}
 
-    def _log_metric(self, stage: str) -> dict[str, float]:
-        results = self.metric.compute()
-        self.class_results = self.metric.per_class()
-        self.evaluation = self.metric.evaluated()
-        self.metric.reset()
+    def _metric_of(self, loader: int) -> CocoMetric:
+        return self.metric if loader == 0 else self._further_metrics.setdefault(loader, CocoMetric())
+
+    def _on_host(self, detections: Sequence[Detections], batch: Batch) -> list[Detections]:
+        return [
+            replace(found.cpu(), image_id=image_id) for found, image_id in zip(detections, batch.image_ids, strict=True)
+        ]
+
+    def _log_metrics(self, stage: str, loaders: int) -> dict[str, float]:
+        """Log the metrics of all loaders, each computed on all processes; gives those of the first."""
         shown = {f"{stage}/AP", f"{stage}/F1"}
-        for name, value in results.items():
-            # the ranks agree already; without sync_dist Lightning would warn about each name
-            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" in shown, sync_dist=True)
-        return results
+        first: dict[str, float] = {}
+        for loader in range(loaders):
+            loss = self._evaluation_losses[loader].compute()
+            if loss is not None:
+                self.log(f"{stage}/loss{of_loader(loader)}", loss, sync_dist=True, add_dataloader_idx=False)
+            metric = self._metric_of(loader)
+            results = metric.compute()
+            if loader == 0:
+                first, self.class_results, self.evaluation = results, metric.per_class(), metric.evaluated()
+            metric.reset()
+            for name, value in results.items():
+                name = f"{stage}/{name}{of_loader(loader)}"
+                # the ranks agree already; without sync_dist Lightning would warn about each name
+                self.log(name, value, prog_bar=name in shown, sync_dist=True, add_dataloader_idx=False)
+        return first
 
     def _detections(self, output: Any, batch: Batch) -> list[Detections]:
         return postprocess(
@@ -419,28 +471,51 @@ class DINOModule(lightning.LightningModule):
     # ------------------------------------------------------------------ checkpoints and use
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the score threshold of the best F1, the noise seed and the loss of the epoch so far."""
+        """Store threshold, noise seed, loss of the epoch so far, length of the run, and the format of all this."""
+        checkpoint.update({FORMAT_KEY: FORMAT, VERSION_KEY: package_version()})
+        checkpoint["hyper_parameters"] = complete_settings(checkpoint.get("hyper_parameters", self.hparams))
+        checkpoint["planned_steps"] = self._planned_steps
         checkpoint["score_threshold"] = float(self.score_threshold)
         checkpoint["noise_seed"] = self._noise_seed
         checkpoint["epoch_loss"] = self.step_metrics.of_epoch
+        checkpoint["optimizer_name"] = self._optimizer_name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` stored, and keep `setup` from loading initial weights.
 
         Raises:
-            CheckpointError: the checkpoint has other classes, another architecture or other parameter groups.
+            CheckpointError: the checkpoint is damaged, or has other classes, another architecture or other parameter
+                groups.
         """
+        if self._trainer is not None:
+            self._check(checkpoint, self._trainer.ckpt_path or "The checkpoint")
         check_same_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
-        self.score_threshold = checkpoint.get("score_threshold", self.score_threshold)
+        self.score_threshold = float(checkpoint.get("score_threshold", self.score_threshold))
         self._noise_seed = checkpoint.get("noise_seed")
         self.step_metrics.resume_from(checkpoint.get("epoch_loss", (None, 0)), self.device)
         self.has_weights = True
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            self._follow_recipe(checkpoint.get("planned_steps"))  # so that the loss is the one of its training
+        else:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
-                check_same_optimizer(checkpoint, self._parameter_groups())
-                for group in checkpoint["optimizer_states"][0]["param_groups"]:
-                    group["fused"] = self._fused  # by the current precision
+                groups = groups_of(self.model, self.hparams)
+                check_same_optimizer(checkpoint, groups, name=self._optimizer_name)
+                own = self.own_optimizer is None
+                check_training_state(checkpoint, groups if own else None, self.trainer.fit_loop.state_dict())
+                self._stored_rate = StoredRate.of(checkpoint)
+                if own:
+                    with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=self._fused)
+            check_callbacks(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]  # not declared
             resume_from_raw_weights(checkpoint)
+
+    def _check(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Refuse what Lightning would load as it is, or end at in a traceback."""
+        check_checkpoint(checkpoint, path)
+        check_hyperparameters(checkpoint, path, type(self))
+        check_same_architecture(checkpoint["hyper_parameters"], self.hparams)
+        for name in WEIGHTS if self.strict_loading else ():
+            if name in checkpoint:
+                check_state(checkpoint[name], self.state_dict(), path)
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
         """The transform that resizes images for the detector; without sizes, as in training."""
@@ -469,12 +544,12 @@ class DINOModule(lightning.LightningModule):
             max_size: limit of the long side in pixels.
 
         Returns:
-            Detections of each image, on the host, boxes in its own pixels.
+            Detections of each image, on the host, boxes in its own pixels and clipped to it, see `Detections.within`.
 
         Raises:
-            ValueError: an image that cannot be read.
+            ValueError: an image that cannot be read, or a threshold that is none.
         """
-        threshold = self.score_threshold if threshold is None else threshold
+        threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
         transform = self.eval_transform(image_size, max_size)
         was_training = self.training
         self.eval()
@@ -483,8 +558,9 @@ class DINOModule(lightning.LightningModule):
             for image in images:
                 pixels = to_pixels(image)
                 resized = transform(LabelledImage(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))).image
-                batch = Batch.from_images([resized], original_sizes=[(pixels.shape[1], pixels.shape[2])])
-                detections.append(self(batch.to(self.device))[0].cpu().above(threshold))
+                size = (int(pixels.shape[1]), int(pixels.shape[2]))
+                batch = Batch.from_images([resized], original_sizes=[size])
+                detections.append(self(batch.to(self.device))[0].cpu().above(threshold).within(size))
         finally:
             self.train(was_training)
         return detections

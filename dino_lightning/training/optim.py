@@ -1,17 +1,20 @@
-"""Parameter groups, frozen parts and learning rates; by default those of the published recipe."""
+"""Parameter groups, frozen parts and accumulated gradients; groups by default as in the published recipe."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
+from dino_lightning.errors import UsageError
 from dino_lightning.model.timm_backbone import TimmBackbone
+from dino_lightning.training.initial_weights import rate_factor
 
 GroupRule = Literal["default", "offsets", "no_norm_decay"]
 
@@ -89,6 +92,33 @@ def parameter_groups(
     return [entry for entry in groups if entry["params"]]
 
 
+def groups_of(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a `DINOModule` with these options."""
+    factor = rate_factor(options)
+    return parameter_groups(
+        model,
+        lr=options["lr"] * factor,
+        backbone_lr=options["backbone_lr"] * factor,
+        weight_decay=options["weight_decay"],
+        rule=options["group_rule"],
+        backbone_layer_decay=options["backbone_layer_decay"],
+    )
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, *, by_value: bool = False) -> Tensor:
+    """Clip gradients in place to a total norm, or each value by itself; 0 is no limit.
+
+    Returns:
+        The total norm before, 0-dim float32.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if by_value and limit > 0:
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    elif limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm
+
+
 def _block(name: str) -> int:
     """The number of a backbone parameter's block, in networks whose blocks are one sequence."""
     found = re.search(r"backbone\..*?features\.(\d+)\.", name)
@@ -103,6 +133,51 @@ def _stage(name: str, last_block: int) -> int:
     if ".features." in name:
         return math.ceil(_LAST_STAGE * _block(name) / max(last_block, 1))
     return _LAST_STAGE if ".norms." in name else 0
+
+
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """An optimizer of the user's for the parameter groups of a `DINOModule`.
+
+    Attributes:
+        name: of its class.
+        build: makes it from parameter groups.
+    """
+
+    name: str
+    build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+    def on_groups(self, groups: Sequence[Mapping[str, Any]], *, lr: float) -> torch.optim.Optimizer:
+        """The optimizer, with its own learning rate for groups that have `lr` and the same ratio for the others.
+
+        Its own weight decay is for the groups that have one. The rates are said.
+
+        Args:
+            groups: of `parameter_groups`.
+            lr: the learning rate that the optimizer's own stands for.
+
+        Raises:
+            UsageError: the optimizer refuses groups or its own settings, or has no learning rate.
+        """
+        if lr == 0:
+            raise UsageError(f"optimizer {self.name}: model.lr is 0, so the ratios of the learning rates are unknown.")
+        try:
+            optimizer = self.build([{"params": group["params"]} for group in groups])
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"optimizer {self.name} cannot be used with the model's parameter groups: {error}"
+            ) from error
+        if not isinstance(optimizer.defaults.get("lr"), float | int):
+            raise UsageError(f"optimizer {self.name} has no learning rate, so the backbone cannot have one of its own.")
+        for made, wanted in zip(optimizer.param_groups, groups, strict=True):
+            made["lr"] = optimizer.defaults["lr"] * wanted["lr"] / lr
+            if "weight_decay" in made and wanted["weight_decay"] == 0:
+                made["weight_decay"] = 0.0
+        rates = ", ".join(dict.fromkeys(f"{group['lr']:.3g}" for group in optimizer.param_groups))
+        rank_zero_info(
+            f"Optimizer {self.name}; learning rates of the parameter groups, in the ratios of the model's: {rates}."
+        )
+        return optimizer
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
@@ -134,78 +209,6 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={list(parts)} leaves nothing to train.")
     return frozen
-
-
-def drop_epochs(max_epochs: int | None, share: float = 11 / 12) -> list[int]:
-    """The default epochs of learning-rate drops: one, after 11/12 of the epochs, as in the published 12-epoch runs."""
-    if max_epochs is None or max_epochs < 2:
-        return []
-    return [max(1, round(max_epochs * share))]
-
-
-class RateSchedule(LRScheduler):
-    """Learning rates computed from step and epoch alone: linear warm-up, then drops at milestones or half a cosine.
-
-    It has no state: a resumed run has the learning rates and weight decays that its current options give at its step
-    and epoch. `step` is called after every optimizer step, `at` when an epoch begins.
-
-    Args:
-        optimizer: its groups have the base rates and weight decays.
-        warmup_steps: optimizer steps n of linear warm-up: 1/n of the rate in the first step, all of it in step n.
-        milestones: epochs at which the rate is multiplied by `gamma`; not used with `cosine_steps`.
-        gamma: the factor of a drop.
-        cosine_steps: the step at which half a cosine reaches 0; None for drops.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        warmup_steps: int = 0,
-        milestones: Sequence[int] = (),
-        gamma: float = 0.1,
-        cosine_steps: int | None = None,
-    ) -> None:
-        self.warmup_steps, self.milestones, self.gamma = warmup_steps, list(milestones), gamma
-        self.cosine_steps = cosine_steps
-        self.epoch = 0
-        self._decays = [group["weight_decay"] for group in optimizer.param_groups]
-        super().__init__(optimizer)
-
-    def at(self, *, step: int, epoch: int) -> None:
-        """Set the learning rates and weight decays for step number `step` (from 0) in `epoch`."""
-        self.last_epoch, self.epoch = step, epoch
-        rates = self.get_lr()
-        for group, rate, base, decay in zip(
-            self.optimizer.param_groups, rates, self.base_lrs, self._decays, strict=True
-        ):
-            group.update(lr=rate, initial_lr=base, weight_decay=decay)
-        self._last_lr = rates
-
-    def step(self, epoch: int | None = None) -> None:
-        """Advance to the next step, or to step `epoch` (PyTorch's name for it)."""
-        self.at(step=self.last_epoch + 1 if epoch is None else epoch, epoch=self.epoch)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group."""
-        return [self._rate(float(base)) for base in self.base_lrs]
-
-    def _rate(self, rate: float) -> float:
-        step = self.last_epoch
-        if self.cosine_steps is not None:
-            done = (step - self.warmup_steps) / max(self.cosine_steps - self.warmup_steps, 1)
-            rate *= (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
-        else:
-            for milestone in self.milestones:
-                rate *= self.gamma if milestone <= self.epoch else 1.0
-        return rate * (step + 1) / self.warmup_steps if step + 1 < self.warmup_steps else rate
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: see above."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ignore what an earlier version stored."""
 
 
 class AccumulatedBoxes:

@@ -1,4 +1,4 @@
-"""The default precision of a device."""
+"""The default precision of a device, and which there are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ from typing import Any
 
 import torch
 
+from dino_lightning.errors import UsageError
+
+POSSIBLE = ("32-true", "bf16-mixed", "16-mixed")
+# to Lightning also these; a plugin of the user's own may have any other name, and is let through
+OTHERS = ("bf16-true", "16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16")
+
 
 def default_precision(accelerator: Any) -> str:
     """`bf16-mixed` on a GPU that supports bfloat16, `16-mixed` on any other GPU, `32-true` elsewhere."""
     if accelerator in ("cpu", "mps") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse the precisions in which all weights are of another type than float32.
+
+    Args:
+        precision: that of a Trainer, by Lightning's names.
+
+    Raises:
+        UsageError: boxes and scores, which DINO computes in float32 in every precision, would not be that.
+    """
+    if str(precision) in OTHERS:
+        raise UsageError(
+            f"precision {precision} is not possible: DINO needs weights, boxes and scores in float32. Use "
+            f"{', '.join(POSSIBLE[:-1])} or {POSSIBLE[-1]}."
+        )

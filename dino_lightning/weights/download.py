@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import ipaddress
 import os
 import re
 import time
@@ -13,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
+from dino_lightning.console import REDACTED, lacks_secrets, without_secrets
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
 
@@ -61,10 +64,13 @@ def local_file(place: str) -> Path:
     Args:
         place: a path, or an address beginning with https://, s3:// or hf:// (`hf://OWNER/REPO/FILE`, of the Hugging
             Face Hub; without FILE its model.ckpt), optionally with `#sha256=...` at its end:
-            the checksum of the content, or its first digits, 8 at least.
+            the checksum of the content, or its first digits, 8 at least. http:// needs the checksum, unless the server
+            is this machine: anyone on the way could exchange the file. User and password in an address are sent as
+            HTTP's basic authentication.
 
     Raises:
-        CheckpointError: the file does not exist, the address cannot be read, or the checksum differs.
+        CheckpointError: the file does not exist, the address cannot be read or lacks what opens it, or the checksum
+            differs.
     """
     if is_address(place):
         return _downloaded(place)
@@ -117,6 +123,7 @@ def _by_the_hubs_client(repository: str, file: str) -> Path | None:
 
 def downloaded_file(address: str) -> Path:
     """Where the file of an address is kept; the same file name at two places may mean two files."""
+    address, _ = _without_user(address)
     name = Path(urllib.parse.urlsplit(address).path).name
     return cache_folder() / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
 
@@ -142,6 +149,8 @@ def interprocess_lock(name: str) -> Iterator[None]:
 
 def _downloaded(place: str) -> Path:
     address, checksum = _split(place)
+    if lacks_secrets(address):
+        raise CheckpointError(f"{address}: passwords and queries of addresses are not stored; give the whole address.")
     if address.startswith(HUB_SCHEME):
         repository, file = _hub_parts(address)
         fetched = _by_the_hubs_client(repository, file)
@@ -150,6 +159,11 @@ def _downloaded(place: str) -> Path:
                 raise CheckpointError(f"{address} is not the expected file: its sha256 is {sha256}, not {checksum}.")
             return fetched
         address = f"{hub_endpoint()}/{repository}/resolve/main/{file}"
+    if checksum is None and _is_plain(address):
+        raise CheckpointError(
+            f"{without_secrets(address)} is not encrypted, and anyone on the way could exchange the weights: give an "
+            "https:// address, or append #sha256= and the checksum of the file."
+        )
     path = downloaded_file(address)
     with interprocess_lock(path.name):
         if path.is_file() and checksum is not None and not sha256_of(path).startswith(checksum):
@@ -160,12 +174,12 @@ def _downloaded(place: str) -> Path:
                 _download(address, part)
             except OSError as error:
                 raise CheckpointError(
-                    f"{_shown(address)} cannot be stored in {path.parent} ({error.strerror})."
+                    f"{without_secrets(address)} cannot be stored in {path.parent} ({error.strerror})."
                 ) from error
             if checksum is not None and not (found := sha256_of(part)).startswith(checksum):
                 part.unlink()
                 raise CheckpointError(
-                    f"{_shown(address)} is not the expected file, and was removed: its sha256 is {found}, not "
+                    f"{without_secrets(address)} is not the expected file, and was removed: its sha256 is {found}, not "
                     f"{checksum}."
                 )
             part.replace(path)
@@ -180,16 +194,55 @@ def _split(place: str) -> tuple[str, str | None]:
     found = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if found is None:
         raise CheckpointError(
-            f"{_shown(address)}: give a checksum as #sha256= and 64 hexadecimal digits, or the first 8 or more of "
-            "them, after the address."
+            f"{without_secrets(address)}: give a checksum as #sha256= and 64 hexadecimal digits, or the first 8 or "
+            "more of them, after the address."
         )
     return address, found[1].lower()
 
 
-def _shown(address: str) -> str:
-    """The address without its secrets: a password, or a signature in the query."""
+def _without_user(address: str) -> tuple[str, str | None]:
+    """The address without user and password, and these as a header's value for HTTP's basic authentication."""
     parts = urllib.parse.urlsplit(address)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return address, None
+    encoded = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+    return urllib.parse.urlunsplit(parts._replace(netloc=host)), f"Basic {encoded}"
+
+
+def _is_plain(address: str) -> bool:
+    """Whether an address is http:// and the server another machine."""
+    parts = urllib.parse.urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost"
+    return parts.scheme == "http" and not here
+
+
+def _scrubbed(reason: object, address: str) -> str:
+    """A reason given by another package, which may quote parts of the address, on one line and without its secrets."""
+    parts = urllib.parse.urlsplit(address)
+    user = parts.netloc.rpartition("@")[0]
+    text = " ".join(str(without_secrets(str(reason))).split())
+    for secret in (parts.query, user, user.partition(":")[2]):
+        for form in (secret, urllib.parse.unquote(secret)):
+            text = text.replace(form, REDACTED) if form else text
+    return text
+
+
+class _KeepsEncryption(urllib.request.HTTPRedirectHandler):
+    """Refuses to be sent from https:// to http://."""
+
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        """As in the base class."""
+        if req.type == "https" and _is_plain(args[-1]):
+            raise CheckpointError(
+                f"{without_secrets(req.full_url)} cannot be downloaded: the server redirects to an address that is not "
+                f"encrypted, {without_secrets(args[-1])}."
+            )
+        return super().redirect_request(req, *args)
 
 
 def _download(address: str, part: Path) -> None:
@@ -201,12 +254,12 @@ def _download(address: str, part: Path) -> None:
         try:
             _transfer(address, part)
         except _Interrupted as error:
-            reason = str(error)
+            reason = _scrubbed(error, address)
         else:
             return
     have = part.stat().st_size if part.exists() else 0
     kept = f"{have:,} bytes are kept, and the next run resumes from there" if have else "nothing was received"
-    raise CheckpointError(f"Downloading {_shown(address)} failed {_TRIES} times (last: {reason}); {kept}.")
+    raise CheckpointError(f"Downloading {without_secrets(address)} failed {_TRIES} times (last: {reason}); {kept}.")
 
 
 def _transfer(address: str, part: Path) -> None:
@@ -243,19 +296,24 @@ def _open_http(address: str, have: int, known: str) -> _Part:
     """The bytes after the first `have`, or all if the server cannot skip or has another version than `known`."""
     # If-Range: the server sends everything if its version is another one.
     headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
-    request = urllib.request.Request(address, headers=headers)
+    bare, user = _without_user(address)
+    request = urllib.request.Request(bare, headers=headers)
+    if user is not None:
+        request.add_unredirected_header("Authorization", user)
     token = os.environ.get("HF_TOKEN")
     if token and address.startswith(f"{hub_endpoint()}/"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # not to where the file itself lies
     try:
-        answer = urllib.request.urlopen(request, timeout=_SECONDS_WITHOUT_DATA)
+        answer = urllib.request.build_opener(_KeepsEncryption).open(request, timeout=_SECONDS_WITHOUT_DATA)
+    except CheckpointError:  # a redirection that was refused; a ValueError as well
+        raise
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # there are no bytes after ours; rare, so start again
             return _open_http(address, 0, "")
         if error.code >= 500 or error.code == 429:
             raise _Interrupted(f"the server says {error.code} {error.reason}") from error
         raise CheckpointError(
-            f"{_shown(address)} cannot be downloaded: the server says {error.code} {error.reason}."
+            f"{without_secrets(address)} cannot be downloaded: the server says {error.code} {error.reason}."
         ) from error
     except (OSError, HTTPException, ValueError) as error:
         raise _Interrupted(str(getattr(error, "reason", None) or error)) from error
@@ -268,6 +326,7 @@ def _open_http(address: str, have: int, known: str) -> _Part:
 
 def _open_s3(address: str, have: int, known: str) -> _Part:
     """As `_open_http`, from S3 with the credentials of the environment."""
+    shown = without_secrets(address)
     try:
         stream = fsspec.open(address, "rb").open()
         version = str(stream.details.get("ETag", ""))
@@ -275,9 +334,9 @@ def _open_s3(address: str, have: int, known: str) -> _Part:
         start = have if version == known and have <= size else 0
         stream.seek(start)
     except ImportError as error:
-        raise CheckpointError(f"Reading {_shown(address)} needs the package s3fs: pip install s3fs.") from error
+        raise CheckpointError(f"Reading {shown} needs the package s3fs: pip install s3fs.") from error
     except FileNotFoundError as error:
-        raise CheckpointError(f"{_shown(address)} does not exist.") from error
+        raise CheckpointError(f"{shown} does not exist.") from error
     except Exception as error:  # credentials, permissions, network: of packages not imported here
-        raise CheckpointError(f"{_shown(address)} cannot be read ({' '.join(str(error).split())}).") from error
+        raise CheckpointError(f"{shown} cannot be read ({_scrubbed(error, address)}).") from error
     return _Part(stream, start, size, version)

@@ -27,12 +27,14 @@ class LoadReport:
         counts: number of tensors by (part of the model, outcome); outcomes are `OUTCOMES`.
         classes: a sentence on how the classes were matched; empty for a backbone alone.
         notes: further sentences for the user.
+        score_threshold: the threshold of the best F1, if the file has it.
     """
 
     source: str
     counts: Mapping[tuple[str, str], int]
     classes: str = ""
     notes: tuple[str, ...] = ()
+    score_threshold: float | None = None
 
     def total(self, outcome: str) -> int:
         """Number of tensors with that outcome, over all parts."""

@@ -111,6 +111,7 @@ def _load_detector(
             f"{len(unknown)} are unknown and {len(reshaped)} have another shape (first: "
             f"{[*missing, *unknown, *reshaped][0]}). " + differences(state, own)
         )
+    _check_heads(state, path)
     notes = [*found.notes, *resized, *_check_semantics(model, found, path)]
     rows, how = _class_rows(found, class_names, model.num_classes)
     counts: Counter[tuple[str, str]] = Counter()
@@ -126,7 +127,19 @@ def _load_detector(
     counts.update((part_of(key), "ignored") for key in found.ignored)
     model.load_state_dict(own)
     classes = _describe(rows, class_names, len(state[CLASS_BIAS]), how)
-    return LoadReport(f"{path}, a {found.source}", dict(counts), classes, tuple(notes))
+    return LoadReport(f"{path}, a {found.source}", dict(counts), classes, tuple(notes), found.score_threshold)
+
+
+def _check_heads(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse class heads that differ in their number of classes.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    count = len(state[CLASS_BIAS])
+    for key, value in state.items():
+        if is_class_entry(key) and key != "label_embedding.weight" and len(value) != count:
+            raise CheckpointError(f"{path} is damaged: {key} has {len(value)} classes, {CLASS_BIAS} has {count}.")
 
 
 def _resize_queries(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

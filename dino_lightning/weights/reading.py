@@ -25,6 +25,7 @@ from dino_lightning.weights.published_layout import (
     wrong_indices,
 )
 from dino_lightning.weights.shipped import shipped_file
+from dino_lightning.weights.stored import check_checkpoint, check_finite, check_settings, is_plain
 
 _MODULE_PREFIX = "model."  # where a DINOModule keeps its DINO
 _WRAPPERS = ("state_dict", "model")  # keys under which training programs store the weights
@@ -149,12 +150,7 @@ def read_weights(path: str | Path) -> LoadedWeights:
     state = _state_dict(content)
     if state is None:
         raise CheckpointError(f"{path} holds no state dict of a DINO model or a backbone (names to tensors).")
-    broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        raise CheckpointError(
-            f"{path}: {len(broken)} of its {len(state)} tensors hold values that are not finite (first: "
-            f"{broken[0]}); the training had diverged, or the file is damaged."
-        )
+    check_finite(state, path)
     for beginning, kind in _OTHER_LAYOUTS.items():
         if any(key.startswith(beginning) for key in state):
             raise CheckpointError(
@@ -169,12 +165,13 @@ def read_weights(path: str | Path) -> LoadedWeights:
         if layout is not None:
             return _foreign_detector(layout, state)
         if "decoder.norm.weight" in ours or "decoder.norm.weight" in state:
-            threshold = content.get("score_threshold")
             found = _our_detector(ours if "decoder.norm.weight" in ours else state, settings)
-            return replace(found, score_threshold=threshold if isinstance(threshold, float) else None)
+            return _with_stored(found, content, path)
         if any(key.startswith("transformer.") for key in state):
             return _published_detector(state, content, settings)
         return _backbone(state, settings)
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise CheckpointError(f"{path} is not a DINO checkpoint: {reason}") from error
@@ -204,11 +201,7 @@ def _state_dict(content: Any) -> dict[str, Tensor] | None:
     if not isinstance(content, dict):
         return None
     found = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
-    usable = all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-        for key, value in found.items()
-    )
-    if not found or not usable:
+    if not found or not all(isinstance(key, str) and is_plain(value) for key, value in found.items()):
         return None
     return {key.removeprefix("module."): value for key, value in found.items()}
 
@@ -226,6 +219,20 @@ def _our_detector(state: dict[str, Tensor], settings: Mapping[str, Any] | None) 
         class_names=names or None,
         settings=settings,
     )
+
+
+def _with_stored(found: LoadedWeights, content: Mapping[str, Any], path: str | Path) -> LoadedWeights:
+    """Weights with the threshold that their checkpoint stores, which has been checked.
+
+    Raises:
+        CheckpointError: a checkpoint of a newer version, or damaged.
+    """
+    if "hyper_parameters" not in content:
+        return found
+    check_checkpoint(content, path)
+    check_settings(content["hyper_parameters"], path)
+    threshold = content.get("score_threshold")
+    return replace(found, score_threshold=None if threshold is None else float(threshold))
 
 
 def _published_detector(

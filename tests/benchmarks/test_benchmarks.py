@@ -46,10 +46,10 @@ def run(tmp_path, *arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("sync", "--size", "96x96", "--batch_size", "1"),
+        pytest.param(("sync", "--size", "96x96", "--batch_size", "1"), marks=pytest.mark.slow),
         ("eval", "--images", "20", "--detections", "30", "--classes", "3"),
     ],
-    ids=lambda arguments: arguments[0],
+    ids=["sync", "eval"],
 )
 def test_a_small_measurement_writes_its_settings_and_versions(tmp_path, arguments):
     path = tmp_path / "numbers.json"

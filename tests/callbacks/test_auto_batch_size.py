@@ -307,6 +307,8 @@ def test_the_worst_count_of_boxes_is_the_one_with_the_most_denoising_queries():
     assert memory.worst_box_count(300, 100) == 300
     assert memory.worst_box_count(0, 100) == 0
     assert memory.worst_box_count(7, 0) == 7
+    assert (memory.worst_box_count(20, 12), memory.worst_box_count(20, 12, "published")) == (20, 20)
+    assert (memory.denoising_queries(12, 20), memory.denoising_queries(12, 20, "published")) == (40, 960)
 
 
 # ---------------------------------------------------------------------- running out of it
@@ -349,7 +351,8 @@ def test_remedies_in_use_are_not_proposed_again(rooms, monkeypatch, capsys):
 
 def test_running_out_of_memory_in_validation_names_its_batch(rooms, monkeypatch, capsys):
     monkeypatch.setattr(Criterion, "forward", hungry)
-    assert run(["fit", "--data.root", str(rooms), *TINY_ARGS, "--data.val_batch_size=2"]) == 1
+    together = ["--data.val_batch_size=2", "--data.fixed_size=64", "--data.fixed_size_mode=stretch"]  # of one shape
+    assert run(["fit", "--data.root", str(rooms), *TINY_ARGS, *together]) == 1
     error = capsys.readouterr().err
     assert "batch 1 of the validation" in error
     assert "--data.val_batch_size 1" in error

@@ -39,7 +39,7 @@ def test_the_star_marks_the_best_epoch_that_was_validated(history, best, tmp_pat
     curves = LearningCurves(directory=str(tmp_path))
     curves.load_state_dict({"history": history})
     assert starred(curves) == best
-    assert ("best epoch: F1" in curves.table()) == bool(best)
+    assert ("best epoch by val/AP: F1" in curves.table()) == bool(best)
 
 
 def test_a_resumed_run_does_not_repeat_the_validation_before_it(tmp_path):

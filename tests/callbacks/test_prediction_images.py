@@ -20,7 +20,10 @@ def root(rooms, tmp_path):
 
 
 def sheet(data, tmp_path, monkeypatch, *, datamodule, callback=None):
-    """The panels that are drawn when every ground-truth box is detected."""
+    """The panels that are drawn when every ground-truth box is detected, and what the loader gave of each image.
+
+    Of a known file, the images that come last are its first.
+    """
     drawn = []
     draw = prediction_images.draw_panels
     monkeypatch.setattr(
@@ -31,21 +34,27 @@ def sheet(data, tmp_path, monkeypatch, *, datamodule, callback=None):
     trainer = SimpleNamespace(
         is_global_zero=True, sanity_checking=False, current_epoch=0, global_step=0, loggers=[], datamodule=datamodule
     )
-    batch = next(iter(data.val_dataloader()))
-    found = [
-        Detections(
-            boxes_xyxy=torch.from_numpy(truth.boxes_xyxy).float(),
-            scores=torch.ones(len(truth.labels)),
-            labels=torch.from_numpy(truth.labels),
-            class_names=("room",),
-            category_ids=(1,),
-        )
-        for truth in batch.ground_truth
-    ]
-    callback.on_validation_batch_end(trainer, module, {"detections": found}, batch, 0)
+    batches = list(data.val_dataloader())
+    for batch in batches if datamodule is None else batches[::-1]:
+        found = [
+            Detections(
+                boxes_xyxy=torch.from_numpy(truth.boxes_xyxy).float(),
+                scores=torch.ones(len(truth.labels)),
+                labels=torch.from_numpy(truth.labels),
+                class_names=("room",),
+                category_ids=(1,),
+            )
+            for truth in batch.ground_truth
+        ]
+        callback.on_validation_batch_end(trainer, module, {"detections": found}, batch, 0)
     callback.on_validation_end(trainer, module)
     assert (tmp_path / "detections.png").read_bytes().startswith(b"\x89PNG")
-    return drawn, batch
+    names = ("image_ids", "image_sizes", "original_sizes", "ground_truth")
+    given = {name: [value for batch in batches for value in getattr(batch, name)] for name in names}
+    if datamodule is not None:
+        order = np.argsort(given["image_ids"])
+        given = {name: [values[index] for index in order] for name, values in given.items()}
+    return drawn, SimpleNamespace(**given)
 
 
 def small(root):
@@ -79,7 +88,7 @@ def test_without_the_files_the_models_input_is_drawn(root, tmp_path, monkeypatch
     data = small(root)
     panels, batch = sheet(data, tmp_path, monkeypatch, datamodule=None)
     assert [panel.title for panel in panels] == [f"image {image_id}" for image_id in batch.image_ids[:3]]
-    assert [panel.pixels.shape[:2] for panel in panels] == list(batch.image_sizes[:3])
+    assert [panel.pixels.shape[:2] for panel in panels] == batch.image_sizes[:3]
     scale = batch.image_sizes[0][0] / batch.original_sizes[0][0]
     assert np.allclose(panels[0].truth_xyxy, batch.ground_truth[0].boxes_xyxy * scale, rtol=0.05)
 

@@ -92,6 +92,7 @@ def two_processes(rooms, folder):
     return process, other
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_first_process_stops_both(rooms, tmp_path):
     process, other = two_processes(rooms, tmp_path / "run")
     process.send_signal(signal.SIGTERM)

@@ -1,5 +1,7 @@
 """What all commands share: exit codes, one sentence, no traceback, a light start, one way to name a checkpoint."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +187,22 @@ def test_a_signal_while_a_checkpoint_is_written_is_no_error(tmp_path, capsys, st
     assert run_command(action) == code
     error = capsys.readouterr().err
     assert "Interrupted." in error and "Traceback" not in error
+
+
+def test_ctrl_c_that_a_package_swallows_is_no_error(capsys):
+    """As NumPy does, interrupted while it is imported: it asks itself for a module until Python gives up."""
+
+    def action():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        raise RecursionError("maximum recursion depth exceeded")
+
+    assert run_command(action) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(RecursionError):
+        run_command(lambda: (_ for _ in ()).throw(RecursionError("without it")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads which signals a process handles from /proc")

@@ -13,7 +13,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from dino_lightning import fit
+from dino_lightning import CocoDataModule, fit
 from dino_lightning.__main__ import run
 from dino_lightning.cli import config_files
 from dino_lightning.cli import lightning_cli as cli
@@ -78,6 +78,10 @@ def test_a_run_leaves_checkpoints_metrics_pictures_and_its_configuration(trained
         assert checkpoint["hyper_parameters"]["category_ids"] == [1]
         assert checkpoint["hyper_parameters"]["image_size"] == 64
         assert 0 <= checkpoint["score_threshold"] <= 1
+        data = CocoDataModule.load_from_checkpoint(trained / "checkpoints" / name)
+        assert len(data.train_set) == 8 and (data.image_size, data.max_size) == (64, 96)
+    logged = yaml.safe_load((trained / "hparams.yaml").read_text())
+    assert logged["hidden_dim"] == 32 and logged["datamodule"]["augmentation"] == "plans"
     with (trained / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"val/AP", "val/AP50", "val/F1", "val/F1_threshold", "train/loss_epoch", "train/grad_norm"} <= set(rows[0])
@@ -180,7 +184,7 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capsys):
         for given in ("bf16-mixed", None):
             trainer = Namespace(precision=given, accelerator="gpu")
             config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
-            cli.DINOCLI.before_instantiate_classes(SimpleNamespace(config=config))
+            cli.Commands.before_instantiate_classes(SimpleNamespace(config=config))
             assert trainer.precision == expected
     assert "16-mixed instead of bf16-mixed" in capsys.readouterr().out
 
@@ -278,6 +282,7 @@ BAD_INPUT = {
         2,
         ["nun_queries", "Did you mean --model.num_queries?"],
     ),
+    "precision": (lambda d: None, ["--trainer.precision=64-true"], 1, ["precision 64-true is not possible"]),
     "no gpu": (
         lambda d: None,
         ["--trainer.accelerator=gpu", "--trainer.devices=99"],

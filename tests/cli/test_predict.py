@@ -208,6 +208,7 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     assert (output / "predictions.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_several_processes_give_what_one_gives(checkpoint, plans, tmp_path):
     assert predict(checkpoint, "--images", plans, "--threshold", 0, output=tmp_path / "one") == 0
     options = ["--images", plans, "--threshold", 0, "--trainer.devices", 2, "--output", tmp_path / "two"]
@@ -305,8 +306,8 @@ def test_other_images_need_another_folder(checkpoint, plans, tmp_path, capsys):
 @pytest.fixture
 def held_folder(tmp_path):
     """A folder of results that another process holds; that process is killed in the end."""
-    holder = "import sys, time; from pathlib import Path; from dino_lightning.inference.results import locked\n"
-    holder += "with locked(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(600)"
+    holder = "import sys, time; from pathlib import Path; from dino_lightning.files import locked\n"
+    holder += "with locked(Path(sys.argv[1]) / '.predict.lock') as free: print(free, flush=True); time.sleep(600)"
     output = tmp_path / "out"
     first = subprocess.Popen([sys.executable, "-c", holder, str(output)], stdout=subprocess.PIPE)
     try:

@@ -216,3 +216,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(root, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cache_dir: .*file/cache cannot be written to"):
         data_module(root, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"image_size": 60, "max_size": 100}, {"fixed_size": 60, "fixed_size_mode": "stretch"}]
+)
+def test_images_to_evaluate_are_resized_once(tmp_path, sizes):
+    """A copy resized by the rule may have another size by the rule: 400 x 138 becomes 98 x 34, and that 100 x 35."""
+    root = big_images(tmp_path / "data", count=10, size=(400, 138))
+    plain, cached = (data_module(root, folder, **sizes).val_set for folder in (None, tmp_path / "cache"))
+    assert same(plain, cached) and same(plain, cached)
+    assert len(entries(tmp_path / "cache")) == len(cached) == 1

@@ -206,15 +206,21 @@ def test_the_command_line_knows_every_argument(root):
 # --- loaders ---
 
 
-def test_evaluation_batches_hold_each_image_once_in_order(root):
-    data = small(root, val_batch_size=2)
+def test_evaluation_batches_hold_each_image_once_and_pad_nothing(root):
+    content = document(count=7)
+    for entry, width in zip(content["images"], (40, 50, 40, 40, 50, 60, 40), strict=True):
+        entry["width"] = width
+    write_images(root / "images", content)
+    write_json(root / "val.json", content)
+    data = small(root, val_batch_size=3, pad_to_multiple=32)
     batches = list(data.val_dataloader())
-    assert [batch.image_ids for batch in batches] == [(101, 102), (103,)]
-    assert batches[0].original_sizes == ((30, 40), (30, 50))
-    assert batches[0].image_sizes == ((32, 42), (32, 53))
-    assert batches[0].images.shape == (2, 3, 32, 53)
-    assert [truth.boxes_xyxy.tolist() for truth in batches[1].ground_truth] == [[[4, 5, 24, 15], [10, 15, 16, 27]]]
-    assert batches[1].targets.labels.tolist() == [[0, 1]]
+    assert [batch.image_ids for batch in batches] == [(1, 3, 4), (2, 5), (6,), (7,)]
+    assert batches[1].original_sizes == ((30, 50), (30, 50)) and batches[1].image_sizes == ((32, 53), (32, 53))
+    assert all(tuple(batch.images.shape[2:]) == batch.image_sizes[0] for batch in batches)
+    assert [truth.boxes_xyxy.tolist() for truth in batches[2].ground_truth] == [[[4, 5, 24, 15], [10, 15, 16, 27]]]
+    assert batches[2].targets.labels.tolist() == [[0, 1]]
+    in_order = [batch.image_ids for batch in data.predict_dataloader()]
+    assert in_order == [(1,), (2,), (3, 4), (5,), (6,), (7,)]
 
 
 def test_training_shuffles_and_drops_the_incomplete_batch(root):
@@ -243,17 +249,18 @@ def test_a_last_batch_is_dropped_only_if_a_process_has_another(root, processes, 
 def test_a_fixed_size_shapes_the_canvas(root):
     for batch in small(root, fixed_size=48, batch_size=3).train_dataloader():
         assert batch.images.shape == (3, 3, 48, 48)
-    (batch,) = small(root, fixed_size=48, val_batch_size=3).val_dataloader()
-    assert batch.images.shape == (3, 3, 48, 48)
-    assert all(max(size) <= 48 for size in batch.image_sizes) and batch.image_sizes[0] == (32, 42)
     # The published rule would make 50 of the long side here.
     assert resized_size((30, 190), 48, 48) == (8, 50)
     content = document(count=1)
     content["images"][0]["width"] = 190
     write_images(root / "images", content)
-    write_json(root / "val.json", content)
-    (batch,) = small(root, fixed_size=48, image_size=800).val_dataloader()
+    for split in ("train", "val"):
+        write_json(root / f"{split}.json", content)
+    data = small(root, fixed_size=48, image_size=800, augmentation="none", batch_size=1)
+    (batch,) = data.train_dataloader()
     assert batch.images.shape == (1, 3, 48, 48) and batch.image_sizes == ((8, 48),)
+    (batch,) = data.val_dataloader()  # as `detect` sees it: nothing is padded, so nothing has to fit
+    assert batch.images.shape == (1, 3, 8, 50) and batch.image_sizes == ((8, 50),)
 
 
 def test_sizes_vary_within_a_fixed_canvas(root):
@@ -264,8 +271,9 @@ def test_sizes_vary_within_a_fixed_canvas(root):
 
 
 def test_a_multiple_shapes_the_canvas(root):
-    (batch,) = small(root, pad_to_multiple=32, val_batch_size=3).val_dataloader()
-    assert batch.images.shape == (3, 3, 32, 64)
+    (batch,) = small(root, pad_to_multiple=32, batch_size=6).train_dataloader()
+    assert batch.images.shape[2] % 32 == batch.images.shape[3] % 32 == 0
+    assert max(width for _, width in batch.image_sizes) < batch.images.shape[3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +15,14 @@ from hypothesis import strategies as st
 
 from dino_lightning import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection
+from dino_lightning.data.loading import NO_GUARD
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.errors import DataError
 from dino_lightning.metrics import CocoMetric
 from tests.data.small_coco import write_split
 from tests.data.test_datamodule import Recorder, quiet_trainer
+
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -81,12 +88,52 @@ class Killer(CocoDetection):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*are restarted")
 def test_workers_that_are_killed_again_and_again_end_the_run_in_a_sentence(root):
     data = data_module(root)
     data.train_set.__class__ = Killer
     with pytest.raises(DataError, match=r"killed 4 times in one epoch.*Lower data\.num_workers"):
         list(data.train_dataloader())
+
+
+UNGUARDED = """
+import multiprocessing, sys
+import lightning
+from dino_lightning import CocoDataModule, DINOModule
+
+multiprocessing.set_start_method("spawn", force=True)
+data = CocoDataModule(root=sys.argv[1], image_size=32, max_size=64, num_workers=2)
+print("script runs", flush=True)
+model = DINOModule(num_classes=data.num_classes, backbone="resnet10", backbone_norm="group", backbone_weights=None)
+lightning.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(model, data)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_itself_in_each_loader_process_is_told_of_the_guard(root, tmp_path):
+    """As scripts without `if __name__ == "__main__":` do where processes are spawned, on macOS and Windows."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(root)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.count("The loader processes cannot start: on this system each of them imports your script") == 1
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    assert "are restarted" not in done.stderr
+    assert done.stdout.count("script runs") <= 3  # once in each process
+
+
+def test_a_process_that_ends_by_itself_while_it_starts_is_not_started_again(root):
+    """Where processes are spawned, an error of the script ends them; a killed one has a negative exit code."""
+    loader = data_module(root).train_dataloader()
+    for method, exit_codes, cannot in (
+        ("spawn", [1, None], True), ("spawn", [NO_GUARD], True), ("spawn", [], True), ("forkserver", [1], True),
+        ("spawn", [-9, None], False), ("fork", [1], False), ("fork", [], False),
+    ):  # fmt: skip
+        loader.multiprocessing_context = method
+        loader._processes = [SimpleNamespace(exitcode=code) for code in exit_codes]
+        assert loader._cannot_start() == cannot, (method, exit_codes)
 
 
 # --- a file removed between epochs ---

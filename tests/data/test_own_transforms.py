@@ -130,7 +130,10 @@ def test_without_transforms_nothing_changes(root):
 # ------------------------------------------------------------------ random draws
 
 
-@pytest.mark.parametrize("transforms", [[v2.ColorJitter(0.5)], [Global()]], ids=["torch", "global"])
+@pytest.mark.parametrize(
+    "transforms",
+    [pytest.param([v2.ColorJitter(0.5)], marks=pytest.mark.slow, id="torch"), pytest.param([Global()], id="global")],
+)
 def test_the_same_seed_gives_the_same_batches_with_any_workers(root, transforms):
     first = batches_of(root, transforms)
     random.random(), np.random.rand()

@@ -65,6 +65,7 @@ def test_load_detector_takes_it(model, module):
     assert_same(detector(images([(96, 130)])[0], threshold=0.0), module.detect(images([(96, 130)]), threshold=0.0)[0])
 
 
+@pytest.mark.slow
 def test_non_maximum_suppression_is_part_of_the_file(module, tmp_path):
     suppressing = tiny_module(nms_iou_threshold=0.4)
     file = save(suppressing, tmp_path / "suppressing.ckpt")

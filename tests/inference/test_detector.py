@@ -1,7 +1,11 @@
 """`load_detector`, and detections that are printed, drawn and handed on."""
 
+import base64
+import io
 import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +73,7 @@ def test_a_detector_knows_its_classes(checkpoint):
     assert detector.class_names == ("room", "bath") and detector.category_ids == (7, 3)
     assert detector.score_threshold == 0.6 and not detector.module.training
     assert detector.to("cpu") is detector
-    assert repr(detector) == "Detector(2 classes: room, bath; score_threshold 0.60)"
+    assert repr(detector) == "Detector(2 classes: room, bath; score_threshold 0.600)"
 
 
 def test_a_model_without_names_numbers_its_classes(tmp_path):
@@ -248,6 +252,54 @@ def test_a_small_picture_is_enlarged_and_odd_boxes_are_drawn(found):
         tuple(f"Küche\n{label}" for label in range(31)),
     )
     assert odd.draw(Image.new("L", (100, 50))).mode == "RGB"
+
+
+def test_a_notebook_shows_the_picture_and_a_table(found, tmp_path):
+    assert found._repr_png_() is None and "<img" not in found._repr_html_()
+    Image.new("RGB", (600, 400), "white").save(tmp_path / "page.png")
+    named = replace(found, class_names=("<b>room", "bath"), read_pixels=partial(read_image, tmp_path / "page.png"))
+    png = named._repr_png_()
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(named.draw()))
+    text = named._repr_html_()
+    assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in text
+    assert "<tr><td>&lt;b&gt;room</td><td>0.250</td><td>0</td><td>0</td><td>99</td><td>50</td></tr>" in text
+    assert text.startswith("<p>2 detections in plans/a.png</p>")
+    (tmp_path / "page.png").unlink()
+    assert named._repr_png_() is None and "<img" not in named._repr_html_()
+
+
+def test_a_picture_is_shown_where_there_is_a_screen(checkpoint, plan, monkeypatch, capsys, tmp_path):
+    detector = load_detector(checkpoint)
+    shown = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("PIL.ImageShow.show", lambda page: shown.append(page) or True)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    detector.show(plan)
+    (written,) = tmp_path.iterdir()
+    assert capsys.readouterr().out == f"There is no screen to show the picture on; it is in {written}.\n"
+    expected = np.asarray(detector(plan).draw())
+    np.testing.assert_array_equal(np.asarray(Image.open(written)), expected)
+    monkeypatch.setenv("DISPLAY", ":0")
+    detector(plan).show()
+    display = SimpleNamespace(display=shown.append)
+    shell = SimpleNamespace(kernel="a kernel")
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    detector(plan).show()
+    assert len(shown) == 2 and all((np.asarray(page) == expected).all() for page in shown)
+    assert len(list(tmp_path.iterdir())) == 1 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_a_detector_computes_on_the_gpu_where_there_is_one(checkpoint, monkeypatch, available):
+    devices = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    monkeypatch.setattr(DINOModule, "to", lambda module, device: devices.append(device) or module)
+    load_detector(checkpoint)
+    load_detector(checkpoint, "cpu")
+    assert devices == ["cuda" if available else "cpu", "cpu"]
 
 
 def test_detections_of_a_detector_draw_themselves(checkpoint, plan):

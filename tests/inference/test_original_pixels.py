@@ -76,24 +76,33 @@ def test_evaluation_and_detect_agree_with_the_file(mode, sizes):
         data = CocoDataModule(root=folder, val_batch_size=2, **WIDE, **MODES[mode])
         module = finder()
         module._take_from_data(data)
-        found = [detections for batch in data.val_dataloader() for detections in module(batch)]
+        by_id = {}
+        for batch in data.val_dataloader():
+            by_id |= dict(zip(batch.image_ids, zip(module(batch), batch.image_sizes, strict=True), strict=True))
+        found = [by_id[image_id][0] for image_id in sorted(by_id)]
+        seen = []
+        module.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].image_sizes[0]))
         paths = [data.val_set.annotations.image_path(index) for index in range(len(sizes))]
         again = module.detect(paths, threshold=0.0)
+        assert seen == [by_id[image_id][1] for image_id in sorted(by_id)]
         for size, evaluated, detected in zip(sizes, found, again, strict=True):
             pixel = max(side / 100 for side in size) + 1  # of the resized image, in the file's
             np.testing.assert_allclose(evaluated.boxes_xyxy[0], painted(*size)[1], atol=pixel)
             np.testing.assert_allclose(detected.boxes_xyxy[0], painted(*size)[1], atol=pixel)
 
 
-def test_training_and_evaluation_fill_the_canvas(tmp_path):
+def test_training_fills_the_canvas_and_evaluation_pads_nothing(tmp_path):
     dataset(tmp_path, [(60, 200), (200, 60), (90, 100)])
     for mode, preset in (("letterbox", "plans"), ("stretch", "plans"), ("letterbox", "coco"), ("stretch", "flips")):
         data = CocoDataModule(root=str(tmp_path), **{**WIDE, "augmentation": preset}, **MODES[mode])
-        for loader in (data.train_dataloader(), data.val_dataloader()):
-            for batch in loader:
-                assert batch.images.shape[-2:] == (160, 160)
-                assert all(max(size) == 160 for size in batch.image_sizes)
-                assert mode == "letterbox" or set(batch.image_sizes) == {(160, 160)}
+        for batch in data.train_dataloader():
+            assert batch.images.shape[-2:] == (160, 160)
+            assert all(max(size) == 160 for size in batch.image_sizes)
+            assert mode == "letterbox" or set(batch.image_sizes) == {(160, 160)}
+        for batch in data.val_dataloader():
+            assert tuple(batch.images.shape[-2:]) == batch.image_sizes[0]
+            assert abs(max(batch.image_sizes[0]) - 160) <= 2
+            assert mode == "letterbox" or batch.image_sizes[0] == (160, 160)
 
 
 def test_an_image_is_resized_once_on_its_way_to_the_canvas(tmp_path):
@@ -153,5 +162,5 @@ def test_a_run_from_yaml_hands_the_square_to_the_detector(tmp_path, monkeypatch,
     stored = Path("run/config.yaml").read_text()
     assert "rotation: 0.5" in stored and "fixed_size_mode: stretch" in stored
     capsys.readouterr()
-    assert run(["fit", *options, "--data.augmentation_options.blurr=0.5"]) == 1
+    assert run(["fit", *options, "--overwrite", "--data.augmentation_options.blurr=0.5"]) == 1
     assert "error: There is no augmentation option blurr; those of plans are flip, " in capsys.readouterr().err

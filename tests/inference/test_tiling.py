@@ -130,6 +130,23 @@ def test_what_one_view_tells_apart_is_not_suppressed():
     assert len(merge(different, size)) == 4
 
 
+@pytest.mark.parametrize(("top", "left"), [(30.0, 1), (10.0, 2)])
+def test_a_cut_box_that_lies_mostly_in_a_whole_one_is_a_part_of_it(top, left):
+    """Nine tenths inside: a part of the object; seven tenths: another one."""
+    size = (300, 500)
+    one, other = views(size, 300, 0.2, whole=False)
+    whole = torch.tensor([[240.0, 40.0, 400.0, 200.0]])
+    part = torch.tensor([[260.0, top, 300.0, top + 100]])  # up to the edge of the first view
+    label = torch.zeros(1, dtype=torch.int64)
+    shift = torch.tensor([other.left, 0, other.left, 0])
+    found = [
+        (one, Detections(part, torch.tensor([0.9]), label)),
+        (other, Detections(whole - shift, torch.ones(1), label)),
+    ]
+    merged = merge(found, size)
+    torch.testing.assert_close(merged.boxes_xyxy, torch.cat([whole, part])[:left])
+
+
 def test_nothing_found_is_nothing():
     empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), ("a",))
     merged = merge([(window, empty) for window in views((300, 500), 200, 0.2, whole=True)], (300, 500))

@@ -123,6 +123,7 @@ def test_a_fault_is_found_and_does_not_surprise_training(name, places):
         assert "1 of 4 images cannot be read and are left out" in sentence
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25,
     deadline=None,

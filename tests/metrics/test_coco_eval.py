@@ -155,6 +155,13 @@ def test_equals_pycocotools_beyond_100_detections(backend, seed, num_classes, ti
     assert_equal_to_reference(*data, num_classes, backend)
 
 
+def test_f1_counts_the_detections_that_average_precision_does_not():
+    boxes = [[20 * index, 0, 20 * index + 10, 10] for index in range(120)]
+    values = evaluate([detections_of(boxes)], [truth_of(boxes)], [5])
+    assert values["F1"] == values["F1_recall"] == 1 and values["F1_threshold"] == 0.5
+    assert values["AR"] == pytest.approx(100 / 120)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_random_datasets_are_worth_measuring(backend):
     # Guards the tests above against agreeing on -1 or on 0 throughout.

@@ -55,6 +55,26 @@ def test_every_size_trains_and_detects(changes):
     assert ((again.pred_boxes >= 0) & (again.pred_boxes <= 1)).all()
 
 
+@pytest.mark.parametrize("rule", ["boxes", "published"])
+def test_a_few_denoising_boxes_are_a_few_queries(rule):
+    """By the published rule 4 would be 8 groups of 2 * 3 queries, here one group; from 50 up the rules agree."""
+    batch = random_batch([(64, 64), (64, 64)], [3, 1])
+    counts = []
+    for aim in (1, 4, 7, 49, 50, 100):
+        with torch.no_grad():
+            model = DINO(num_classes=3, **{**TINY_SIZES, "num_denoising": aim, "denoising_rule": rule}).train()
+            denoising = model(batch).denoising
+        assert denoising.pred_boxes.shape[2] == 2 * 3 * denoising.num_groups
+        counts.append(denoising.num_groups)
+    assert counts == {"boxes": [1, 1, 2, 16, 16, 33], "published": [2, 8, 14, 98, 16, 33]}[rule]
+
+
+def test_impossible_denoising_is_refused():
+    for options, named in (({"num_denoising": -1}, "num_denoising=-1"), ({"denoising_rule": "all"}, "'all'")):
+        with pytest.raises(ValueError, match=named):
+            DINO(num_classes=3, **{**TINY_SIZES, **options})
+
+
 def test_fewer_tokens_than_queries_uses_every_token():
     model = DINO(num_classes=2, **{**TINY_SIZES, "num_queries": 900}).eval()
     with torch.no_grad():

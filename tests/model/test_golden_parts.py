@@ -133,7 +133,7 @@ def test_denoising_queries(case):
     golden, meta = golden_arrays("cdn.npz"), CDN_META[case]
     part = {key.removeprefix(f"{case}/"): value for key, value in golden.items() if key.startswith(f"{case}/")}
     counts = meta["box_counts"]
-    groups = num_denoising_groups(meta["dn_number_config"], max(counts))
+    groups = num_denoising_groups(meta["dn_number_config"], max(counts), "published")
     assert groups == meta["dn_meta"]["num_dn_group"]
     targets = pad_targets([(part[f"target{i}/boxes"], part[f"target{i}/labels"]) for i in range(len(counts))])
     noise = flat_draws_to_noise(part, counts, groups, meta["label_noise_ratio"])
@@ -159,7 +159,7 @@ def test_denoising_of_empty_images():
     meta = CDN_META["all_empty"]
     assert meta["dn_meta"] == {
         "pad_size": 0,
-        "num_dn_group": num_denoising_groups(meta["dn_number_config"], 0),
+        "num_dn_group": num_denoising_groups(meta["dn_number_config"], 0, "published"),
     }
     mask = denoising_attention_mask(num_groups=1, max_boxes=0, num_queries=5, device="cpu")
     assert mask.shape == (5, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ def trained(rooms, tmp_path_factory):
     """A run of one epoch, with a report of its validation."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     args = ["--data.root", str(rooms), "--run_dir", str(folder), "--trainer.max_epochs=1", *TINY_ARGS]
-    assert run(["fit", *args]) == 0
+    assert run(["fit", *args, "--model.recipe=auto"]) == 0
     return folder
 
 
@@ -46,6 +47,9 @@ def test_validate_writes_a_report_and_says_where(checkpoint, capsys):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert "at a score of" in printed
     assert "boxes counted:" in printed
+    with Path("tiny/metrics.csv").open(newline="") as file:
+        (trained,) = [row for row in csv.DictReader(file) if row["val/AP"]]
+    assert f"val/loss{float(trained['val/loss']):>16.3f}" in printed  # by the recipe of the training
     assert str(folder / "index.html") in printed
     summary = json.loads((folder / "report.json").read_text())
     assert summary["stage"] == "validate"

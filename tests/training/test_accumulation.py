@@ -68,7 +68,8 @@ def test_a_rest_of_several_batches_is_one_batch_too():
     assert_same_steps(train(counts=counts, batch_size=1, accumulate=4), large)
 
 
-@pytest.mark.parametrize("boxes", ["very different counts", pytest.param("denoising", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("boxes", ["very different counts", "denoising"])
 def test_two_processes_accumulate_as_one_process_with_large_batches(tmp_path, boxes):
     """Two processes, each with two batches of one image: four images for each step."""
     counts, denoising = BOXES[boxes]

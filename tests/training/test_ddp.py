@@ -91,7 +91,8 @@ def train(tmp_path, devices, *, denoising=0, empty="none"):
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("empty", [pytest.param("none", marks=pytest.mark.slow), "odd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("empty", ["none", "odd"])
 def test_two_processes_train_as_one(tmp_path, empty):
     """Same global batches, same losses, same weights; with "odd" the second process never sees a box."""
     one, two = train(tmp_path, 1, empty=empty), train(tmp_path, 2, empty=empty)
@@ -129,3 +130,26 @@ def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path, comp
     assert len(evaluated) == 2
     assert done.stdout.count("best checkpoint") == 1
     assert "find_unused_parameters" not in done.stderr
+
+
+@pytest.mark.slow
+def test_each_process_predicts_its_share_of_the_images(rooms, tmp_path):
+    (tmp_path / "share.py").write_text(
+        textwrap.dedent(
+            """
+            import json, os, sys
+            import lightning
+            from dino_lightning import CocoDataModule, DINOModule
+
+            data = CocoDataModule(root=sys.argv[1], image_size=64, max_size=96, num_workers=0)
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", **quiet)
+            model = DINOModule(num_classes=data.num_classes, backbone_weights=None, **json.loads(sys.argv[2]))
+            ids = [found.image_id for batch in trainer.predict(model, datamodule=data) for found in batch]
+            with open(f"{trainer.global_rank}.json", "w") as file:
+                json.dump(ids, file)
+            """
+        )
+    )
+    run_in(tmp_path, [sys.executable, "share.py", str(rooms), json.dumps(TINY_SIZES)])
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[1, 3], [2, 4]]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import psutil
 import pytest
@@ -40,7 +41,15 @@ def start(run, arguments, tmp_path):
 def logged_metrics(run):
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return {(row["step"], name): float(value) for row in rows for name, value in row.items() if value}
+    found = [
+        ((row["step"], name), float(value))
+        for row in rows
+        for name, value in row.items()
+        if value and name not in ("step", "epoch")  # of every row, and a step has several
+    ]
+    metrics = dict(found)
+    assert len(metrics) == len(found), "a metric of a step is there twice"
+    return metrics
 
 
 def wait_for(condition, process):
@@ -64,17 +73,29 @@ def _command(process):
         return []
 
 
-def kill(process, victim, run, when, rng):
-    """SIGKILL at a random moment after the run has come to train, or when a checkpoint is being written."""
+def kill(process, victim, run, when, rng, life):
+    """SIGKILL at a random moment: of the whole life of the process, of its training, or while a checkpoint is written.
+
+    Gives what the process was doing, or None where it ended before.
+    """
     saved = run / "checkpoints" / "last.ckpt"
     before = saved.stat().st_mtime_ns if saved.exists() else 0
-    wait_for(lambda: saved.exists() and saved.stat().st_mtime_ns != before, process)
+
+    def saved_anew():
+        return saved.exists() and saved.stat().st_mtime_ns != before
+
+    if when == "ever":  # importing, reading data, resuming, before the first checkpoint: wherever it is by then
+        moment = time.monotonic() + rng.uniform(0, life)
+        wait_for(lambda: time.monotonic() > moment, process)
+    else:
+        wait_for(saved_anew, process)
     if when == "writing":
         wait_for(lambda: any((run / "checkpoints").glob("tmp*")), process)
-    else:
+    elif when == "training":
         time.sleep(rng.uniform(0, 1.5))
     if process.poll() is not None:
-        return False
+        return None
+    stage = "training" if saved_anew() else "resuming" if before else "starting"
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -88,23 +109,23 @@ def kill(process, victim, run, when, rng):
                 left.wait(timeout=max(1, 60 - (time.monotonic() - started)))
         except psutil.NoSuchProcess:
             continue
-    return True
+    return stage
 
 
-def run_with_kills(run, plans, tmp_path, rng, processes, wanted):
-    """Train to the end, killed up to `wanted` times; how often it was killed."""
-    kills = 0
+def run_with_kills(run, plans, tmp_path, rng, processes, wanted, life):
+    """Train to the end, killed up to `wanted` times; what it was doing each time."""
+    stages = []
     arguments = options(plans, processes)
     while True:
         resume = (run / "checkpoints" / "last.ckpt").exists()
-        process = start(run, ["--ckpt_path", "last"] if resume else arguments, tmp_path)
-        if kills < wanted:
+        process = start(run, ["--ckpt_path", "last"] if resume else ["--overwrite", *arguments], tmp_path)
+        if len(stages) < wanted:
             victim = "all" if processes == 1 else rng.choice([0, 1])
-            if kill(process, victim, run, rng.choice(["writing", "any", "any"]), rng):
-                kills += 1
+            if stage := kill(process, victim, run, rng.choice(["writing", "training", "ever", "ever"]), rng, life):
+                stages.append(stage)
                 continue
         assert process.wait(timeout=600) == 0, (tmp_path / f"{run.name}.log").read_text()[-3000:]
-        return kills
+        return stages
 
 
 def check_equal(run, other):
@@ -121,11 +142,14 @@ def check_equal(run, other):
 def test_killed_runs_end_like_those_that_were_not(plans, tmp_path, processes, wanted, seed):
     rng = random.Random(seed)
     whole = tmp_path / "whole"
+    began = time.monotonic()
     assert start(whole, options(plans, processes), tmp_path).wait(timeout=600) == 0
-    kills = number = 0
-    while kills < wanted:
+    life = time.monotonic() - began
+    stages, number = [], 0
+    while len(stages) < wanted:
         number += 1
         run = tmp_path / f"killed{number}"
-        kills += run_with_kills(run, plans, tmp_path, rng, processes, wanted - kills)
+        stages += run_with_kills(run, plans, tmp_path, rng, processes, wanted - len(stages), life)
         check_equal(whole, run)
+    print(f"killed {len(stages)} times in {number} runs: {sorted(Counter(stages).items())}")
     assert not list((run / "checkpoints").glob("*.link"))

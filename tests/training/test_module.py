@@ -4,12 +4,17 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.memory import recursive_detach
+from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from dino_lightning import Batch, CocoDataModule, CocoMetric, DINOModule, load_detector
 from dino_lightning.boxes import paired_iou
-from dino_lightning.errors import NonFiniteError
+from dino_lightning.callbacks import PredictionImages
+from dino_lightning.errors import NonFiniteError, UsageError
+from dino_lightning.floor_plans import write_rooms_dataset
 from tests.conftest import TINY_SIZES
 
 QUIET = {
@@ -65,13 +70,69 @@ def test_detect_takes_any_kind_of_image_and_gives_its_own_pixels(tmp_path):
         torch.testing.assert_close(found.boxes_xyxy, results[0].boxes_xyxy)
     (large,) = model.detect([np.repeat(np.repeat(array, 2, 0), 2, 1)], threshold=0.0, image_size=48, max_size=96)
     assert large.boxes_xyxy.max() > 1.5 * results[0].boxes_xyxy.max()
-    grey = model.detect([array[:, :, 0]], threshold=1.1)
+    grey = model.detect([array[:, :, 0]], threshold=1.0)
     assert len(grey[0]) == 0
     assert model.training  # as it was before
     with pytest.raises(ValueError, match="does not exist"):
         model.detect(["nowhere.png"])
     with pytest.raises(ValueError, match="Expected an RGB image"):
         model.detect([np.zeros((4, 4, 7), dtype=np.uint8)])
+
+
+def test_predictions_know_their_images(data, rooms):
+    """`Trainer.predict`, on the test split or else on the validation split."""
+    predictions = lightning.Trainer(**QUIET).predict(tiny_module(data.num_classes), datamodule=data)
+    found = [detections for batch in predictions for detections in batch]
+    assert [detections.image_id for detections in found] == [image.id for image in data.val_set.annotations.images]
+    assert {entry["image_id"] for entry in found[0].to_coco()} == {found[0].image_id}
+    assert repr(found[1]).startswith(f"12 detections in image {found[1].image_id}\n")
+    with pytest.raises(ValueError, match=r"to_coco\(image_id\)"):
+        tiny_module().detect([rooms / "val" / "images" / "000001.png"])[0].to_coco()
+
+
+def test_batches_and_detections_pass_through_lightnings_functions(data):
+    batch = next(iter(data.val_dataloader()))
+    (found,) = tiny_module(data.num_classes).eval()(batch)
+    moved = move_data_to_device({"batch": batch, "found": [found, "text"]}, torch.device("cpu"))
+    assert moved["found"][0].boxes_xyxy.equal(found.boxes_xyxy) and moved["batch"].images.equal(batch.images)
+    converted = apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.double())
+    assert isinstance(converted, Batch) and converted.targets.boxes_cxcywh.dtype == torch.float64
+    assert converted.ground_truth[0].boxes_xyxy is batch.ground_truth[0].boxes_xyxy
+    assert not recursive_detach({"found": found})["found"].scores.requires_grad
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_of_all_weights_is_refused_by_name(data, precision):
+    with pytest.raises(UsageError, match=rf"precision {precision} is not possible: .*Use 32-true, bf16-mixed or"):
+        lightning.Trainer(precision=precision, **QUIET).validate(tiny_module(data.num_classes), data)
+
+
+class TwoLoaders(CocoDataModule):
+    """Validates on its own images, and on those of another dataset."""
+
+    other = None
+
+    def val_dataloader(self):
+        return [super().val_dataloader(), self.other.val_dataloader()]
+
+
+def test_each_of_two_validation_loaders_has_its_metrics(rooms, tmp_path):
+    others = write_rooms_dataset(tmp_path / "others", num_train=2, num_val=3, size=128, seed=5)
+    sizes = {"image_size": 64, "max_size": 96, "num_workers": 0}
+    both = TwoLoaders(root=str(rooms), **sizes)
+    alone, both.other = (CocoDataModule(root=str(root), **sizes) for root in (rooms, others))
+    module = tiny_module(both.num_classes)
+    sheet = PredictionImages(path=str(tmp_path / "sheet.png"))
+    trainer = lightning.Trainer(callbacks=[sheet], **QUIET)
+    trainer.validate(module, both, verbose=False)
+    results, threshold = dict(trainer.callback_metrics), module.score_threshold
+    assert len(module.evaluation.images) == 4 and (tmp_path / "sheet.png").exists()
+    for suffix, data in (("/dataloader_idx_1", both.other), ("", alone)):
+        trainer = lightning.Trainer(**QUIET)
+        trainer.validate(module, data, verbose=False)
+        for name, value in trainer.callback_metrics.items():
+            assert results.pop(name + suffix) == value, name
+    assert results == {} and module.score_threshold == threshold
 
 
 class TorchvisionData(lightning.LightningDataModule):

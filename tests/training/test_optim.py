@@ -14,7 +14,8 @@ from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.training.optim import RateSchedule, freeze_parts, parameter_groups
+from dino_lightning.training.optim import freeze_parts, parameter_groups
+from dino_lightning.training.schedule import RateSchedule, drop_epochs
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 
@@ -109,7 +110,9 @@ def test_a_drop_during_the_rise_counts(data):
 
 
 def test_accumulated_batches_are_one_step_of_the_rise(data):
-    rates = rates_of(data, warmup_steps=4, lr=1e-3, batches=4, epochs=2, trainer={"accumulate_grad_batches": 2})
+    rates = rates_of(
+        data, warmup_steps=4, lr=1e-3, lr_drop_epochs=[], batches=4, epochs=2, trainer={"accumulate_grad_batches": 2}
+    )
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
 
 
@@ -151,6 +154,41 @@ def test_when_resuming_the_values_of_now_win(data, tmp_path):
     rates_of(data, epochs=2, save=saved, lr=1e-3, warmup_steps=20)
     rest = rates_of(data, resume=saved, lr=5e-4, warmup_steps=8, lr_drop_epochs=[3], lr_drop_factor=0.5)
     assert rest == pytest.approx([5e-4 * 7 / 8, 5e-4, 5e-4, *[2.5e-4] * 3])
+
+
+def test_a_longer_schedule_that_raises_a_dropped_rate_is_told(data, tmp_path, caplog):
+    """A run of three epochs has dropped its rate after the second; resumed with six, it would drop after the fifth."""
+    saved, early = str(tmp_path / "a.ckpt"), str(tmp_path / "early.ckpt")
+    with caplog.at_level("INFO"):
+        assert rates_of(data, epochs=3, save=saved, save_after={2: early}, lr=1e-3, warmup_steps=4)[-1] == 1e-4
+        assert "learning rate" not in caplog.text
+        rates_of(data, epochs=3, resume=early, lr=1e-3, warmup_steps=4)  # nothing changes
+        rates_of(data, epochs=4, resume=saved, lr=2e-3, lr_drop_epochs=[2])  # another full rate is no drop
+        assert "learning rate" not in caplog.text
+        rates_of(data, epochs=4, resume=saved, lr=1e-3, batches=1)  # the drop moves, and the rate stays low
+        assert "learning rate" not in caplog.text
+        assert rates_of(data, epochs=6, resume=saved, lr=1e-3) == pytest.approx([1e-3] * 6 + [1e-4] * 3)
+        told = [record.message for record in caplog.records if "learning rate" in record.message]
+        assert told == [
+            "The learning rate was 0.0001 when the checkpoint was saved and continues with 0.001: now it drops after "
+            'epoch 5. To keep the lower rate, add --model.lr_drop_epochs "[3]".'
+        ]
+        caplog.clear()
+        assert rates_of(data, epochs=6, resume=saved, lr=1e-3, lr_drop_epochs=[3]) == pytest.approx([1e-4] * 9)
+        assert "learning rate" not in caplog.text
+        rates_of(data, epochs=12, resume=saved, lr=1e-3, lr_schedule="cosine", batches=1)
+        assert "its cosine now ends at step 12." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("epochs", "published", "short"),
+    [(None, [], []), (1, [], []), (2, [1], [1]), (3, [2], [2]), (6, [5], [5]), (12, [11], [10]), (36, [33], [29])],
+    ids=str,
+)
+def test_the_default_drop_comes_before_the_last_epoch(epochs, published, short):
+    assert drop_epochs(epochs) == published
+    assert drop_epochs(epochs, 4 / 5) == short
+    assert drop_epochs(24) == [22] and drop_epochs(50) == [46]
 
 
 def test_a_schedule_stored_by_an_earlier_version_is_passed_over(data, tmp_path):

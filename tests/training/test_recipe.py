@@ -20,6 +20,7 @@ from dino_lightning.training.recipe import (
     choose_recipe,
     planned_steps,
 )
+from tests.conftest import TINY_ARGS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"num_classes": 1, "backbone": "resnet10", "hidden_dim": 16, "num_heads": 2, "num_encoder_layers": 1,
@@ -39,6 +40,40 @@ def test_what_is_given_wins_over_the_recipe():
     assert module.recipe.clip_grad_norm == 1.0
     assert module.model.box_noise_scale == 0.7
     assert module.criterion.class_loss == "varifocal"
+
+
+def test_losses_and_costs_have_the_weights_that_are_given():
+    published, given = DINOModule(**SMALL), DINOModule(**SMALL, bbox_loss_weight=3, giou_loss_weight=0, cost_giou=7.0)
+    assert published.criterion.weights == {"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+    assert given.criterion.weights == {"loss_class": 1.0, "loss_bbox": 3, "loss_giou": 0}
+    costs = [
+        (it.cost_class, it.cost_bbox, it.cost_giou) for it in (published.criterion.matcher, given.criterion.matcher)
+    ]
+    assert costs == [(2.0, 5.0, 2.0), (2.0, 5.0, 7.0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cost_class": -1.0}, "cost_class=-1.0: a weight must be a number from 0 up"),
+        ({"cost_bbox": float("nan")}, "cost_bbox=nan: "),
+        ({"giou_loss_weight": float("inf")}, "giou_loss_weight=inf: "),
+        ({"class_loss_weight": -0.5, "recipe": "short"}, "class_loss_weight is -0.5; it must be at least 0"),
+        ({"cost_class": 0, "cost_bbox": 0, "cost_giou": 0}, "cost_class, cost_bbox, cost_giou are all 0"),
+        (
+            {"class_loss_weight": 0, "bbox_loss_weight": 0, "giou_loss_weight": 0},
+            "class_loss_weight, bbox_loss_weight, giou_loss_weight are all 0",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_impossible_weights_are_refused_by_the_name_of_the_option(rooms, tmp_path, capsys, options, message):
+    with pytest.raises(ValueError, match=message):
+        DINOModule(**SMALL, **options)
+    if "cost_class" in options:
+        args = [f"--model.{name}={value}" for name, value in options.items()]
+        assert run(["fit", "--data.root", str(rooms), *TINY_ARGS, *args, "--run_dir", str(tmp_path)]) != 0
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("steps", "short"), [(SHORT_RUN - 1, True), (SHORT_RUN, False), (None, False)])
@@ -94,7 +129,7 @@ def test_fit_says_how_long_it_is_which_recipe_follows_and_what_is_wrong(rooms, t
     said = capsys.readouterr().out
     assert " x 1 epochs: " in said and "Recipe: short (fewer than 10,000 steps): quality_focal" in said
     assert " steps are few for this kind of detector" in said
-    assert "Errors at a score of " in said and "try this: " in said
+    assert "Last epoch: errors at a score of " in said and "try this: " in said
     with (tmp_path / "metrics.csv").open() as file:
         assert any(row["train/loss_step"] for row in csv.DictReader(file))
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

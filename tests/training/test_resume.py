@@ -61,7 +61,7 @@ def options(rooms):
     ("how", "killed_before"),
     [
         (["--trainer.max_epochs=3", "--model.lr_schedule=cosine", "--save_every_steps=3"], 11),
-        (["--trainer.max_steps=24", "--early_stopping_patience=5"], 12),
+        pytest.param(["--trainer.max_steps=24", "--early_stopping_patience=5"], 12, marks=pytest.mark.slow),
         (["--trainer.max_steps=24", "--trainer.max_epochs=3", "--save_every_steps=3"], 11),
         (["--trainer.max_steps=24", "--trainer.check_val_every_n_epoch=2"], 12),
     ],
@@ -171,7 +171,8 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(options, tmp_path):
                 raise Killed
 
     forget_earlier_runs()
-    execute("fit", [*options, "--trainer.max_epochs=1", "--run_dir", str(tmp_path / "run")], [Killing()])
+    run = ["--run_dir", str(tmp_path / "run"), "--overwrite"]
+    execute("fit", [*options, "--trainer.max_epochs=1", *run], [Killing()])
     assert left == [True]
     assert {path.name for path in folder.glob("*") if path.name.startswith(("tmp", "other"))} == {p.name for p in kept}
 

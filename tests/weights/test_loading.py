@@ -8,6 +8,7 @@ import re
 import ssl
 import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.weights import download as weights_module
-from dino_lightning.weights.download import cache_folder, local_file
+from dino_lightning.weights.download import _KeepsEncryption, cache_folder, local_file
 from dino_lightning.weights.loading import load_initial_weights
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
@@ -230,6 +231,30 @@ def test_a_file_that_vanishes_halfway_is_refused(server):
         local_file(server.address)
 
 
+def test_unencrypted_weights_need_a_checksum(server, monkeypatch):
+    """Unless the server is this machine, as in these tests."""
+    for address in ("http://nowhere.invalid/w.pth", "http://10.0.0.1/w.pth"):
+        with pytest.raises(CheckpointError, match=r"is not encrypted, .* append #sha256= and"):
+            local_file(address)
+    monkeypatch.setenv("HF_ENDPOINT", "http://nowhere.invalid")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="is not encrypted"):
+        local_file("hf://me/rooms/w.pth")
+    assert local_file(server.address.replace("127.0.0.1", "localhost")).read_bytes() == server.content
+    monkeypatch.setattr(weights_module, "_is_plain", lambda address: True)
+    with pytest.raises(CheckpointError, match="is not encrypted"):
+        local_file(server.address)
+    checksum = hashlib.sha256(server.content).hexdigest()
+    assert local_file(f"{server.address}#sha256={checksum}").read_bytes() == server.content
+
+
+def test_a_redirection_may_not_drop_the_encryption():
+    request = urllib.request.Request("https://host/w.pth?signature")
+    with pytest.raises(CheckpointError, match=r"redirects to .* http://other/w.pth\?\*{3}\.$"):
+        _KeepsEncryption().redirect_request(request, None, 302, "", {}, "http://other/w.pth?signature")
+    assert _KeepsEncryption().redirect_request(request, None, 302, "", {}, "https://other/w.pth") is not None
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/weights.pth", "https://nowhere.invalid/weights.pth"])
 def test_no_server_at_all(address):
     with pytest.raises(CheckpointError, match=r"failed 5 times \(last: .*\); nothing was received\.$"):
@@ -262,8 +287,8 @@ def test_several_at_once_download_once(server):
 
 def test_signatures_and_passwords_in_addresses_stay_out_of_messages(server):
     address = server.address.replace("http://", "http://me:secret@") + "?X-Amz-Signature=secret"
-    server.status = [403]
-    with pytest.raises(CheckpointError, match=r"http://127.0.0.1:\d+/some/weights.pth cannot .* 403") as caught:
+    server.status = [403, 403]
+    with pytest.raises(CheckpointError, match=r"http://127.0.0.1:\d+/some/weights.pth\?\*{3} cannot .* 403") as caught:
         local_file(address.replace("me:secret@", ""))
     assert "secret" not in str(caught.value)
     with pytest.raises(CheckpointError) as caught:

@@ -17,6 +17,7 @@ from dino_lightning.export.package_code import package_files, serving_code
 from dino_lightning.floor_plans import write_rooms_dataset
 from dino_lightning.floor_plans.dataset import draw_plan
 from dino_lightning.training.initial_weights import start
+from dino_lightning.training.optim import groups_of
 from dino_lightning.weights import shipped
 from dino_lightning.weights.loading import load_initial_weights
 from dino_lightning.weights.reading import read_checkpoint
@@ -104,7 +105,7 @@ def test_rooms_alone_start_from_them(tiny, names, taken):
     else:
         start(module.model, module.hparams, num_images=0)
     after = module.model.decoder.class_head.weight
-    (optimizer_rate,) = {group["lr"] for group in module._parameter_groups()}
+    (optimizer_rate,) = {group["lr"] for group in groups_of(module.model, module.hparams)}
     assert optimizer_rate == pytest.approx(1e-4 if taken else 4e-4)
     room = tiny.model.decoder.class_head.weight[0]
     assert torch.equal(after[0], before[0])  # there is no door in them

@@ -1,0 +1,334 @@
+"""The folder of a run is its own: a name that no other run has, a lock while it goes on, nothing replaced unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_lightning.callbacks.rank_watchdog import FIRST_PROCESS
+from dino_lightning.cli.checkpoints import RUNS
+from dino_lightning.console import is_first_process, say
+from dino_lightning.errors import UsageError
+from dino_lightning.files import locked
+
+RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes that Lightning starts their run's folder
+ONLY_ON_COMMAND_LINE = ("run_dir", "overwrite")  # they are needed before a configuration file is read
+LOCK = ".run.lock"
+CONFIG = "config.yaml"
+CONFIG_HEADER = "# lightning.pytorch=="  # how Lightning's parser begins the file
+EVALUATIONS = ("validate", "test")
+ONLY_IN_EVALUATION = "verbose"  # a key that the configuration of a training does not have
+# What a run writes, as patterns below its folder; each evaluation has a folder of the same kind within it.
+OF_A_RUN = (
+    CONFIG, "run.json", "metrics.csv", "hparams.yaml", "learning_curves.png", "detections.png",
+    *(f"tmp-*.{suffix}-????????.{suffix}" for suffix in ("yaml", "json", "csv", "png")),  # of `atomic_write`
+    "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml",
+    "report/index.html", "report/report.json", "report/per_class.csv", "report/per_image.csv",
+    "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/metrics.csv",
+    "checkpoints/tmp-*.ckpt-????????.ckpt", "checkpoints/tmp-*.csv-????????.csv", "non_finite/*",
+)  # fmt: skip
+# What makes an evaluation the same as another: its results may replace the other's.
+EVALUATED = ("root", "val_annotations", "val_images", "test_annotations", "test_images", "val_fraction", "seed")
+
+_names_agreed_on = itertools.count()
+
+
+def new_folder() -> Path:
+    """A folder in `RUNS` named by the time, made at once so that no other run has it; one for all processes of a job.
+
+    The processes that torchrun starts learn it from the first one. Others than the first write nothing, so under
+    another launcher it does no harm that theirs may be named a second later.
+    """
+    key = f"dino_lightning/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_names_agreed_on)}"
+    store = _store_of_torchrun()
+    if not is_first_process():
+        return RUNS / _now() if store is None else Path(store.get(key).decode())
+    name = _now()
+    for number in itertools.count(1):
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        break
+    if store is not None:
+        store.set(key, str(folder))
+    return folder
+
+
+def shared_run_dir() -> Path | None:
+    """The folder that the first process of this run chose, in the processes that Lightning started for it."""
+    shared = os.environ.get(RUN_DIR_VARIABLE)
+    return Path(shared) if shared and "LOCAL_RANK" in os.environ else None
+
+
+@contextlib.contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Tell the folder, and who has started them, to the processes that are started inside."""
+    told = {RUN_DIR_VARIABLE: str(folder), FIRST_PROCESS: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a folder that `new_folder` has made, if nothing was put there: the start has failed."""
+    if _writes() and folder.parent == RUNS:
+        _remove_if_empty(folder)
+        _remove_if_empty(RUNS)
+
+
+def take_overwrite(args: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether `--overwrite` is given, alone or with true or false, and the arguments without it.
+
+    Raises:
+        UsageError: it has another value.
+    """
+    given, rest, left = False, [], list(args)
+    while left:
+        arg = left.pop(0)
+        name, equals, value = arg.partition("=")
+        if name != "--overwrite":
+            rest.append(arg)
+            continue
+        if not equals:
+            value = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"--overwrite {value}: this must be true or false.")
+        given = value.lower() == "true"
+    return given, rest
+
+
+def hold(folder: Path, checkpoint: str | None, held: ExitStack, *, overwrite: bool) -> None:
+    """Refuse a folder that a training must not have, and lock it until `held` is closed. On the first process only.
+
+    Nothing is changed in it but the lock; when `held` is closed, a folder that was made here and is empty is removed.
+
+    Args:
+        folder: for the run.
+        checkpoint: the one that is resumed.
+        held: closed when the run ends.
+        overwrite: the run that the folder holds may be removed; `clear` does it.
+
+    Raises:
+        UsageError: another run's results are there, or files that no run wrote; or it goes on there; or the folder
+            cannot be written.
+    """
+    if not _writes():
+        return
+    if overwrite and resumes_in(folder, checkpoint):
+        raise UsageError(f"--overwrite would remove {checkpoint}, which --ckpt_path resumes: leave out one of the two.")
+    if not (folder / LOCK).exists():  # else the run may be going on, which says more
+        _refuse(folder, checkpoint, overwrite=overwrite)
+    if not _lock(folder, held):
+        raise UsageError(f"{folder}: a run goes on there now; wait for its end, or give another --run_dir.")
+    _refuse(folder, checkpoint, overwrite=overwrite)
+
+
+def resumes_in(folder: Path, checkpoint: str | None) -> bool:
+    """Whether a checkpoint is one of the run in this folder."""
+    if checkpoint is None:
+        return False
+    paths = (Path(checkpoint).absolute(), Path(checkpoint).resolve())
+    return any(place in path.parents for place in (folder.absolute(), folder.resolve()) for path in paths)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left, or a start that failed: the files that a run writes, and no others."""
+    if not _writes():
+        return
+    for part in [*filter(_is_ours, _evaluations(folder)), folder]:
+        for path in _left_by_a_run(part):
+            path.unlink(missing_ok=True)
+        for name in ("tensorboard", "report", "checkpoints", "non_finite", ""):
+            _remove_if_empty(part / name)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def evaluation_folder(folder: Path, command: str) -> Path:
+    """Where `validate` and `test` write: not among the results of a training, which they would replace."""
+    trained = (folder / "run.json").is_file() or any(folder.glob("checkpoints/*.ckpt"))
+    stored = _stored(folder)
+    return folder / command if trained or (stored is not None and ONLY_IN_EVALUATION not in stored) else folder
+
+
+def hold_evaluation(folder: Path, options: Mapping[str, Any], held: ExitStack) -> Path:
+    """The folder for an evaluation, locked until `held` is closed; with a number if it holds another's results.
+
+    Args:
+        folder: where it would be written.
+        options: of the evaluation, as parsed; it replaces results of the same checkpoint on the same data.
+        held: closed when the evaluation ends.
+
+    Raises:
+        UsageError: the folder holds files that no evaluation wrote, or cannot be written.
+    """
+    if not _writes():
+        return folder
+    for number in itertools.count(1):
+        chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        _refuse_strangers(chosen)
+        before = _evaluated(chosen)
+        if before in (None, _identity(options)) and _lock(chosen, held):
+            if number > 1:
+                say(f"{folder} holds the results of another checkpoint or dataset; these go to {chosen}.\n")
+            return chosen
+    raise AssertionError("numbers do not end")
+
+
+def _refuse(folder: Path, checkpoint: str | None, *, overwrite: bool) -> None:
+    """Refuse what must not be lost.
+
+    Raises:
+        UsageError: there is such a thing.
+    """
+    if resumes_in(folder, checkpoint):
+        return
+    _refuse_strangers(folder)
+    results = _results(folder)
+    if results and not overwrite:
+        resume = "" if checkpoint or results[0].suffix != ".ckpt" else f"resume it with --ckpt_path {folder}, "
+        raise UsageError(
+            f"{folder} holds the results of another run ({results[0].relative_to(folder)}): {resume}give another "
+            "--run_dir, or --overwrite to remove them and start anew."
+        )
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse to replace files that have the names of a run's, where no run was.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give a folder as --run_dir.")
+    left = [path for path in _left_by_a_run(folder) if not path.name.startswith("tmp-")]
+    if left and not _is_ours(folder):
+        raise UsageError(
+            f"{folder} holds a {left[0].relative_to(folder)} that no run wrote; give another --run_dir, or move the "
+            "file away."
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run wrote what lies in a folder: its configuration says so, or else its record."""
+    try:
+        return (folder / CONFIG).read_text(encoding="utf-8").startswith(CONFIG_HEADER)
+    except FileNotFoundError:
+        return _is_record(folder / "run.json")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        return "starts" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _results(folder: Path) -> list[Path]:
+    """What would be lost: checkpoints; metrics alone only of a run that was to save none, which has no run.json."""
+    saved = [path for path in sorted(folder.glob("checkpoints/*.ckpt")) if not path.name.startswith("tmp")]
+    metrics = folder / "metrics.csv"
+    if metrics.is_file() and metrics.stat().st_size and not (folder / "run.json").is_file():
+        saved.append(metrics)
+    return saved + [path for part in _evaluations(folder) for path in part.glob("report/report.json")]
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    """The folders of evaluations in that of a run."""
+    return [part for name in EVALUATIONS for part in (*folder.glob(name), *folder.glob(f"{name}-[0-9]*"))]
+
+
+def _left_by_a_run(folder: Path) -> list[Path]:
+    return [path for pattern in OF_A_RUN for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _evaluated(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder are of; None if there are none."""
+    try:
+        return _identity(_stored(folder) or {})
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The configuration of what ran in a folder."""
+    try:
+        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return stored if isinstance(stored, dict) else None
+
+
+def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checkpoint (or weights) and data of an evaluation."""
+    checkpoint = options.get("ckpt_path")
+    data = {name: options["data"].get(name) for name in EVALUATED}
+    weights = None if checkpoint else options["model"].get("weights")
+    return {
+        **data,
+        "root": os.path.realpath(data["root"]),
+        "checkpoint": os.path.realpath(checkpoint) if checkpoint else None,
+        "weights": weights,
+    }
+
+
+def _lock(folder: Path, held: ExitStack) -> bool:
+    """Hold a folder; when `held` is closed, it is removed if nothing was put there that was not there before."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with ExitStack() as kept:
+        for place in reversed(made):
+            kept.callback(_remove_if_empty, place)
+        try:
+            free = kept.enter_context(locked(folder / LOCK, remove=True))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        if free:
+            held.push(kept.pop_all())
+    return free
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"{folder}: cannot be written ({error.strerror or error}).")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _writes() -> bool:
+    """Whether this process writes the results of its job."""
+    return is_first_process() and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _now() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _store_of_torchrun() -> Any:
+    """What the processes started by torchrun share, also over several hosts; None where torchrun has none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)

@@ -1,0 +1,47 @@
+"""Ranges of the numbers that `DINOModule` takes, and of those that it hands on to the detector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MOST_LEVELS = 8  # of features; the last has a 1,024th of the side of the image
+AT_LEAST_0 = (
+    "lr", "backbone_lr", "weight_decay", "clip_grad_norm", "max_non_finite_steps", "warmup_steps", "class_loss_weight",
+    "box_noise_scale", "num_encoder_layers", "num_denoising",
+)  # fmt: skip
+AT_LEAST_1 = (
+    "max_detections", "hidden_dim", "num_heads", "num_points", "ffn_dim", "num_decoder_layers", "num_queries",
+    "num_feature_levels", "denoising_multiple", "query_groups",
+)  # fmt: skip
+ABOVE_0 = ("rooms_lr_factor", "backbone_layer_decay", "position_temperature")
+SHARES = ("label_noise_ratio", "dropout")
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range; options that are absent or None are left to their defaults.
+
+    Args:
+        options: arguments of `DINOModule` and `DINO`, by name.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    ranges = {
+        **dict.fromkeys(AT_LEAST_0, (0.0, math.inf, "must be at least 0")),
+        **dict.fromkeys(AT_LEAST_1, (1.0, math.inf, "must be at least 1")),
+        **dict.fromkeys(ABOVE_0, (math.ulp(0.0), math.inf, "must be more than 0")),
+        **dict.fromkeys(SHARES, (0.0, 1.0, "must lie between 0 and 1")),
+        "num_feature_levels": (1, MOST_LEVELS, f"must be from 1 to {MOST_LEVELS}"),
+        "lr_drop_factor": (math.ulp(0.0), 1.0, "must be more than 0 and at most 1"),
+        "box_epsilon": (math.ulp(0.0), 0.5, "must be more than 0 and at most 0.5"),
+        "position_offset": (-math.inf, math.inf, "must be a number"),
+    }
+    for name, (low, high, words) in ranges.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it {words}{'' if math.isfinite(value) else ' and finite'}.")
+    for epoch in options.get("lr_drop_epochs") or ():
+        if epoch < 1:
+            raise ValueError(f"lr_drop_epochs names epoch {epoch}; the first that the rate can drop after is 1.")
