@@ -2,7 +2,10 @@
 
 Request: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}.
 Response: JSON, for each image its size and its detections with name, original category id, score and bbox (x, y, width,
-height in pixels). This file is shipped in `code/` of the model directory, beside the package.
+height in pixels). A request that cannot be answered gets status 400 (413 too large, 415 and 406 a type that is not
+supported) and {"error": "one sentence"}. The limits are environment variables of the container, see `Limits`.
+
+This file is shipped in `code/` of the model directory, beside the package.
 """
 
 from __future__ import annotations
@@ -11,7 +14,11 @@ import base64
 import binascii
 import io
 import json
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +26,67 @@ import torch
 from torch import Tensor
 
 from dino_lightning import Detections, Detector, load_detector
-from dino_lightning.data.images import decode_image
+from dino_lightning.data.images import decode_image, open_image
+from dino_lightning.errors import DataError
 
 JSON = "application/json"
 IMAGES = ("image/jpeg", "image/png", "image/webp", "image/tiff", "application/x-image", "application/octet-stream")
+# Pillow knows more, some of them (EPS) by starting other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+KEYS = ("images", "threshold")
+LIMIT_PREFIX = "DINO_LIGHTNING_"
+BAD_REQUEST, NOT_ACCEPTABLE, TOO_LARGE, UNSUPPORTED_TYPE = 400, 406, 413, 415
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for; each is read from the environment, as `DINO_LIGHTNING_MAX_PIXELS=...`.
+
+    Attributes:
+        max_bytes: of a request as it arrives; by default 25 MiB, the most that a real-time endpoint lets through.
+        max_images: in a request.
+        max_pixels: of all images of a request together, known from their headers before one is decoded; by default an
+            A0 sheet at 200 dpi. Decoding takes up to 22 bytes of memory for each.
+        max_json_depth: how deep lists and objects of JSON may be nested.
+    """
+
+    max_bytes: int = 25 * 1024 * 1024
+    max_images: int = 16
+    max_pixels: int = 64_000_000
+    max_json_depth: int = 8
+
+    @classmethod
+    def from_environment(cls) -> Limits:
+        """Those that the environment gives, otherwise the defaults.
+
+        Raises:
+            ValueError: a variable is no whole number of at least 1.
+        """
+        given = {}
+        for field in fields(cls):
+            name = LIMIT_PREFIX + field.name.upper()
+            text = os.environ.get(name)
+            if text is None:
+                continue
+            if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
+                raise ValueError(f"The environment variable {name} is {text!r}; it must be a whole number from 1 on.")
+            given[field.name] = int(text)
+        return cls(**given)
+
+
+@cache
+def limits() -> Limits:
+    """The limits of this process, read once."""
+    return Limits.from_environment()
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered: one sentence for the client, and the HTTP status that goes with it."""
+
+    def __init__(self, message: str, status: int = BAD_REQUEST) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -34,56 +98,164 @@ class Request:
 
 
 def model_fn(model_dir: str) -> Detector:
-    """Load the model, on the GPU where there is one."""
+    """Load the model, on the GPU where there is one.
+
+    Raises:
+        ValueError: a limit in the environment is no number, so that the endpoint does not start.
+    """
+    limits()
     return load_detector(Path(model_dir) / "model.ckpt", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def input_fn(body: bytes | bytearray | str, content_type: str) -> Request:
+def input_fn(body: bytes | bytearray | str, content_type: str) -> Request | RequestError:
+    """Decode a request.
+
+    What is wrong with it is returned, not raised, and passed on to `output_fn`: the toolkit answers an exception of its
+    own with a traceback, and any other with status 500.
+    """
+    try:
+        return parse_request(body, content_type)
+    except RequestError as error:
+        return error
+
+
+def parse_request(body: bytes | bytearray | str, content_type: str) -> Request:
     """Decode a request.
 
     Raises:
-        ValueError: unknown content type, JSON without images, or an image that cannot be decoded.
+        RequestError: unknown content type, bad JSON, an image that cannot be decoded, or more than `limits` allow.
     """
-    kind = content_type.partition(";")[0].strip().lower()
-    raw = body.encode() if isinstance(body, str) else bytes(body)
+    if len(body) > limits().max_bytes:
+        raise _too_large(f"The request has {len(body):,} bytes", "max_bytes")
+    kind = (content_type or "").partition(";")[0].strip().lower()
     if kind in IMAGES:
-        return Request([_decoded(raw, "the image")])
+        return Request(_decoded([body.encode() if isinstance(body, str) else bytes(body)], ["The image"]))
     if kind != JSON:
-        raise ValueError(f"Content type {content_type!r} is not supported; send {JSON} or one of {', '.join(IMAGES)}.")
-    content = json.loads(raw)
+        raise RequestError(
+            f"Content type {content_type!r} is not supported; send {JSON} or one of {', '.join(IMAGES)}.",
+            UNSUPPORTED_TYPE,
+        )
+    content = _parsed(body)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError('JSON must look like {"images": ["<base64>", ...], "threshold": 0.5}.')
-    images = []
-    for position, encoded in enumerate(content["images"]):
-        try:
-            images.append(_decoded(base64.b64decode(encoded, validate=True), f"image {position}"))
-        except (binascii.Error, TypeError, ValueError) as error:
-            raise ValueError(f"Image {position} is not a base64-encoded image ({error}).") from error
+        raise RequestError('JSON must look like {"images": ["<base64>", ...], "threshold": 0.5}.')
+    if unknown := sorted(set(content) - set(KEYS)):
+        raise RequestError(f"There is no key {unknown[0][:50]!r} in a request; there are {' and '.join(KEYS)}.")
     threshold = content.get("threshold")
-    if threshold is not None and not isinstance(threshold, int | float):
-        raise ValueError(f"threshold is {threshold!r}; it must be a number from 0 to 1.")
-    return Request(images, threshold)
+    if threshold is not None and not (type(threshold) in (int, float) and 0 <= threshold <= 1):
+        raise RequestError(f"threshold is {repr(threshold)[:50]}; it must be a number from 0 to 1.")
+    encoded = content["images"]
+    if len(encoded) > limits().max_images:
+        raise _too_large(f"The request has {len(encoded):,} images", "max_images")
+    names = [f"Image {position}" for position in range(len(encoded))]
+    return Request(_decoded([_bytes(*each) for each in zip(encoded, names, strict=True)], names), threshold)
 
 
-def predict_fn(request: Request, model: Detector) -> list[dict[str, Any]]:
+def predict_fn(request: Request | RequestError, model: Detector) -> list[dict[str, Any]] | RequestError:
     """Run the detector; returns for each image its width, height and detections."""
+    if isinstance(request, RequestError):
+        return request
     found = model.detect(request.images, threshold=request.threshold)
     return [_described(image, detections) for image, detections in zip(request.images, found, strict=True)]
 
 
-def output_fn(predictions: list[dict[str, Any]], accept: str) -> str:
+def output_fn(predictions: list[dict[str, Any]] | RequestError, accept: str, context: Any = None) -> tuple[str, str]:
     """Encode the response as JSON, the only format supported.
 
-    Raises:
-        ValueError: `accept` does not allow JSON.
+    Args:
+        predictions: of `predict_fn`, or what was wrong with the request.
+        accept: the content types that the client wants.
+        context: that of the model server, which takes the HTTP status.
+
+    Returns:
+        The response and its content type.
     """
-    if not any(kind in accept for kind in (JSON, "*/*", "application/*")):
-        raise ValueError(f"The response is {JSON}, not {accept!r}; change the Accept header.")
-    return json.dumps({"predictions": predictions})
+    error = predictions if isinstance(predictions, RequestError) else None
+    if error is None and not any(kind in (accept or "*/*") for kind in (JSON, "*/*", "application/*")):
+        error = RequestError(f"The response is {JSON}, not {accept!r}; change the Accept header.", NOT_ACCEPTABLE)
+    if error is None:
+        return json.dumps({"predictions": predictions}), JSON
+    answer = json.dumps({"error": str(error)})
+    if context is None:  # a server that gives none: the status travels in an exception, and a traceback with it
+        raise _exception(error, answer) from error
+    context.set_response_status(error.status, "Bad Request")
+    return answer, JSON
 
 
-def _decoded(raw: bytes, name: str) -> Tensor:
-    return decode_image(io.BytesIO(raw), name)
+def _exception(error: RequestError, answer: str) -> Exception:
+    """What the toolkit turns into an answer with a status; without the toolkit, the error itself."""
+    try:
+        from sagemaker_inference.errors import GenericInferenceToolkitError
+    except ImportError:
+        return error
+    toolkits: Exception = GenericInferenceToolkitError(error.status, answer, "Bad Request")
+    return toolkits
+
+
+def _too_large(what: str, limit: str) -> RequestError:
+    most = getattr(limits(), limit)
+    return RequestError(f"{what}; the limit, {LIMIT_PREFIX}{limit.upper()}, is {most:,}.", TOO_LARGE)
+
+
+def _parsed(body: bytes | bytearray | str) -> Any:
+    """JSON text as Python objects."""
+    try:
+        text = body if isinstance(body, str) else body.decode()
+        _check_depth(text)
+        return json.loads(text, parse_constant=_no_number)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"The request is not valid JSON ({error}).") from error
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        character = text[found.start()]
+        depth += (character in "[{") - (character in "]}")
+        if depth > limits().max_json_depth:
+            raise _too_large(f"The lists and objects of the JSON are nested {depth} deep or more", "max_json_depth")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _bytes(encoded: Any, name: str) -> bytes:
+    """The content of a base64-encoded file."""
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise RequestError(f"{name} is not a base64-encoded image ({error}).") from error
+
+
+def _decoded(contents: Sequence[bytes], names: Sequence[str]) -> list[Tensor]:
+    """Image files as tensors, after a look at all their headers."""
+    pixels = 0
+    for content, name in zip(contents, names, strict=True):
+        image_format, count = _header(content, name)
+        if image_format not in FORMATS:
+            raise RequestError(f"{name} is a file of type {image_format}; send one of {', '.join(FORMATS)}.")
+        pixels += count
+        if pixels > limits().max_pixels:
+            what = f"{name} has" if pixels == count else f"{names[0]} to {name.lower()} have"
+            raise _too_large(f"{what} {pixels:,} pixels", "max_pixels")
+    try:
+        return [decode_image(io.BytesIO(content), name) for content, name in zip(contents, names, strict=True)]
+    except DataError as error:
+        raise RequestError(str(error)) from error
+
+
+def _header(content: bytes, name: str) -> tuple[str | None, int]:
+    """The format of an image file and how many pixels it says to have."""
+    try:
+        with open_image(io.BytesIO(content)) as image:
+            return image.format, image.width * image.height
+    except MemoryError:
+        raise
+    except Exception as error:  # as many kinds as there are decoders
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise RequestError(f"{name} is not an image that can be read{reason}.") from error
 
 
 def _described(image: Tensor, detections: Detections) -> dict[str, Any]:

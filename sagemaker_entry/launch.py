@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dino_lightning.cli.command import CommandParser, no_such_option, run_command
 from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
     from sagemaker_entry.laptop.account import Account
-    from sagemaker_entry.laptop.start import LaunchOptions
+    from sagemaker_entry.laptop.launch_options import LaunchOptions
     from sagemaker_entry.laptop.training_config import Training
 
 COMMANDS = {
@@ -49,19 +50,25 @@ def main(args: Sequence[str]) -> int:
 def _launch(args: Sequence[str]) -> int:
     parser = _launch_parser()
     options, extra = parser.parse_known_args(args)
+    for name in ("max_cost", "max_run_hours", "max_wait_hours"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0 and finite.")
     for argument in extra:
         if not argument.startswith(PASSED_ON):
             hint = no_such_option(argument, parser.option_names())
             parser.error(f"{hint} Options of fit begin with {', '.join(PASSED_ON)}.")
         if "=" not in argument:
             parser.error(f"Write {argument}=VALUE, in one word.")
+    from sagemaker_entry.laptop.launch_options import LaunchOptions
     from sagemaker_entry.laptop.training_config import check_training
 
+    wanted = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
     training = check_training(options.config, options.data, extra)
     print(f"{training.data.summary()}\n\n{training.data.class_table()}\n", flush=True)
     if options.local:
         return _run_locally(options, training)
-    return _run_on_sagemaker(options, training)
+    return _run_on_sagemaker(options, wanted, training)
 
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
@@ -84,11 +91,10 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     return code
 
 
-def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
+def _run_on_sagemaker(options: argparse.Namespace, wanted: LaunchOptions, training: Training) -> int:
     _need("boto3", "sagemaker")
     from sagemaker_entry.laptop.start import (
         PREFIX,
-        LaunchOptions,
         bucket_name,
         make_plan,
         planned_job,
@@ -97,18 +103,20 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     )
     from sagemaker_entry.laptop.submit import as_request
 
-    wanted = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
     account = _account(wanted, needed=not options.dry_run)
     plan = make_plan(wanted, training, account)
     print(plan.table(), flush=True)
     if account is None or options.dry_run:
+        role = wanted.role or "<role>"
+        if account is not None:
+            role = _tried(run_preflight, wanted, plan, account) or role
         bucket = bucket_name(wanted, account.id if account else "<account>", account.region if account else "<region>")
         place = f"s3://{bucket}/{PREFIX}"
         spec = planned_job(
             wanted,
             training,
             plan,
-            role=wanted.role or "<role>",
+            role=role,
             run="<run>",
             dataset=f"{place}/datasets/<content>/",
             code=f"{place}/code/<content>/source.tar.gz",
@@ -119,10 +127,8 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
             f"Dry run: nothing was uploaded or started. The request would be:\n{json.dumps(as_request(spec), indent=2)}"
         )
         return 0
-    role = run_preflight(wanted, plan, account, _warn)
-    print(
-        f"Account {account.id}, {account.region}: credentials, role, bucket, quota and image are in order.", flush=True
-    )
+    role, found = run_preflight(wanted, plan, account)
+    _show_checks(found)
     if not options.yes and not _agreed(f"Upload and start, for ${plan.limits.max_cost:,.2f} at most?"):
         print("Nothing was uploaded or started.")
         return 1
@@ -135,17 +141,37 @@ def _run_on_sagemaker(options: argparse.Namespace, training: Training) -> int:
     return _attach(account, job)
 
 
+def _tried(check: Callable[..., tuple[str, dict[str, str]]], *arguments: Any) -> str | None:
+    """The checks of a dry run: a launch that would be refused is said and is no failure; returns the role's ARN."""
+    try:
+        role, found = check(*arguments)
+    except Problem as problem:
+        print(f"A launch would be refused now: {problem}\n", flush=True)
+        return None
+    _show_checks(found)
+    return role
+
+
+def _show_checks(found: dict[str, str]) -> None:
+    lines = [f"  {name:<8} {what}" for name, what in found.items()]
+    print("\n".join(["Checked before the upload", *lines, ""]), flush=True)
+
+
 def _account(wanted: LaunchOptions, *, needed: bool) -> Account | None:
-    """The account; None for a dry run of somebody who has no credentials yet."""
-    from sagemaker_entry.laptop.account import Account, NoAccount
+    """The account; None for a dry run of somebody who has no credentials yet, or whom AWS does not answer."""
+    from sagemaker_entry.laptop.account import Account, NoAccount, Unreachable
 
     try:
         account = Account(wanted.region, wanted.profile)
         _ = account.id
-    except NoAccount as problem:
+    except (NoAccount, Unreachable) as problem:
         if needed:
             raise
-        print(f"Planned without an account, with prices from the table. ({problem})\n", flush=True)
+        print(
+            f"Planned without an account: prices are from the table; role, bucket, quota and image are not looked at. "
+            f"({problem})\n",
+            flush=True,
+        )
         return None
     return account
 
@@ -200,10 +226,6 @@ def _agreed(question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def _launch_parser() -> CommandParser:
     commands = "\n".join(f"  {COMMAND} {name} JOB{'':<{8 - len(name)}} {text}" for name, text in COMMANDS.items())
     parser = CommandParser(
@@ -223,7 +245,10 @@ def _launch_parser() -> CommandParser:
     where.add_argument(
         "--spot", action="store_true", help="spot instances: 30 to 60 %% of the price, with interruptions"
     )
-    where.add_argument("--image", help="container image; by default AWS's PyTorch training image")
+    where.add_argument("--image", help="container image in ECR; by default AWS's PyTorch training image")
+    where.add_argument(
+        "--torch", help="PyTorch version of AWS's image: 2.8 (CUDA 12), 2.10 (default), 2.11, 2.12, 2.13"
+    )
     money = parser.add_argument_group("limits")
     money.add_argument("--max-cost", type=float, metavar="DOLLARS", help="stop the job before it costs more, on demand")
     money.add_argument(
@@ -235,6 +260,7 @@ def _launch_parser() -> CommandParser:
     account.add_argument("--bucket", help="default sagemaker-REGION-ACCOUNT; made if it does not exist")
     account.add_argument("--subnets", type=_names, default=(), help="of a VPC, with commas between")
     account.add_argument("--security-groups", type=_names, default=(), help="of a VPC, with commas between")
+    account.add_argument("--kms-key", help="id or ARN of the KMS key that encrypts bucket and disks")
     parser.add_argument("--dry-run", action="store_true", help="show plan and request; upload and start nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask before starting")
     parser.add_argument("--detach", action="store_true", help="do not follow the job")

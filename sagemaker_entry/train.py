@@ -37,6 +37,7 @@ from sagemaker_entry.protocol.progress import PREFIX
 STOPPED = 143  # exit code of a process terminated by SIGTERM
 SECONDS_TO_SAVE = 100.0  # SageMaker sends SIGKILL 120 seconds after SIGTERM
 MASTER_PORT = 7777
+SECONDS_TO_MEET = 900.0  # for all training processes to start and find each other
 # Variables of another launcher, which would give the training processes a wrong rank.
 STRAY = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -141,7 +142,7 @@ def _run(
         )
         install(Path.cwd(), run=lambda command: _run_child(command, stop))
         job = read_job(environment, arguments)
-        processes = _processes(environment, job)
+        processes = _processes(environment, job, environ)
         stop.check()
         data = data_options(environment, scratch)
         stop.check()
@@ -159,8 +160,8 @@ def _run(
     return STOPPED if outcome.stopped else 0
 
 
-def _processes(environment: Environment, job: Job) -> int:
-    """The number of training processes on this host: one for each GPU, or one on the CPU.
+def _processes(environment: Environment, job: Job, environ: Mapping[str, str]) -> int:
+    """The number of training processes on this host: one for each GPU; on a CPU one, or `DINO_CPU_PROCESSES`.
 
     Raises:
         Problem: fewer GPUs, or another number of hosts, than planned.
@@ -178,7 +179,9 @@ def _processes(environment: Environment, job: Job) -> int:
             "driver may be too old for the image's CUDA; choose another --image or instance type."
         )
     say(f"{found} GPUs on each of {len(environment.hosts)} hosts" if found else "no GPU: training on the CPU")
-    return max(1, planned if job.gpus_per_host else found)
+    if not found:
+        return int(_positive(environ, "DINO_CPU_PROCESSES", 1))
+    return planned if job.gpus_per_host else found
 
 
 def _train(
@@ -191,6 +194,7 @@ def _train(
     scratch: Path,
     peers: Any,
 ) -> Outcome:
+    patience = _positive(environ, "DINO_SECONDS_TO_MEET", SECONDS_TO_MEET)
     resume = (environment.checkpoint_dir / LAST).is_file()
     if resume:
         say(f"resuming from the checkpoint in {environment.checkpoint_dir}")
@@ -211,6 +215,7 @@ def _train(
     command += ["--max_restarts=0", "-m", "sagemaker_entry.container.worker", str(settings_file)]
     # In its own session, so that Ctrl-C in a terminal reaches this process alone.
     child = subprocess.Popen(command, env=child_environment(environ, environment), start_new_session=True)
+    started = time.monotonic()
     remote: Failure | None = None
     while child.poll() is None:
         time.sleep(0.2)
@@ -224,6 +229,9 @@ def _train(
         if remote is not None:
             say("another host failed; stopping this one")
             _kill(child)
+        elif not settings.met.exists() and time.monotonic() - started > patience:
+            _kill(child)
+            return Outcome(failure=_never_met(environment, processes, patience))
     if settings.saved.exists():
         say(f"checkpoint of step {settings.saved.read_text()} saved; stopped on request")
         return Outcome(stopped=True)
@@ -238,9 +246,47 @@ def _train(
     return Outcome(failure=cause)
 
 
+def _positive(environ: Mapping[str, str], name: str, default: float) -> float:
+    """The number in an environment variable.
+
+    Raises:
+        Problem: it is no number of at least 1.
+    """
+    text = environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise Problem(f"{name} is {text!r}; it must be a number of at least 1.")
+    return value
+
+
+def _never_met(environment: Environment, processes: int, seconds: float) -> Failure:
+    hosts = len(environment.hosts)
+    on = f"{hosts} hosts with {processes} processes each" if hosts > 1 else f"{processes} processes on one host"
+    advice = " In a VPC, the security group must allow all traffic between its own members." if hosts > 1 else ""
+    return Failure(
+        f"Training did not begin within {seconds:.0f} seconds: {on} read the data and wait for each other.{advice} "
+        "If reading the dataset takes that long, set DINO_SECONDS_TO_MEET in the job's environment.",
+        host=environment.current_host,
+    )
+
+
 def _rendezvous(environment: Environment, processes: int) -> list[str]:
+    """Options of torchrun for where the processes meet.
+
+    On one host at the loopback address: `--standalone` would take the host's own name, which on SageMaker is "aws" and
+    does not resolve where our entry point replaces the image's own, and then waits for ever.
+    """
     if len(environment.hosts) == 1:
-        return ["--standalone", f"--nproc_per_node={processes}"]
+        return [
+            "--nnodes=1",
+            "--node_rank=0",
+            f"--nproc_per_node={processes}",
+            "--master_addr=127.0.0.1",
+            f"--master_port={_free_port()}",
+        ]
     return [
         f"--nnodes={len(environment.hosts)}",
         f"--node_rank={environment.rank}",
@@ -250,10 +296,20 @@ def _rendezvous(environment: Environment, processes: int) -> list[str]:
     ]
 
 
+def _free_port() -> int:
+    """A port of the loopback address that nothing listens on: several jobs may run on a laptop at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def child_environment(environ: Mapping[str, str], environment: Environment) -> dict[str, str]:
     """The environment variables of the training processes, without those that would give them a wrong rank."""
     kept = {k: v for k, v in environ.items() if k not in STRAY and not k.startswith(STRAY_PREFIXES)}
     interface = environment.network_interface
+    if len(environment.hosts) > 1:
+        kept["NCCL_HOSTID"] = environment.current_host  # by their host names, all "aws", NCCL may take them for one
     if len(environment.hosts) > 1 and interface in (name for _, name in socket.if_nameindex()):
         kept |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     kept["PYTHONUNBUFFERED"] = "1"

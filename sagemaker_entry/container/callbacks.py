@@ -21,10 +21,11 @@ class SameStart(lightning.Callback):
 
     Args:
         checkpoint: the one to resume from, if it exists.
+        met: a file to make once all processes have found each other.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, met: Path) -> None:
+        self.checkpoint, self.met = checkpoint, met
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Compare the checkpoint's size between the processes, before anything is loaded.
@@ -35,6 +36,7 @@ class SameStart(lightning.Callback):
         size = float(self.checkpoint.stat().st_size) if self.checkpoint.is_file() else 0.0
         own = torch.tensor(size, dtype=torch.float64, device=trainer.strategy.root_device)
         largest = float(trainer.strategy.reduce(own.clone(), reduce_op="max"))
+        self.met.touch()
         if size != largest:
             raise Problem(
                 f"This host has {'a smaller' if size else 'no'} checkpoint in {self.checkpoint.parent}, unlike others; "

@@ -38,13 +38,15 @@ def fit_arguments(settings: WorkerSettings) -> list[str]:
         arguments.append("--trainer.precision=32-true")  # half precision is slower on a CPU
     if settings.resume:
         arguments += ["--ckpt_path", str(Path(settings.run_dir) / LAST)]
+    else:
+        arguments.append("--overwrite=true")  # what a start that was killed before its first checkpoint has left
     return arguments
 
 
 def main(settings_file: str) -> int:
     """Train; returns the exit code. An error is written to a file that the launcher reads."""
     settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
-    callbacks = [SameStart(Path(settings.run_dir) / LAST), ProgressLines()]
+    callbacks = [SameStart(Path(settings.run_dir) / LAST, settings.met), ProgressLines()]
     rank = int(os.environ.get("RANK", 0))
     try:
         execute("fit", fit_arguments(settings), callbacks, stop_flag=settings.flag)

@@ -44,6 +44,11 @@ class WorkerSettings:
         """The file that holds the step of the checkpoint they saved before stopping."""
         return Path(self.scratch) / "saved"
 
+    @property
+    def met(self) -> Path:
+        """The file that tells the launcher that all training processes have found each other."""
+        return Path(self.scratch) / "met"
+
     def to_json(self) -> str:
         """The content of the settings file that the processes read."""
         return json.dumps(asdict(self))

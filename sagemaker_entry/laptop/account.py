@@ -8,14 +8,17 @@ from functools import cached_property
 from typing import Any
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
     EndpointConnectionError,
     NoCredentialsError,
     NoRegionError,
     ProfileNotFound,
+    ReadTimeoutError,
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
@@ -29,6 +32,10 @@ _BAD_KEYS = ("InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClien
 
 class NoAccount(Problem):
     """There are no valid AWS credentials, or no region is set."""
+
+
+class Unreachable(Problem):
+    """AWS does not answer."""
 
 
 class Account:
@@ -69,8 +76,9 @@ class Account:
         Raises:
             Problem: there are no credentials, or AWS does not accept them.
         """
+        quick = Config(connect_timeout=10, read_timeout=20, retries={"mode": "standard", "max_attempts": 2})
         with explained("ask who you are (sts:GetCallerIdentity)"):
-            number: str = self.client("sts").get_caller_identity()["Account"]
+            number: str = self.session.client("sts", config=quick).get_caller_identity()["Account"]
         return number
 
 
@@ -83,30 +91,41 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (NoCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError) as error:
-        raise NoAccount(
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        cause = _behind(error)
+        raise _problem(cause, what) from cause
+
+
+def _behind(error: Exception) -> Exception:
+    """The error of AWS behind one of boto3's transfers, which tells it in its text alone."""
+    behind = error.__cause__ or error.__context__
+    told: bool = isinstance(error, Boto3Error) and isinstance(behind, (ClientError, BotoCoreError))
+    return behind if told and isinstance(behind, Exception) else error
+
+
+def _problem(error: Exception, what: str) -> Problem:
+    """The sentence about an error of AWS or of its SDK."""
+    if isinstance(error, (NoCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError)):
+        return NoAccount(
             "There are no AWS credentials, or they have expired; run `aws configure` or `aws sso login`, or set "
             "AWS_PROFILE."
-        ) from error
-    except NoRegionError as error:
-        raise NoAccount("No AWS region is set; give --region, or set one with `aws configure`.") from error
-    except EndpointConnectionError as error:
-        raise Problem(f"AWS cannot be reached ({error}); check the network and --region.") from error
-    except ClientError as error:
-        code, message = error_code(error), error.response["Error"].get("Message", "")
-        if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
-            raise Problem("The AWS credentials have expired; log in again, e.g. with `aws sso login`.") from error
-        if code in _BAD_KEYS:
-            raise Problem(
-                f"AWS does not accept the credentials ({code}); run `aws configure` or set AWS_PROFILE."
-            ) from error
-        if code in DENIED:
-            raise Problem(
-                f"AWS did not let us {what}: {message or code}; the policy in docs/sagemaker.md allows it."
-            ) from error
-        raise Problem(f"AWS could not {what}: {code}: {message}") from error
-    except BotoCoreError as error:
-        raise Problem(f"AWS could not {what}: {error}") from error
+        )
+    if isinstance(error, NoRegionError):
+        return NoAccount("No AWS region is set; give --region, or set one with `aws configure`.")
+    if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ReadTimeoutError)):
+        return Unreachable(f"AWS cannot be reached ({error}); check the network and --region.")
+    if not isinstance(error, ClientError):
+        return Problem(f"AWS could not {what}: {' '.join(str(error).split())}")
+    code, message = error_code(error), error.response["Error"].get("Message", "")
+    if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
+        return NoAccount("The AWS credentials have expired; log in again, e.g. with `aws sso login`.")
+    if code in _BAD_KEYS:
+        return NoAccount(f"AWS does not accept the credentials ({code}); run `aws configure` or set AWS_PROFILE.")
+    if code.startswith("KMS."):
+        return Problem(f"AWS did not let us {what} with the bucket's encryption key: {code}: {message}")
+    if code in DENIED:
+        return Problem(f"AWS did not let us {what}: {message or code}; the policy in docs/sagemaker.md allows it.")
+    return Problem(f"AWS could not {what}: {code}: {message}")
 
 
 def error_code(error: ClientError) -> str:

@@ -24,8 +24,10 @@ from dino_lightning import CocoDataModule
 from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco_writer import coco_document
 from dino_lightning.data.read_files import read_files
+from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.errors import DataError
 from dino_lightning.files import sha256_of
+from sagemaker_entry.laptop.dataset_checks import check_are_images, check_places, folders_of
 from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
@@ -80,12 +82,13 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
     Annotations that are not one COCO file for each split are written as such for the upload.
 
     Raises:
-        Problem: an image of an annotation file is missing.
+        Problem: an image of an annotation file is missing, is no image, or is a link out of the dataset.
     """
     annotations: dict[str, Path] = {}
     temporary = tempfile.TemporaryDirectory(prefix="annotations-")
     written = _written_as_coco(data, Path(temporary.name))
     members: list[Member] = []
+    listed: list[Path] = []
     named = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
     for split, dataset in named.items():
         if dataset is None:
@@ -94,6 +97,7 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
         if split == "val" and "val" not in data.split_files:  # stored in the training file, and held out of it again
             split = "train"
         annotations[f"{split}/annotations.json"] = written.get(split, source.path)
+        listed.append(source.path)
         for index, image in enumerate(source.images):
             path = source.image_path(index)
             if not path.is_file():
@@ -102,6 +106,9 @@ def read_dataset(data: CocoDataModule) -> LocalDataset:
                 )
             members.append(Member(f"{split}/images/{image.file_name}", path, path.stat().st_size))
     unique = sorted({member.name: member for member in members}.values(), key=lambda member: member.name)
+    folders = folders_of(Path(data.root), [place for files in data.split_files.values() for place in _places(files)])
+    check_places(folders, [*listed, *(member.path for member in unique)])
+    check_are_images([member.path for member in unique])
     groups = list(_groups(unique))
     total = sum(member.size for member in unique)
     bar = tqdm(total=total, desc="checking images", unit="B", unit_scale=True, disable=None, delay=1)
@@ -129,6 +136,11 @@ def write_dataset(dataset: LocalDataset, folder: Path) -> None:
             with path.open("wb") as archive:
                 write_shard(dataset.shards[file.name], archive)
     (folder / MANIFEST).write_text(dataset.manifest.to_json())
+
+
+def _places(files: SplitFiles) -> list[Path]:
+    """The folders of a split's images and annotation files."""
+    return [files.images, files.annotations.parent, *(place for each in files.also for place in _places(each))]
 
 
 def _written_as_coco(data: CocoDataModule, folder: Path) -> dict[str, Path]:

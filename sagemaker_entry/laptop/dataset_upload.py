@@ -6,9 +6,12 @@ last.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,17 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from dino_lightning.files import sha256_of
-from sagemaker_entry.laptop.account import error_code, explained
+from sagemaker_entry.laptop.account import DENIED, error_code, explained
 from sagemaker_entry.laptop.dataset_pack import LocalDataset, content_key, write_shard
 from sagemaker_entry.protocol.manifest import MANIFEST, StoredFile
 from sagemaker_entry.protocol.problem import Problem
 
 THREADS = 4  # shards uploaded at once; the parts of each are sent in parallel as well
-ENCRYPTION = {"ServerSideEncryption": "AES256"}
+AGAIN = "the same command sends the rest."
+
+
+class _Ending(Exception):
+    """The upload ends before its end, after an error or Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,9 @@ class UploadResult:
     bytes_sent: int
 
 
-def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, owner: str) -> UploadResult:
+def upload_dataset(
+    s3: Any, dataset: LocalDataset, bucket: str, prefix: str, owner: str, kms_key: str | None = None
+) -> UploadResult:
     """Upload the files that are not in S3 yet, the manifest last.
 
     Args:
@@ -44,6 +53,7 @@ def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, own
         bucket: the bucket to upload to.
         prefix: the folder of all datasets; this one gets a folder below it.
         owner: the account that must own the bucket.
+        kms_key: id or ARN of the key to encrypt with; None for the keys of S3 itself.
 
     Raises:
         Problem: AWS refused the upload, or a file arrived damaged or changed meanwhile.
@@ -57,55 +67,98 @@ def upload_dataset(s3: Any, dataset: LocalDataset, bucket: str, prefix: str, own
         return UploadResult(uri, 0)
     total = sum(file.size for file in missing)
     with tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=None, delay=1) as progress:
-        lock = threading.Lock()
+        lock, ending = threading.Lock(), threading.Event()
 
         def advance(count: int) -> None:
+            if ending.is_set():
+                raise _Ending  # ends the transfer at its next part, instead of waiting for the whole shard
             with lock:
                 progress.update(count)
 
         def send(file: StoredFile) -> None:
-            _send(s3, dataset, file, bucket, place, owner, advance)
+            _send(s3, dataset, file, bucket, place, _extra(owner, kms_key), advance)
 
         pool = ThreadPoolExecutor(THREADS)
         try:
-            with explained(f"write to {uri} (s3:PutObject)"):
+            with explained_upload(uri):
                 list(pool.map(send, missing))
         finally:
+            ending.set()
             pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C, start no further shard
     manifest = dataset.manifest.to_json().encode()
-    with explained(f"write to {uri} (s3:PutObject)"):
-        s3.put_object(Bucket=bucket, Key=f"{place}/{MANIFEST}", Body=manifest, ExpectedBucketOwner=owner, **ENCRYPTION)
+    with explained_upload(uri):
+        s3.put_object(Bucket=bucket, Key=f"{place}/{MANIFEST}", Body=manifest, **_extra(owner, kms_key))
     return UploadResult(uri, total)
 
 
-def upload_bytes(s3: Any, content: bytes, bucket: str, key: str, owner: str) -> str:
-    """Upload some bytes unless the key exists with this size; returns the address."""
-    with explained(f"write to s3://{bucket}/{key} (s3:PutObject)"):
+@contextmanager
+def explained_upload(uri: str) -> Iterator[None]:
+    """Turn an error of an upload into a sentence, with what a refusal of the bucket may mean and that nothing is lost.
+
+    Raises:
+        Problem: AWS refused, could not be reached, or the credentials expired meanwhile.
+    """
+    try:
+        with explained(f"write to {uri} (s3:PutObject)"):
+            yield
+    except Problem as problem:
+        cause = problem.__cause__
+        if not isinstance(cause, Exception):  # a sentence of our own
+            raise
+        denied = isinstance(cause, ClientError) and error_code(cause) in DENIED
+        hint = " A bucket policy that demands encryption with a KMS key refuses it too: give the key with --kms-key."
+        raise type(problem)(f"{problem}{hint if denied else ''} What was sent is kept: {AGAIN}") from cause
+
+
+def upload_bytes(s3: Any, content: bytes, bucket: str, key: str, owner: str, kms_key: str | None = None) -> str:
+    """Upload some bytes unless the key exists with this size; returns the address. Arguments as `upload_dataset`."""
+    with explained_upload(f"s3://{bucket}/{key}"):
         if _sizes(s3, bucket, key, owner).get(key) != len(content):
-            s3.put_object(
-                Bucket=bucket,
-                Key=key,
-                Body=content,
-                ChecksumAlgorithm="SHA256",
-                ExpectedBucketOwner=owner,
-                **ENCRYPTION,
-            )
+            s3.put_object(Bucket=bucket, Key=key, Body=content, **_extra(owner, kms_key))
     return f"s3://{bucket}/{key}"
 
 
-def upload_file(s3: Any, path: Path, bucket: str, prefix: str, owner: str) -> str:
-    """Upload a file, e.g. initial weights, to a folder named by its content; returns the folder, with a last slash."""
+def upload_file(s3: Any, path: Path, bucket: str, prefix: str, owner: str, kms_key: str | None = None) -> str:
+    """Upload a file, e.g. initial weights, to a folder named by its content; returns the folder, with a last slash.
+
+    Arguments as `upload_dataset`.
+    """
     place = f"{prefix}/{content_key(path)}"
     key = f"{place}/{path.name}"
     size = path.stat().st_size
-    with explained(f"write to s3://{bucket}/{key} (s3:PutObject)"):
+    with explained_upload(f"s3://{bucket}/{key}"):
         if _sizes(s3, bucket, key, owner).get(key) != size:
             with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None, delay=1) as progress:
-                s3.upload_file(str(path), bucket, key, ExtraArgs=_extra(owner), Callback=progress.update)
+                s3.upload_file(str(path), bucket, key, ExtraArgs=_extra(owner, kms_key), Callback=progress.update)
     return f"s3://{bucket}/{place}/"
 
 
-def _send(s3: Any, dataset: LocalDataset, file: StoredFile, bucket: str, place: str, owner: str, advance: Any) -> None:
+def upload_folder(s3: Any, folder: Path, bucket: str, prefix: str, owner: str, kms_key: str | None = None) -> str:
+    """Upload a small folder, without compiled code, to a place named by its content; returns the address.
+
+    Arguments as `upload_dataset`.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0{sha256_of(path)}\0".encode())
+    place = f"{prefix}/{digest.hexdigest()[:16]}"
+    with explained_upload(f"s3://{bucket}/{place}"):
+        there = _sizes(s3, bucket, place, owner)
+        for name, path in files.items():
+            content = path.read_bytes()
+            if there.get(f"{place}/{name}") != len(content):
+                s3.put_object(Bucket=bucket, Key=f"{place}/{name}", Body=content, **_extra(owner, kms_key))
+    return f"s3://{bucket}/{place}"
+
+
+def _send(
+    s3: Any, dataset: LocalDataset, file: StoredFile, bucket: str, place: str, extra: dict[str, str], advance: Any
+) -> None:
     key = f"{place}/{file.name}"
     with tempfile.TemporaryDirectory(prefix="dino-shard-") as folder:
         if file.name in dataset.annotations:
@@ -118,16 +171,18 @@ def _send(s3: Any, dataset: LocalDataset, file: StoredFile, bucket: str, place: 
             what = path if file.name in dataset.annotations else f"An image of {file.name}"
             raise Problem(f"{what} changed during the upload; launch again.")
         s3.upload_file(
-            str(path), bucket, key, ExtraArgs=_extra(owner), Callback=advance, Config=TransferConfig(max_concurrency=4)
+            str(path), bucket, key, ExtraArgs=extra, Callback=advance, Config=TransferConfig(max_concurrency=4)
         )
     # S3 has checked the checksum of each part; check here that no part is missing.
-    arrived = s3.head_object(Bucket=bucket, Key=key, ExpectedBucketOwner=owner)["ContentLength"]
+    arrived = s3.head_object(Bucket=bucket, Key=key, ExpectedBucketOwner=extra["ExpectedBucketOwner"])["ContentLength"]
     if arrived != file.size:
         raise Problem(f"s3://{bucket}/{key} has {arrived} bytes instead of {file.size}; launch again.")
 
 
-def _extra(owner: str) -> dict[str, str]:
-    return {"ChecksumAlgorithm": "SHA256", "ExpectedBucketOwner": owner, **ENCRYPTION}
+def _extra(owner: str, kms_key: str | None) -> dict[str, str]:
+    own = {"ServerSideEncryption": "AES256"}
+    kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key or ""}
+    return {"ChecksumAlgorithm": "SHA256", "ExpectedBucketOwner": owner, **(own if kms_key is None else kms)}
 
 
 def _sizes(s3: Any, bucket: str, prefix: str, owner: str) -> dict[str, int]:

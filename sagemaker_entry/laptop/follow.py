@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnection
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
+from sagemaker_entry.laptop.quota import no_room
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import read_metrics
@@ -283,6 +284,15 @@ def summary(job: dict[str, Any], hourly: float | None = None) -> str:
                      f"{job['ResourceConfig']['InstanceType']}{money}{spot}")  # fmt: skip
     if job.get("FailureReason"):
         lines.append(f"reason: {job['FailureReason']}")
+        resources = job["ResourceConfig"]
+        advice = no_room(
+            job["FailureReason"],
+            resources["InstanceType"],
+            resources["InstanceCount"],
+            job["TrainingJobArn"].split(":")[3],
+            spot=bool(job.get("EnableManagedSpotTraining")),
+        )
+        lines += [] if advice is None else [advice]
     if job.get("ModelArtifacts", {}).get("S3ModelArtifacts") and status in ("Completed", "Stopped"):
         lines.append(f"get the model: {COMMAND} fetch {name}")
     if status in ("Failed", "Stopped"):

@@ -1,23 +1,21 @@
-"""Checks of the AWS account before the upload: role, bucket, quota, price, image; each failure says what to do."""
+"""Checks of the AWS account before the upload: role, bucket and price; each failure says what to do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from sagemaker_entry.laptop.account import DENIED, SDK_MISSING, Account, error_code, explained
+from sagemaker_entry.laptop.account import DENIED, Account, error_code, explained
+from sagemaker_entry.laptop.trust import trusts_sagemaker
 from sagemaker_entry.protocol.instances import INSTANCES, Instance
 from sagemaker_entry.protocol.problem import Problem
 
-Warn = Callable[[str], None]
 
-
-def resolve_role(account: Account, role: str, warn: Warn) -> str:
-    """The ARN of the job's role; checks that the role exists and that SageMaker may assume it.
+def resolve_role(account: Account, role: str) -> tuple[str, str]:
+    """The ARN of the job's role, and what was found out about it: that it exists, and that SageMaker may assume it.
 
     Raises:
         Problem: no such role, a role of another account, or one that SageMaker may not assume.
@@ -33,8 +31,7 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
         found = account.client("iam").get_role(RoleName=name)["Role"]
     except ClientError as error:
         if error_code(error) in DENIED and role.startswith("arn:"):
-            warn("The role could not be checked (iam:GetRole is not allowed); SageMaker will reject a wrong one.")
-            return role
+            return role, f"{role}, not checked (iam:GetRole is not allowed); SageMaker will reject a wrong one"
         if error_code(error) == "NoSuchEntity":
             raise Problem(
                 f"--role: account {account.id} has no role {name!r}; docs/sagemaker.md shows how to create one."
@@ -43,13 +40,14 @@ def resolve_role(account: Account, role: str, warn: Warn) -> str:
             raise
     trust = found.get("AssumeRolePolicyDocument") or {}
     trust = json.loads(trust) if isinstance(trust, str) else trust
-    if "sagemaker.amazonaws.com" not in json.dumps(trust):
+    trusted, conditional = trusts_sagemaker(trust)
+    if not trusted:
         raise Problem(
-            f"--role: SageMaker may not assume {name!r}; add sagemaker.amazonaws.com to its trust relationship, as "
-            "docs/sagemaker.md shows."
+            f"--role: SageMaker may not assume {name!r}; its trust relationship must allow sts:AssumeRole to "
+            "sagemaker.amazonaws.com, and no statement may deny it, as docs/sagemaker.md shows."
         )
     arn: str = found["Arn"]
-    return arn
+    return arn, f"{arn}, SageMaker may assume it" + (" under conditions, not evaluated here" if conditional else "")
 
 
 def check_bucket(account: Account, bucket: str) -> bool:
@@ -83,8 +81,8 @@ def _elsewhere(bucket: str, region: str, account: Account) -> Problem:
     return Problem(f"Bucket {bucket!r} is in {region}, the job in {account.region}; give --bucket or --region.")
 
 
-def make_bucket(account: Account, bucket: str) -> None:
-    """Create a bucket without public access, encrypted by default.
+def make_bucket(account: Account, bucket: str, kms_key: str | None = None) -> None:
+    """Create a bucket without public access, encrypted by default, with S3's own keys or a KMS key.
 
     Raises:
         Problem: AWS refused.
@@ -93,6 +91,7 @@ def make_bucket(account: Account, bucket: str) -> None:
     place = {} if account.region == "us-east-1" else {
         "CreateBucketConfiguration": {"LocationConstraint": account.region}
     }  # fmt: skip
+    rule = {"SSEAlgorithm": "AES256"} if kms_key is None else {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": kms_key}
     with explained(f"create the bucket {bucket} (s3:CreateBucket)"):
         s3.create_bucket(Bucket=bucket, **place)
         s3.put_public_access_block(
@@ -106,41 +105,7 @@ def make_bucket(account: Account, bucket: str) -> None:
         )
         s3.put_bucket_encryption(
             Bucket=bucket,
-            ServerSideEncryptionConfiguration={
-                "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]
-            },
-        )
-
-
-def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, region: str, warn: Warn) -> None:
-    """Check that the account may train on this number of instances of a type at once.
-
-    Args:
-        quotas: a boto3 client for `service-quotas`.
-        instance_type: the job's instance type.
-        count: the number of instances.
-        spot: whether to check the separate quota of spot instances.
-        region: the job's region, for the command that requests a larger quota.
-        warn: called with a sentence if the quota could not be checked.
-
-    Raises:
-        Problem: the quota is too small.
-    """
-    name = f"{instance_type} for {'spot ' if spot else ''}training job usage"
-    try:
-        pages = quotas.get_paginator("list_service_quotas").paginate(ServiceCode="sagemaker")
-        found = next((quota for page in pages for quota in page["Quotas"] if quota["QuotaName"] == name), None)
-    except (ClientError, BotoCoreError) as error:
-        warn(f"The quota could not be checked (servicequotas:ListServiceQuotas: {_reason(error)}).")
-        return
-    if found is None:
-        warn(f"AWS lists no quota {name!r}; a new account may have to request it in the console, under Service Quotas.")
-        return
-    if found["Value"] < count:
-        raise Problem(
-            f"Your quota {name!r} is {found['Value']:g}, but {count} are needed; request more (it is free): aws "
-            f"service-quotas request-service-quota-increase --service-code sagemaker --quota-code {found['QuotaCode']} "
-            f"--desired-value {count} --region {region}"
+            ServerSideEncryptionConfiguration={"Rules": [{"ApplyServerSideEncryptionByDefault": rule}]},
         )
 
 
@@ -190,27 +155,6 @@ def live_instance(ec2: Any, instance_type: str) -> Instance | None:
     )
 
 
-def resolve_image(region: str, instance_type: str, version: str) -> str:
-    """The address of AWS's PyTorch training image.
-
-    Raises:
-        Problem: the SDK is not installed, or has no such image.
-    """
-    try:
-        from sagemaker.core import image_uris
-    except ImportError as error:
-        raise Problem(f"{SDK_MISSING} (or give --image).") from error
-    try:
-        uri: str = image_uris.retrieve(
-            framework="pytorch", version=version, region=region, instance_type=instance_type, image_scope="training"
-        )
-    except ValueError as error:
-        raise Problem(
-            f"There is no PyTorch {version} training image for {instance_type} in {region} ({error})."
-        ) from error
-    return uri
-
-
 def known_instances(account: Account | None, instance_type: str) -> tuple[dict[str, Instance], str | None]:
     """The table of instance types, with the current price of one of them if the account may read it.
 
@@ -228,8 +172,3 @@ def known_instances(account: Account | None, instance_type: str) -> tuple[dict[s
         table[instance_type] = replace(instance, price=price, region=account.region)
         return table, f"AWS price list, {account.region}, read just now"
     return table, None
-
-
-def _reason(error: Exception) -> str:
-    """The AWS error code, or the class of an error that did not come from AWS."""
-    return error_code(error) if isinstance(error, ClientError) else type(error).__name__

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 
 from sagemaker_entry.laptop.account import Account
 from sagemaker_entry.laptop.dataset_pack import content_key, read_dataset
-from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.laptop.dataset_upload import AGAIN, upload_bytes, upload_dataset, upload_file
 from sagemaker_entry.laptop.follow import PRICE_TAG
+from sagemaker_entry.laptop.images import check_address, image_address, image_notes, look_up
+from sagemaker_entry.laptop.launch_options import LaunchOptions
 from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
-from sagemaker_entry.laptop.preflight import (
-    check_bucket,
-    check_quota,
-    known_instances,
-    make_bucket,
-    resolve_image,
-    resolve_role,
-)
+from sagemaker_entry.laptop.preflight import check_bucket, known_instances, make_bucket, resolve_role
+from sagemaker_entry.laptop.quota import check_quota
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import JobSpec, base_name, submit
 from sagemaker_entry.laptop.training_config import Training
@@ -28,45 +24,8 @@ from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, 
 from sagemaker_entry.protocol.problem import Problem
 
 PREFIX = "dino-lightning"
-IMAGE_VERSION = "2.10"  # of PyTorch: the newest in the SDK's main series of training images
+DRIVERS = f"{PREFIX}/drivers"  # the SDK's start scripts
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """The user's AWS options; None for a default that the plan chooses.
-
-    Attributes:
-        gpus: the number of GPUs on all instances together.
-        instance_type: such as "ml.g5.2xlarge".
-        instance_count: the number of instances.
-        role: name or ARN of the role that the job assumes.
-        bucket: the S3 bucket for the dataset, the code and the results.
-        region: such as "us-east-1".
-        profile: a profile of the AWS configuration files.
-        image: the container image.
-        spot: use spot instances.
-        max_cost: maximum cost in dollars, on demand.
-        max_run_hours: hours after which the job is stopped.
-        max_wait_hours: with spot, hours including the wait for instances.
-        subnets: subnets of a VPC.
-        security_groups: security groups of a VPC.
-    """
-
-    gpus: int | None = None
-    instance_type: str | None = None
-    instance_count: int | None = None
-    role: str | None = None
-    bucket: str | None = None
-    region: str | None = None
-    profile: str | None = None
-    image: str | None = None
-    spot: bool = False
-    max_cost: float | None = None
-    max_run_hours: float | None = None
-    max_wait_hours: float | None = None
-    subnets: tuple[str, ...] = ()
-    security_groups: tuple[str, ...] = ()
 
 
 def make_plan(options: LaunchOptions, training: Training, account: Account | None) -> Plan:
@@ -97,6 +56,11 @@ def make_plan(options: LaunchOptions, training: Training, account: Account | Non
     region = account.region if account else options.region or "us-east-1"
     if compute.instance.region != region:
         compute = _with_foreign_price(compute, region, refuse_cap=account is not None and options.max_cost is not None)
+    if options.image is not None:
+        check_address(options.image, region)
+    image = options.image or image_address(region, options.torch)
+    notes = image_notes(image, compute.instance.gpu, datetime.now(timezone.utc).date())
+    compute = replace(compute, notes=(*compute.notes, *notes))
     hours = estimate_hours(work, compute)
     limits = choose_limits(
         hours,
@@ -113,7 +77,7 @@ def make_plan(options: LaunchOptions, training: Training, account: Account | Non
         hours=hours,
         limits=limits,
         spot=options.spot,
-        image=options.image or resolve_image(region, compute.instance_type, IMAGE_VERSION),
+        image=image,
         places={
             "weights": training.start,
             "dataset": f"s3://{bucket}/{PREFIX}/datasets/<content>/",
@@ -143,8 +107,11 @@ def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> C
     return replace(compute, notes=(*compute.notes, note))
 
 
-def run_preflight(options: LaunchOptions, plan: Plan, account: Account, warn: Say) -> str:
-    """Check role, bucket and quota before the upload; returns the ARN of the role.
+def run_preflight(options: LaunchOptions, plan: Plan, account: Account) -> tuple[str, dict[str, str]]:
+    """Check role, bucket, quota and image before the upload.
+
+    Returns:
+        The ARN of the role, and for each of them what was found out, or that it could not be checked.
 
     Raises:
         Problem: the first check that fails.
@@ -153,17 +120,23 @@ def run_preflight(options: LaunchOptions, plan: Plan, account: Account, warn: Sa
         raise Problem(
             "--role is needed: name or ARN of the role that the job assumes; docs/sagemaker.md shows how to create one."
         )
-    role = resolve_role(account, options.role, warn)
-    check_bucket(account, bucket_name(options, account.id, account.region))
-    check_quota(
+    role, about_role = resolve_role(account, options.role)
+    bucket = bucket_name(options, account.id, account.region)
+    there = check_bucket(account, bucket)
+    quota = check_quota(
         account.client("service-quotas"),
         plan.compute.instance_type,
         plan.compute.count,
         spot=plan.spot,
         region=account.region,
-        warn=warn,
     )
-    return role
+    return role, {
+        "account": f"{account.id}, {account.region}",
+        "role": about_role,
+        "bucket": f"{bucket}, {'yours and in this region' if there else 'will be created'}",
+        "quota": quota,
+        "image": look_up(account, plan.image),
+    }
 
 
 def planned_job(
@@ -201,6 +174,8 @@ def planned_job(
         },
         subnets=options.subnets,
         security_groups=options.security_groups,
+        kms_key=options.kms_key,
+        drivers=f"s3://{bucket}/{DRIVERS}/<content>",
     )
 
 
@@ -219,33 +194,43 @@ def start(options: LaunchOptions, training: Training, plan: Plan, account: Accou
 
     Raises:
         Problem: AWS refused.
+        KeyboardInterrupt: after saying that nothing was started and that the upload resumes.
     """
+    try:
+        spec = _uploaded(options, training, plan, account, role, say)
+    except KeyboardInterrupt:
+        say(f"\nNo job was started. What was sent is kept: {AGAIN}")
+        raise
+    return submit(account, spec, bucket_name(options, account.id, account.region), DRIVERS)
+
+
+def _uploaded(options: LaunchOptions, training: Training, plan: Plan, account: Account, role: str, say: Say) -> JobSpec:
+    """Upload what is not in S3 yet; returns the job."""
     bucket = bucket_name(options, account.id, account.region)
     if not check_bucket(account, bucket):
-        make_bucket(account, bucket)
+        make_bucket(account, bucket, options.kms_key)
         say(f"Created bucket {bucket}: private and encrypted.")
-    s3, owner = account.client("s3"), account.id
+    s3, owner, key = account.client("s3"), account.id, options.kms_key
     dataset = read_dataset(training.data)
-    sent = upload_dataset(s3, dataset, bucket, f"{PREFIX}/datasets", owner)
+    sent = upload_dataset(s3, dataset, bucket, f"{PREFIX}/datasets", owner, key)
     say(
         f"Dataset: {dataset.size / 1e6:,.1f} MB in {len(dataset.manifest.shards)} shards at {sent.uri}, "
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
     archive = build_archive(training.backbone, training.extras)
     code_key = f"{PREFIX}/code/{content_key(archive)}/source.tar.gz"
-    code = upload_bytes(s3, archive, bucket, code_key, owner)
+    code = upload_bytes(s3, archive, bucket, code_key, owner, key)
     weights = ""
     for path in training.weights.values():
-        weights = upload_file(s3, path, bucket, f"{PREFIX}/weights", owner)
+        weights = upload_file(s3, path, bucket, f"{PREFIX}/weights", owner, key)
     now = datetime.now(timezone.utc)
     run = f"{base_name(training.name, plan.compute.gpus)}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     job = container_job(training, plan)
     for name, content in ((CONFIG_FILE, training.config), (JOB_FILE, job.to_json())):
-        upload_bytes(s3, content.encode(), bucket, f"{PREFIX}/runs/{run}/config/{name}", owner)
-    spec = planned_job(
+        upload_bytes(s3, content.encode(), bucket, f"{PREFIX}/runs/{run}/config/{name}", owner, key)
+    return planned_job(
         options, training, plan, role=role, run=run, dataset=sent.uri, code=code, weights=weights, bucket=bucket
     )
-    return submit(account, spec, bucket, f"{PREFIX}/runs/{run}/sdk")
 
 
 def bucket_name(options: LaunchOptions, account_id: str, region: str) -> str:

@@ -8,15 +8,20 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sagemaker_entry.laptop.account import SDK_MISSING, Account, explained
+from sagemaker_entry.laptop.dataset_upload import upload_folder
 from sagemaker_entry.laptop.plan import Compute, Limits
+from sagemaker_entry.laptop.quota import no_room
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import METRICS, metric_regex
 
 # `exec` replaces the SDK's start script by our entry point, because the script does not forward SIGTERM.
 COMMAND = "exec python3 -m sagemaker_entry.train"
+DRIVERS_CHANNEL = "sm_drivers"  # of the SDK: its start script, into which it writes the command
+START_SCRIPT = f"/opt/ml/input/data/{DRIVERS_CHANNEL}/sm_train.sh"
 CHECKPOINT_PATH = "/opt/ml/checkpoints"
 VOLUME_GB = 100  # for instance types without a local disk
 LONGEST_BASE = 48  # characters; the SDK appends the time, and AWS allows 63
@@ -39,11 +44,13 @@ class JobSpec:
         limits: maximum time and cost.
         channels: input channels, name to S3 address.
         code: the S3 address of the code archive.
+        drivers: the S3 folder of the SDK's start scripts, once they are uploaded; the SDK makes them itself.
         checkpoints: the S3 address that the run folder is synchronised with.
         output: the S3 address of the model.
         tags: cost-allocation and information tags.
         subnets: subnets of a VPC; empty without one.
         security_groups: security groups of a VPC; empty without one.
+        kms_key: id or ARN of the KMS key that encrypts the model and the disk; None for AWS's own keys.
     """
 
     base_name: str
@@ -58,11 +65,24 @@ class JobSpec:
     tags: Mapping[str, str]
     subnets: tuple[str, ...] = ()
     security_groups: tuple[str, ...] = ()
+    kms_key: str | None = None
+    drivers: str = ""
+
+    @property
+    def volume_kms_key(self) -> str | None:
+        """The key of the disk; None for instances with a disk of their own, which AWS refuses a key for."""
+        return None if has_own_disk(self.compute.instance_type) else self.kms_key
 
     @property
     def spot(self) -> bool:
         """Whether the job uses spot instances."""
         return self.limits.max_wait is not None
+
+
+def has_own_disk(instance_type: str) -> bool:
+    """Whether instances of a type have NVMe disks of their own, which are encrypted by the hardware."""
+    family = instance_type.removeprefix("ml.").partition(".")[0]
+    return family in ("g5", "g6", "g6e", "g4dn", "p4d", "p4de", "p5", "p5e", "p5en") or family.endswith("d")
 
 
 def base_name(config: str, gpus: int) -> str:
@@ -77,7 +97,7 @@ def metric_definitions() -> list[dict[str, str]]:
 
 
 def as_request(spec: JobSpec) -> dict[str, Any]:
-    """The job as a CreateTrainingJob request, without the SDK's additions: the time, and channel `sm_drivers`."""
+    """The job as the CreateTrainingJob request that the SDK sends, but for the time in its name."""
     stopping: dict[str, int] = {"MaxRuntimeInSeconds": spec.limits.max_run}
     if spec.limits.max_wait is not None:
         stopping["MaxWaitTimeInSeconds"] = spec.limits.max_wait
@@ -87,17 +107,22 @@ def as_request(spec: JobSpec) -> dict[str, Any]:
             "TrainingImage": spec.image,
             "TrainingInputMode": "File",
             "ContainerEntrypoint": ["/bin/bash"],
-            "ContainerArguments": ["-c", f"<the SDK's start script> ... {COMMAND}"],
+            "ContainerArguments": ["-c", f"chmod +x {START_SCRIPT} && {START_SCRIPT}"],
             "MetricDefinitions": metric_definitions(),
         },
         "RoleArn": spec.role,
-        "InputDataConfig": [_channel(name, uri) for name, uri in {**spec.channels, "code": spec.code}.items()],
-        "OutputDataConfig": {"S3OutputPath": spec.output, "CompressionType": "GZIP"},
+        "InputDataConfig": [
+            _channel(name, uri)
+            for name, uri in {**spec.channels, "code": spec.code, DRIVERS_CHANNEL: spec.drivers}.items()
+        ],
+        "OutputDataConfig": {"S3OutputPath": spec.output, "CompressionType": "GZIP"}
+        | ({} if spec.kms_key is None else {"KmsKeyId": spec.kms_key}),
         "ResourceConfig": {
             "InstanceType": spec.compute.instance_type,
             "InstanceCount": spec.compute.count,
             "VolumeSizeInGB": VOLUME_GB,
-        },
+        }
+        | ({} if spec.volume_kms_key is None else {"VolumeKmsKeyId": spec.volume_kms_key}),
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": spec.spot,
         "CheckpointConfig": {"S3Uri": spec.checkpoints, "LocalPath": CHECKPOINT_PATH},
@@ -121,21 +146,38 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
     Args:
         account: the job's account.
         spec: the job.
-        bucket: the bucket for the SDK's start script.
-        prefix: the folder in it.
+        bucket: the bucket for the SDK's start scripts.
+        prefix: the folder in it; they get one below it, named by their content.
 
     Raises:
-        Problem: the SDK is not installed, or AWS refused.
+        Problem: the SDK is not installed, or AWS refused; where it has no quota or no machines, with what would do.
     """
     try:
+        return _submit(account, spec, bucket, prefix)
+    except Problem as problem:
+        advice = no_room(str(problem), spec.compute.instance_type, spec.compute.count, account.region, spot=spec.spot)
+        if advice is None:
+            raise
+        raise Problem(f"{problem} {advice}") from problem
+
+
+def _submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
+    try:
+        from sagemaker.core import shapes
         from sagemaker.core.helper.session_helper import Session
-        from sagemaker.core.shapes import MetricDefinition, RetryStrategy
         from sagemaker.core.training import configs
         from sagemaker.train import ModelTrainer
     except ImportError as error:
         raise Problem(f"{SDK_MISSING}.") from error
+
+    class OnceUploaded(Session):  # type: ignore[misc]  # the SDK has no types
+        """Sends the start scripts once, where the SDK sends them for every job, with compiled code."""
+
+        def upload_data(self, path: str, *_: Any, **__: Any) -> str:
+            return upload_folder(account.client("s3"), Path(path), bucket, prefix, account.id, spec.kms_key)
+
     with _quiet_sdk(), explained("start the training job (sagemaker:CreateTrainingJob, iam:PassRole)"):
-        session = Session(
+        session = OnceUploaded(
             boto_session=account.session,
             sagemaker_client=account.client("sagemaker"),
             default_bucket=bucket,
@@ -156,21 +198,24 @@ def submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
                     instance_type=spec.compute.instance_type,
                     instance_count=spec.compute.count,
                     volume_size_in_gb=VOLUME_GB,
+                    volume_kms_key_id=spec.volume_kms_key,
                     enable_managed_spot_training=spec.spot,
                 ),
                 stopping_condition=configs.StoppingCondition(
                     max_runtime_in_seconds=spec.limits.max_run, max_wait_time_in_seconds=spec.limits.max_wait
                 ),
                 networking=networking,
-                input_data_config=[_sdk_channel(configs, name, uri) for name, uri in spec.channels.items()],
-                output_data_config=configs.OutputDataConfig(s3_output_path=spec.output, compression_type="GZIP"),
+                input_data_config=[_sdk_channel(shapes, name, uri) for name, uri in spec.channels.items()],
+                output_data_config=configs.OutputDataConfig(
+                    s3_output_path=spec.output, compression_type="GZIP", kms_key_id=spec.kms_key
+                ),
                 checkpoint_config=configs.CheckpointConfig(s3_uri=spec.checkpoints, local_path=CHECKPOINT_PATH),
                 environment=environment(),
                 tags=[configs.Tag(key=key, value=value) for key, value in spec.tags.items()],
             )
             trainer.with_metric_definitions(
-                [MetricDefinition(name=entry["Name"], regex=entry["Regex"]) for entry in metric_definitions()]
-            ).with_retry_strategy(RetryStrategy(maximum_retry_attempts=2))
+                [shapes.MetricDefinition(name=entry["Name"], regex=entry["Regex"]) for entry in metric_definitions()]
+            ).with_retry_strategy(shapes.RetryStrategy(maximum_retry_attempts=2))
             trainer.train(wait=False, logs=False)
         except ValueError as error:  # the SDK's own validation
             raise Problem(f"The SageMaker SDK refused the job: {' '.join(str(error).split())}") from error
@@ -183,9 +228,9 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": "File"}
 
 
-def _sdk_channel(configs: Any, name: str, uri: str) -> Any:
-    source = configs.S3DataSource(s3_data_type="S3Prefix", s3_uri=uri, s3_data_distribution_type="FullyReplicated")
-    return configs.InputData(channel_name=name, data_source=source)
+def _sdk_channel(shapes: Any, name: str, uri: str) -> Any:
+    source = shapes.S3DataSource(s3_data_type="S3Prefix", s3_uri=uri, s3_data_distribution_type="FullyReplicated")
+    return shapes.Channel(channel_name=name, data_source=shapes.DataSource(s3_data_source=source), input_mode="File")
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.config_files import config_path
 from dino_lightning.cli.lightning_cli import parse_fit
+from dino_lightning.console import lacks_secrets, without_secrets
 from dino_lightning.data.class_paths import KNOWN_PACKAGES, class_paths
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.training.resume import flat
 from dino_lightning.weights.backbone_loading import needs_download
 from dino_lightning.weights.shipped import SHIPPED
 from dino_lightning.weights.zoo import at_hand, zoo
@@ -79,7 +81,7 @@ class Training:
 
 
 def check_training(config: str, data: str | None, extra: Sequence[str]) -> Training:
-    """Read the configuration and the dataset, with all checks that `fit` makes.
+    """Read the configuration and the dataset, with all checks that `fit` makes; no address may have secrets.
 
     Args:
         config: a configuration file, or the name of one that comes with the package.
@@ -97,6 +99,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
     given = [f"--data.root={data}"] if data is not None else []
     try:
         parsed = parse_fit(["--config", str(file), *extra, *given])
+        _refuse_secrets(parsed)
         module_options, data_options = parsed["model"], parsed["data"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the printed summary counts the repairs
@@ -132,6 +135,18 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         parameters=parameters,
         extras=_extras_of_transforms(data_options["transforms"]),
     )
+
+
+def _refuse_secrets(options: Mapping[str, Any]) -> None:
+    """Refuse passwords and signatures, which everyone who may describe the job would read in its parameters."""
+    for name, value in flat(options).items():
+        hidden = without_secrets(value)
+        if hidden != value or lacks_secrets(value):
+            raise Problem(
+                f"--{name} {hidden}: everyone who may look at the job would see the password or query of this address; "
+                "put the file into S3 and give s3://BUCKET/FILE, which the job reads with its role, or give a file of "
+                "this machine, which is uploaded."
+            )
 
 
 def forward_cost(model: dict[str, Any], data: CocoDataModule) -> tuple[float, int]:

@@ -14,7 +14,8 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dino_lightning.files import sha256_of
 from sagemaker_entry.protocol.problem import Problem
@@ -61,21 +62,55 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            Problem: the text is no manifest of this format.
+            Problem: the text is no manifest of this format, or a name in it leads out of the dataset's folder.
         """
         try:
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(content["format"])
-            return cls(
-                annotations=tuple(StoredFile(**entry) for entry in content["annotations"]),
-                shards=tuple(StoredFile(**entry) for entry in content["shards"]),
+            manifest = cls(
+                annotations=tuple(_stored_file(entry) for entry in content["annotations"]),
+                shards=tuple(_stored_file(entry) for entry in content["shards"]),
                 images=content["images"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Problem(
                 f"{where} is no manifest of {FORMAT!r}; upload the dataset with sagemaker_entry.launch."
             ) from error
+        names = [file.name for file in manifest.files]
+        for name in names:
+            if not stays_inside(name) or names.count(name) > 1:
+                what = "twice" if stays_inside(name) else "which is no name of a file in the dataset's folder"
+                raise Problem(f"{where} lists {name!r} {what}; it was not made by this program and is not unpacked.")
+        return manifest
+
+
+def _stored_file(entry: dict[str, Any]) -> StoredFile:
+    file = StoredFile(**entry)
+    if not (isinstance(file.name, str) and type(file.size) is int and file.size >= 0 and isinstance(file.sha256, str)):
+        raise TypeError(file)
+    return file
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative file name leads nowhere but into the folder that it is put in, on any system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not {"\\", "\0"} & set(name)
+
+
+def place_inside(folder: Path, name: str) -> Path | None:
+    """Where a file of this name lies in a folder; None if the name or a link there leads out of the folder."""
+    if not stays_inside(name):
+        return None
+    try:
+        root = folder.resolve()
+        place = (root / name).resolve()
+        place.exists()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return place if place.is_relative_to(root) else None
 
 
 def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -89,11 +124,11 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
         on_shard: called with (shards unpacked, number of shards).
 
     Raises:
-        Problem: a file is missing or damaged, or the disk is too small.
+        Problem: a file is missing, damaged or outside of the folder, or the disk is too small.
     """
     if target.is_dir():
         return
-    manifest = Manifest.from_json((source / MANIFEST).read_text(), str(source / MANIFEST))
+    manifest = Manifest.from_json((source / MANIFEST).read_text(errors="replace"), str(source / MANIFEST))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -104,13 +139,15 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
             "choose a larger instance."
         )
     for file in manifest.files:
-        path = source / file.name
+        path, copy = place_inside(source, file.name), place_inside(partial, file.name)
+        if path is None or copy is None:
+            raise Problem(f"{source / file.name} leads out of the dataset's folder and is not unpacked.")
         if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.sha256:
             state = "is damaged" if path.is_file() else "is missing"
             raise Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to repeat the upload.")
         if file in manifest.annotations:
-            (partial / file.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / file.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     for done, shard in enumerate(manifest.shards):
         extract_safely(source / shard.name, partial)
         on_shard(done + 1, len(manifest.shards))
@@ -124,20 +161,22 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
 
 
 def extract_safely(archive: Path, target: Path) -> None:
-    """Extract a tar archive of plain files and folders, none of them outside of `target`.
+    """Extract a tar archive of plain files and folders, none of them outside of `target` or there already.
 
     Raises:
-        Problem: not a tar archive; or a member is a link or a device, or its path leads outside of the folder.
+        Problem: not a tar archive; or a member is a link or a device, comes twice, or leads outside of the folder.
     """
-    root = target.resolve()
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                destination = (root / member.name).resolve()
-                if not destination.is_relative_to(root) or not (member.isfile() or member.isdir()):
+                if member.isdir() and not PurePosixPath(member.name).parts:  # "." itself
+                    continue
+                destination = place_inside(target, member.name)
+                plain = member.isdir() or (member.isfile() and not member.issparse())
+                if destination is None or not plain or (member.isfile() and destination.exists()):
                     raise Problem(
-                        f"{archive} contains {member.name!r}, which is a link, a device or outside of the folder; "
-                        "it was not made by this program and is not unpacked."
+                        f"{archive} contains {member.name!r}, which is a link, a device, there twice or outside of the "
+                        "folder; it was not made by this program and is not unpacked."
                     )
                 if member.isdir():
                     destination.mkdir(parents=True, exist_ok=True)
@@ -145,7 +184,7 @@ def extract_safely(archive: Path, target: Path) -> None:
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 content = tar.extractfile(member)
                 assert content is not None
-                with destination.open("wb") as file:
+                with destination.open("xb") as file:
                     shutil.copyfileobj(content, file, CHUNK)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise Problem(f"{archive} cannot be unpacked ({error}).") from error

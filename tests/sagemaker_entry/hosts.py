@@ -1,7 +1,8 @@
 """SageMaker's hosts without SageMaker: network namespaces with an /opt/ml of their own, filled as the service fills it.
 
 A host is a process tree in its own network, mount, host-name and process namespaces: its first command is process 1, it
-knows the others as algo-1, algo-2, and killing process 1 ends everything in it, as the end of a container does. Needs
+knows the others as algo-1, algo-2, and killing process 1 ends everything in it, as the end of a container does. All are
+called "aws", a name that does not resolve, as SageMaker's containers are by the words of AWS's changehostname.c. Needs
 root and iproute2.
 """
 
@@ -47,7 +48,7 @@ class Host:
         environment = {"PATH": path, "HOME": str(self.root), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8", **variables}
         inside = (
             f"mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind {shlex.quote(str(self.root))} /opt/ml && "
-            f"hostname {self.name} && cd /opt/ml && exec {shlex.join(command)}"
+            f"hostname aws && cd /opt/ml && exec {shlex.join(command)}"
         )
         full = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc"]
         command = [*full, "--kill-child", "sh", "-c", inside]

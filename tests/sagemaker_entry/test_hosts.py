@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
+from tests.export.exported import save, tiny_module
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 from tests.sagemaker_entry.hosts import Network, fill, restore_checkpoints, usable
 
@@ -138,6 +138,18 @@ def test_the_v3_start_script_trains_on_one_host(aws, calls, plans, tmp_path):
         assert check_model(host)["complete"] is True
 
 
+def test_four_processes_on_one_host_that_is_called_aws_end_with_the_model(aws, calls, plans, tmp_path):
+    """torchrun --standalone waited for ever here: the name of the host does not resolve."""
+    config = {**TINY_CONFIG, "trainer": {"max_epochs": 1, "log_every_n_steps": 1}}
+    command, channels = submitted(aws, calls, tmp_path, plans, config, 1)
+    with Network(tmp_path / "host", 1) as network:
+        (host,) = network.hosts
+        run(network.hosts, command, channels, DINO_CPU_PROCESSES="4")
+        assert host.wait(300) == 0, host.text()[-3000:]
+        assert len(losses(host)) == 8  # 64 images, 4 processes, batches of 2
+        assert check_model(host)["complete"] is True
+
+
 @pytest.mark.parametrize("how", ["killed", "unplugged"])
 def test_a_host_that_dies_ends_the_others(aws, calls, plans, tmp_path, how):
     config = {**TINY_CONFIG, "trainer": {"max_epochs": 500, "log_every_n_steps": 1}}
@@ -181,7 +193,7 @@ def test_a_failure_on_one_host_is_told_on_all(aws, calls, plans, tmp_path, case,
                 path.write_bytes(b"\x89PNG nonsense")
         else:
             (first.root / "checkpoints" / "checkpoints").mkdir()
-            torch.save({"state_dict": {}}, first.root / "checkpoints" / "checkpoints" / "last.ckpt")
+            save(tiny_module(), first.root / "checkpoints" / "checkpoints" / "last.ckpt")
         for host in network.hosts:
             host.start(command, TRAINING_JOB_NAME="job")
         assert [host.wait(90) for host in network.hosts] == [1, 1]

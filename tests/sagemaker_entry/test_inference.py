@@ -1,16 +1,21 @@
 """The model directory served by the real handler stack of sagemaker-inference, away from the checkout."""
 
 import base64
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from dino_lightning import DINOModule, load_detector
+from sagemaker_entry import inference
 from sagemaker_entry.container.install import constraints, install
 from sagemaker_entry.laptop.source_archive import build_archive, requirements
 from sagemaker_entry.protocol.problem import Problem
@@ -27,18 +32,18 @@ SERVER = textwrap.dedent(
     model_dir = sys.argv[1]
     answers = []
     for request in json.load(sys.stdin):
-        status = []
+        status, kinds = [200], []
         headers = {"Content-Type": request["type"], "Accept": request.get("accept", "application/json")}
         context = SimpleNamespace(
             system_properties={"model_dir": model_dir},
             request_processor=[SimpleNamespace(get_request_properties=lambda: headers)],
-            set_response_content_type=lambda index, kind: status.append(kind),
+            set_response_content_type=lambda index, kind: kinds.append(kind),
             set_response_status=lambda code, phrase: status.append(code),
         )
         service = DefaultHandlerService()
         service.initialize(context)
         (answer,) = service.handle([{"body": base64.b64decode(request["body"])}], context)
-        answers.append([status[-1], answer])
+        answers.append([status[-1], kinds[-1], answer])
     import dino_lightning
     print(json.dumps({"answers": answers, "package": dino_lightning.__file__}))
     """
@@ -112,8 +117,9 @@ def test_served_detections_equal_those_of_the_model(model_dir, rooms, tmp_path):
     (everything,) = detector.detect([picture], threshold=0.0)
     (above,) = detector.detect([picture])
     answers = served["answers"]
-    one, two = json.loads(answers[0][1])["predictions"], json.loads(answers[1][1])["predictions"]
-    assert [answers[0][0], answers[1][0]] == ["application/json"] * 2
+    assert {kind for _, kind, _ in answers} == {"application/json"}
+    one, two = (json.loads(answer)["predictions"] for _, _, answer in answers[:2])
+    assert [status for status, *_ in answers[:2]] == [200, 200]
     assert (len(one), len(two)) == (1, 2)
     assert len(one[0]["detections"]) == len(above)
     assert len(two[0]["detections"]) == len(everything) > 0
@@ -125,19 +131,110 @@ def test_served_detections_equal_those_of_the_model(model_dir, rooms, tmp_path):
         assert entry["bbox"] == pytest.approx(expected["bbox"], abs=1e-2)
 
     assert (two[0]["width"], two[0]["height"]) == size_of(picture)
-    for (status, message), words in zip(
+    for (status, _, answer), (expected, words) in zip(
         answers[2:],
         (
-            "'text/plain' is not supported",
-            "cannot be decoded",
-            "not a base64-encoded image",
-            "must look like",
-            "not 'text/csv'",
+            (415, "'text/plain' is not supported"),
+            (400, "is not an image that can be read"),
+            (400, "not a base64-encoded image"),
+            (400, "must look like"),
+            (406, "not 'text/csv'"),
         ),
         strict=True,
     ):
-        assert status == 500
-        assert words in message
+        assert status == expected
+        assert list(json.loads(answer)) == ["error"]
+        assert words in answer
+        assert "Traceback" not in answer
+
+
+# ------------------------------------------------------------------ what a request may ask for
+
+
+@pytest.fixture
+def handler(monkeypatch):
+    """The handler with limits of its own, as a new container reads them."""
+
+    def started(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(f"DINO_LIGHTNING_{name}", value)
+        inference.limits.cache_clear()
+        return inference
+
+    yield started
+    inference.limits.cache_clear()
+
+
+def png(width, height, mode="1"):
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def asking(*images, **more):
+    return json.dumps({"images": [base64.b64encode(image).decode() for image in images], **more})
+
+
+def test_an_image_of_144_megapixels_is_refused_by_its_header(handler, monkeypatch):
+    huge = png(12_000, 12_000)
+    assert len(huge) < 140_000
+    monkeypatch.setattr(inference, "decode_image", None)  # no pixel of it is decoded
+    with pytest.raises(inference.RequestError, match=r"144,000,000 pixels.*MAX_PIXELS, is 64,000,000\.$") as refused:
+        handler().parse_request(huge, "image/png")
+    assert refused.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "variables", "status", "words"),
+    [
+        pytest.param(asking(*[png(4, 4)] * 17), {}, 413, "17 images; .*MAX_IMAGES, is 16", id="images"),
+        pytest.param(asking(*[png(4, 4)] * 3), {"MAX_IMAGES": "2"}, 413, "3 images; .*, is 2", id="images-option"),
+        pytest.param(asking(png(8, 9)), {"MAX_BYTES": "50"}, 413, "bytes; .*MAX_BYTES, is 50", id="bytes"),
+        pytest.param(
+            asking(png(8, 9), png(9, 8)), {"MAX_PIXELS": "143"}, 413, "Image 0 to image 1 have 144 pixels", id="pixels"
+        ),
+        pytest.param("[" * 200_000, {}, 413, "nested 9 deep or more; .*MAX_JSON_DEPTH, is 8", id="depth"),
+        pytest.param("[" * 200_000, {"MAX_JSON_DEPTH": "900000"}, 400, "not valid JSON", id="depth-option"),
+        pytest.param(asking(threshold=float("nan")), {}, 400, "NaN is not a number of JSON", id="nan"),
+        pytest.param(asking(threshold=-5), {}, 400, "threshold is -5; it must be a number from 0 to 1", id="negative"),
+        pytest.param(asking(threshold=True), {}, 400, "threshold is True; it must", id="true"),
+        pytest.param(asking(threshold="0.5"), {}, 400, "threshold is '0.5'; it must", id="text"),
+        pytest.param('{"images": [], "threshold": 1e999}', {}, 400, "threshold is inf; it must", id="infinite"),
+        pytest.param(asking(thresold=0.5), {}, 400, "no key 'thresold'.*images and threshold", id="key"),
+        pytest.param('{"images": [[5]]}', {}, 400, "Image 0 is not a base64-encoded image", id="list"),
+        pytest.param(b'{"images": ["\xff"]}', {}, 400, "not valid JSON", id="not-utf-8"),
+        pytest.param(asking(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), {}, 400, "type EPS; send", id="eps"),
+        pytest.param(asking(png(99, 99, "RGB")[:-30]), {}, 400, "Image 0 cannot be decoded", id="cut"),
+        pytest.param(asking(png(40_000, 40_000)[:200]), {}, 400, "40000 x 40000 pixels, more", id="gigapixels"),
+    ],
+)
+def test_requests_that_ask_too_much_or_make_no_sense(handler, body, variables, status, words):
+    error = handler(**variables).input_fn(body, "application/json")
+    assert isinstance(error, inference.RequestError), error
+    assert error.status == status
+    assert re.search(words, str(error)), error
+    assert len(str(error)) < 250
+
+    said = []
+    context = SimpleNamespace(set_response_status=lambda code, phrase: said.append(code))
+    answer, kind = inference.output_fn(inference.predict_fn(error, None), "text/csv", context)
+    assert (said, kind, json.loads(answer)) == ([status], "application/json", {"error": str(error)})
+    toolkit = pytest.importorskip("sagemaker_inference.errors")
+    with pytest.raises(toolkit.GenericInferenceToolkitError) as raised:  # a server without context
+        inference.output_fn(error, "application/json")
+    assert (raised.value.status_code, raised.value.message) == (status, answer)
+
+
+def test_brackets_and_quotes_in_strings_are_no_depth(handler):
+    text = "[" * 50 + '"' + "\\" + "{" * 50
+    with pytest.raises(inference.RequestError, match="Image 0 is not a base64"):
+        handler().parse_request(json.dumps({"images": [text]}), "application/json")
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "many", "1e6", "nan"])
+def test_a_limit_that_is_no_number_keeps_the_endpoint_from_starting(handler, value):
+    with pytest.raises(ValueError, match=r"variable DINO_LIGHTNING_MAX_BYTES is .*whole number from 1 on\.$"):
+        handler(MAX_BYTES=value).model_fn("anywhere")
 
 
 # ------------------------------------------------------------------ the code that goes along

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,28 @@ def run(capsys, *args):
 
 def everything(s3, bucket="sagemaker-us-east-1-123456789012"):
     return [entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+def leaves(value, place=""):
+    """Every value in a request by its place; lists of channels and tags by their names."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{place}.{name}").items()}
+    if isinstance(value, list):
+        named = {str(e.get("ChannelName") or e.get("Key") or e.get("Name") or i) if isinstance(e, dict) else str(i): e
+                 for i, e in enumerate(value)}  # fmt: skip
+        return leaves(named, place)
+    return {place: value}
+
+
+def differences(planned, sent):
+    """Places where two requests differ, but for what the plan cannot know, which it writes as <word>."""
+    planned, sent = leaves(planned), leaves(sent)
+
+    def same(place):
+        words = re.sub("<[a-z]+>", "[^/]+", re.escape(str(planned.get(place))))
+        return place in planned and place in sent and re.fullmatch(words, str(sent[place]))
+
+    return [f"{place}: {planned.get(place)} {sent.get(place)}" for place in {**planned, **sent} if not same(place)]
 
 
 # ------------------------------------------------------------------ planning
@@ -173,9 +196,14 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
     torch.save({"decoder.norm.weight": torch.zeros(1)}, weights)
     args = ["--config", tiny_config, "--data", rooms, "--role", "trainer", "--gpus", "2", "--spot", "--max-cost", "20"]
     args += ["--yes", "--detach", "--model.lr=0.0002", f"--model.weights={weights}", "--data.val_fraction=0.2"]
+    code, out, _ = run(capsys, *args, "--dry-run")
+    planned = json.loads(out[out.index("{\n") :])
+    assert "bucket   sagemaker-us-east-1-123456789012, will be created" in out
     code, out, _ = run(capsys, *args)
     assert code == 0, out
     assert "MB sent" in out
+    assert "arn:aws:iam::123456789012:role/trainer, SageMaker may assume it" in out
+    assert "quota    not checked" in out and "in order" not in out  # the local AWS knows no quotas
     name = out.split("Started ")[1].split()[0]
     assert name.startswith("dino-tiny-s-rooms-2gpu-")
 
@@ -183,6 +211,7 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
 
     # what SageMaker was asked for
     (request,) = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
+    assert differences(planned, request) == []
     assert request["ResourceConfig"]["InstanceType"] == "ml.g5.2xlarge"
     assert request["ResourceConfig"]["InstanceCount"] == 2
     assert request["EnableManagedSpotTraining"] is True
@@ -261,6 +290,7 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
     assert not list(tmp_path.rglob("evil.json")) and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_following_shows_the_log(aws, rooms, tiny_config, capsys, monkeypatch):
     pytest.importorskip("sagemaker.train")
     import time
@@ -356,6 +386,14 @@ def broken_dataset(folder, rooms):
         ({"--role": "nobody"}, ["no role 'nobody'"]),
         ({"--role": "stranger"}, ["trust relationship"]),
         ({"--bucket": "far-away"}, ["is in eu-west-1"]),
+        ({"--bucket": "My_Bucket"}, ["--bucket My_Bucket is no name of a bucket"]),
+        ({"--subnets": "subnet-1a"}, ["--subnets needs --security-groups"]),
+        ({"--security-groups": "sg-1a"}, ["--security-groups needs --subnets"]),
+        ({"--subnets": "vpc-1", "--security-groups": "sg-1a"}, ["'vpc-1' is no id"]),
+        ({"--max-wait-hours": "3"}, ["add --spot"]),
+        ({"--image": "foo bar"}, ["'foo bar' is no address of an image in ECR"]),
+        ({"--torch": "2.14"}, ["--torch 2.14: the table has images of PyTorch"]),
+        ({"--kms-key": "my key"}, ["no id, alias or ARN of a KMS key"]),
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_nothing_is_sent(
@@ -388,6 +426,20 @@ def test_without_credentials_nothing_begins(no_account, rooms, tiny_config, caps
     )
     assert code == 1
     assert "no AWS credentials" in err
+
+
+def test_a_dry_run_plans_though_aws_does_not_answer(aws, rooms, capsys, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
+    code, out, _ = run(capsys, "--config", CONFIG, "--data", rooms, "--dry-run")
+    assert code == 0
+    assert "prices are from the table; role, bucket, quota and image are not looked at. (AWS cannot be reached" in out
+    assert json.loads(out[out.index("{\n") :])["ResourceConfig"]["InstanceCount"] == 2
+
+
+def test_a_launch_that_would_be_refused_is_said_by_a_dry_run(aws, rooms, capsys):
+    code, out, _ = run(capsys, "--config", CONFIG, "--data", rooms, "--dry-run", "--role", "nobody")
+    assert code == 0
+    assert "A launch would be refused now: --role: account 123456789012 has no role 'nobody'" in out
 
 
 def test_without_the_sdk_it_says_what_to_install(aws, rooms, tiny_config, capsys, monkeypatch, calls):

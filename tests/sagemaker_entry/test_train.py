@@ -221,6 +221,7 @@ def damaged(rooms, folder):
         ("gpus", ["1 GPUs were planned", "PyTorch sees 0"]),
         ("hosts", ["plan was for 2 hosts", "runs on 1"]),
         ("nested", ["starts torchrun itself"]),
+        ("waiting", ["[algo-1] Training did not begin within 1 seconds: 2 processes on one host"]),
     ],
 )
 def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, words):
@@ -231,7 +232,10 @@ def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, wo
         text = yaml.safe_dump({**TINY_CONFIG, "model": {"nun_queries": 3}})
     plan = Job(hosts=2 if case == "hosts" else 1, gpus_per_host=1 if case == "gpus" else 0)
     prepare_opt_ml(root, data, text, plan, {})
-    variables = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"} if case == "nested" else {}
+    variables = {
+        "nested": {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"},
+        "waiting": {"DINO_SECONDS_TO_MEET": "1", "DINO_CPU_PROCESSES": "2"},
+    }.get(case, {})
     container = Container(root, **variables)
     assert container.wait() == 1
     assert len(container.failure.splitlines()) == 1
@@ -264,6 +268,7 @@ def test_stray_rank_variables_do_not_reach_the_training(tmp_path):
     child = child_environment(environ, read_environment(environ))
     assert not (set(stray) - {"KEPT"}) & set(child)
     assert child["KEPT"] == "yes"
+    assert child["NCCL_HOSTID"] == "algo-1"  # the host names are all "aws"
     assert child["NCCL_SOCKET_IFNAME"] == child["GLOO_SOCKET_IFNAME"] == "lo"
 
 

@@ -9,22 +9,17 @@ from botocore.exceptions import ClientError
 from sagemaker_entry.laptop.account import Account, NoAccount, explained
 from sagemaker_entry.laptop.preflight import (
     check_bucket,
-    check_quota,
     known_instances,
     live_instance,
     live_price,
     make_bucket,
-    resolve_image,
     resolve_role,
 )
+from sagemaker_entry.laptop.quota import check_quota, no_room
+from sagemaker_entry.laptop.trust import trusts_sagemaker
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.conftest import TRUST
-
-
-def never(text):
-    raise AssertionError(text)
-
 
 # ------------------------------------------------------------------ credentials and region
 
@@ -65,31 +60,69 @@ def test_what_aws_says_becomes_a_sentence(code, words):
 
 def test_a_role_by_name_and_by_arn(aws):
     account = Account()
-    arn = resolve_role(account, "trainer", never)
+    arn, said = resolve_role(account, "trainer")
     assert arn == f"arn:aws:iam::{account.id}:role/trainer"
-    assert resolve_role(account, arn, never) == arn
+    assert resolve_role(account, arn) == (arn, said) and said == f"{arn}, SageMaker may assume it"
 
 
 def test_roles_that_the_job_cannot_take_on(aws):
     account = Account()
     with pytest.raises(Problem, match=f"account {account.id} has no role 'nobody'"):
-        resolve_role(account, "nobody", never)
+        resolve_role(account, "nobody")
     with pytest.raises(Problem, match="belongs to account 999999999999"):
-        resolve_role(account, "arn:aws:iam::999999999999:role/trainer", never)
+        resolve_role(account, "arn:aws:iam::999999999999:role/trainer")
     with pytest.raises(Problem, match="is no ARN of a role"):
-        resolve_role(account, "arn:aws:iam::123456789012:user/me", never)
+        resolve_role(account, "arn:aws:iam::123456789012:user/me")
     trust = json.dumps(TRUST).replace("sagemaker.", "ec2.")
     aws("iam").create_role(RoleName="other", AssumeRolePolicyDocument=trust)
     with pytest.raises(Problem, match="trust relationship"):
-        resolve_role(account, "other", never)
+        resolve_role(account, "other")
 
 
 def test_a_role_that_may_not_be_looked_at_is_left_to_sagemaker(account):
     account.stub("iam").add_client_error("get_role", "AccessDenied")
-    said = []
     arn = f"arn:aws:iam::{account.id}:role/x"
-    assert resolve_role(account, arn, said.append) == arn
-    assert "iam:GetRole" in said[0]
+    found, said = resolve_role(account, arn)
+    assert found == arn and "not checked (iam:GetRole" in said
+
+
+SAGEMAKER = {"Service": "sagemaker.amazonaws.com"}
+
+
+def statement(effect="Allow", service="sagemaker.amazonaws.com", action="sts:AssumeRole", **more):
+    return {"Effect": effect, "Principal": {"Service": service}, "Action": action} | more
+
+
+def without(part, **instead):
+    """A statement with another element in place of its `part`."""
+    return {name: value for name, value in statement().items() if name != part} | instead
+
+
+@pytest.mark.parametrize(
+    ("statements", "answer"),
+    [
+        ([statement()], (True, False)),
+        (statement(service=["ec2.amazonaws.com", "sagemaker.amazonaws.com"], action=["sts:*"]), (True, False)),
+        ([statement(action="*")], (True, False)),
+        ([statement(Condition={"StringEquals": {"aws:SourceAccount": "1"}})], (True, True)),
+        ([statement(), statement("Deny")], (False, False)),
+        ([statement(), statement("Deny", Condition={"Bool": {"aws:SecureTransport": "false"}})], (True, True)),
+        ([statement(), statement("Deny", "ec2.amazonaws.com")], (True, False)),
+        ([statement("Deny")], (False, False)),
+        ([statement(action="sts:TagSession")], (False, False)),
+        ([statement(service="sagemaker.amazonaws.com.evil.org")], (False, False)),
+        ([statement(Principal={"AWS": "sagemaker.amazonaws.com"})], (False, False)),
+        ([statement(Principal="*")], (True, False)),
+        ([without("Action", NotAction="sts:AssumeRole")], (False, False)),
+        ([without("Action", NotAction="s3:*")], (True, False)),
+        ([statement(), without("Principal", Effect="Deny", NotPrincipal=SAGEMAKER)], (True, False)),
+        ([statement(), without("Principal", Effect="Deny", NotPrincipal={"Service": "ec2"})], (False, False)),
+        (None, (False, False)),
+    ],
+    ids=range(17),
+)
+def test_the_trust_relationship_is_read_as_a_policy(statements, answer):
+    assert trusts_sagemaker({"Statement": statements}) == answer
 
 
 # ------------------------------------------------------------------ bucket
@@ -134,30 +167,55 @@ def quota(account, value, name="ml.g5.2xlarge for training job usage"):
 
 def test_a_quota_of_zero_is_found_before_the_upload(account):
     with pytest.raises(Problem) as caught:
-        check_quota(quota(account, 0.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1", warn=never)
+        check_quota(quota(account, 0.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1")
     for words in ("is 0, but 2 are needed", "--quota-code L-123", "--desired-value 2", "--region us-east-1"):
         assert words in str(caught.value)
 
 
 def test_a_quota_of_one_is_too_small_for_two_and_two_suffice(account):
     with pytest.raises(Problem, match="is 1, but 2"):
-        check_quota(quota(account, 1.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1", warn=never)
-    check_quota(quota(account, 2.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1", warn=never)
+        check_quota(quota(account, 1.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1")
+    check_quota(quota(account, 2.0), "ml.g5.2xlarge", 2, spot=False, region="us-east-1")
 
 
 def test_spot_has_a_quota_of_its_own(account):
     name = "ml.g5.2xlarge for spot training job usage"
     with pytest.raises(Problem, match=name):
-        check_quota(quota(account, 0.0, name), "ml.g5.2xlarge", 1, spot=True, region="us-east-1", warn=never)
+        check_quota(quota(account, 0.0, name), "ml.g5.2xlarge", 1, spot=True, region="us-east-1")
 
 
-def test_a_quota_that_cannot_be_asked_for_is_a_warning(account):
+def default_quota(account, value, name):
+    """The answers of an account that has no value of its own."""
+    stub = account.stub("service-quotas")
+    stub.add_response("list_service_quotas", {"Quotas": []}, {"ServiceCode": "sagemaker"})
+    listed = [] if value is None else [{"QuotaName": name, "Value": value, "QuotaCode": "L-7"}]
+    stub.add_response("list_aws_default_service_quotas", {"Quotas": listed}, {"ServiceCode": "sagemaker"})
+    return account.client("service-quotas")
+
+
+def test_a_quota_that_only_has_a_default_is_that_default(account):
+    name = "ml.g5.2xlarge for training job usage"
+    with pytest.raises(Problem, match=r"is 0, AWS's default, but 1 are needed.*--quota-code L-7"):
+        check_quota(default_quota(account, 0.0, name), "ml.g5.2xlarge", 1, spot=False, region="us-east-1")
+    said = check_quota(default_quota(account, 4.0, name), "ml.g5.2xlarge", 2, spot=False, region="us-east-1")
+    assert said == f"4 of {name}, AWS's default, 2 needed"
+
+
+def test_a_quota_that_cannot_be_asked_for_is_said_to_be_unchecked(account):
     account.stub("service-quotas").add_client_error("list_service_quotas", "AccessDeniedException")
-    said = []
-    check_quota(account.client("service-quotas"), "ml.g5.xlarge", 1, spot=False, region="us-east-1", warn=said.append)
-    check_quota(quota(account, 5.0), "ml.unknown", 1, spot=False, region="us-east-1", warn=said.append)
-    assert "servicequotas:ListServiceQuotas" in said[0]
-    assert "lists no quota" in said[1]
+    said = check_quota(account.client("service-quotas"), "ml.g5.xlarge", 1, spot=False, region="us-east-1")
+    assert said.startswith("not checked (servicequotas:ListServiceQuotas") and "AccessDeniedException" in said
+    said = check_quota(default_quota(account, None, ""), "ml.unknown", 1, spot=False, region="us-east-1")
+    assert said.startswith("not checked: AWS lists none of the name 'ml.unknown for training job usage'")
+
+
+def test_no_machines_and_no_quota_come_with_what_else_would_do():
+    said = no_room("CapacityError: Unable to provision", "ml.g5.2xlarge", 2, "us-east-1", spot=False)
+    assert said.startswith("AWS has no free ml.g5.2xlarge in us-east-1 now.")
+    assert "--instance-type ml.g6.xlarge --instance-count 2 ($2.25 an hour)" in said and "--region us-west-2" in said
+    said = no_room("AWS could not start: ResourceLimitExceeded: 0", "ml.g5.2xlarge", 2, "us-east-1", spot=True)
+    assert "'ml.g5.2xlarge for spot training job usage' is used up" in said and "service-quotas" in said
+    assert no_room("The GPU ran out of memory", "ml.g5.2xlarge", 2, "us-east-1", spot=False) is None
 
 
 # ------------------------------------------------------------------ price, GPUs, image
@@ -209,10 +267,3 @@ def test_a_type_that_the_table_lacks_is_looked_up(account):
     assert (found.gpus, found.gpu, found.gpu_memory, found.network) == (8, "A100", 40, 100.0)
     account.stub("ec2").add_client_error("describe_instance_types", "InvalidInstanceType")
     assert live_instance(account.client("ec2"), "ml.p9.large") is None
-
-
-def test_the_image_resolves():
-    pytest.importorskip("sagemaker.core")
-    assert "pytorch-training:2.10-gpu" in resolve_image("us-east-1", "ml.g5.2xlarge", "2.10")
-    with pytest.raises(Problem, match="no PyTorch 1\\.99"):
-        resolve_image("us-east-1", "ml.g5.2xlarge", "1.99")

@@ -1,21 +1,29 @@
 """A dataset into S3 and out again: sent once, resumed after an interruption, checked, only the listed images."""
 
+import contextlib
+import hashlib
 import io
 import json
 import shutil
 import tarfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dino_lightning import CocoDataModule
 from sagemaker_entry.laptop import dataset_pack, dataset_upload
 from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
 from sagemaker_entry.laptop.dataset_upload import upload_bytes, upload_dataset, upload_file
-from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, extract_safely, unpack_dataset
+from sagemaker_entry.protocol.manifest import FORMAT, MANIFEST, Manifest, extract_safely, unpack_dataset
 from sagemaker_entry.protocol.problem import Problem
 from tests.conftest import size_of
 
@@ -102,6 +110,66 @@ def test_an_interrupted_upload_goes_on_where_it_stopped(s3, plans, small_shards,
     assert 0 < rest.bytes_sent < dataset.size
 
 
+def test_ctrl_c_ends_the_running_transfers_at_once(s3, plans, monkeypatch):
+    """A shard of 150 MB may take minutes; a transfer ends at its next part."""
+    dataset = dataset_of(plans)
+    running, ended = threading.Event(), []
+
+    def endless(self, path, bucket, key, *, Callback, **_):
+        running.set()
+        try:
+            while True:
+                Callback(0)
+                time.sleep(0.01)
+        finally:
+            ended.append(key)
+
+    def interrupted(pool, send, files):
+        for file in files:
+            pool.submit(send, file)
+        assert running.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(s3), "upload_file", endless)
+    monkeypatch.setattr(dataset_upload.ThreadPoolExecutor, "map", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
+    assert ended and not objects(s3)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "words"),
+    [
+        ("AccessDenied", "no identity-based policy", ["did not let us write to s3://bucket/", "--kms-key"]),
+        ("KMS.DisabledException", "the key is disabled", ["the bucket's encryption key: KMS.DisabledException"]),
+        ("ExpiredToken", "the token has expired", ["credentials have expired", "aws sso login"]),
+    ],
+)
+def test_a_refused_upload_is_one_sentence(s3, plans, monkeypatch, code, message, words):
+    original = BaseClient._make_api_call
+
+    def refuse(self, operation, parameters):
+        if operation == "PutObject":
+            raise ClientError({"Error": {"Code": code, "Message": message}}, operation)
+        return original(self, operation, parameters)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
+    with pytest.raises(Problem) as caught:
+        upload_dataset(s3, dataset_of(plans), "bucket", "datasets", OWNER)
+    said = str(caught.value)
+    assert "\n" not in said and said.endswith("What was sent is kept: the same command sends the rest.")
+    for word in words:
+        assert word in said, said
+
+
+def test_a_key_encrypts_everything_that_is_sent(s3, plans, calls):
+    upload_dataset(s3, dataset_of(plans), "bucket", "datasets", OWNER, "alias/mine")
+    upload_bytes(s3, b"x", "bucket", "small", OWNER, "alias/mine")
+    puts = [parameters for operation, parameters in calls if operation == "PutObject"]
+    assert len(puts) >= 4
+    assert {(put["ServerSideEncryption"], put["SSEKMSKeyId"]) for put in puts} == {("aws:kms", "alias/mine")}
+
+
 def test_a_part_that_was_deleted_or_cut_is_sent_again(s3, plans, small_shards):
     dataset = dataset_of(plans)
     upload_dataset(s3, dataset, "bucket", "datasets", OWNER)
@@ -127,6 +195,70 @@ def test_only_what_the_annotations_name_is_sent(plans):
     names = [member.name for group in dataset_of(plans).shards.values() for member in group]
     assert len(names) == 12
     assert not [name for name in names if "secret" in name]
+
+
+@pytest.fixture
+def credentials(tmp_path):
+    path = tmp_path / "home" / "credentials"
+    path.parent.mkdir()
+    path.write_text("secret")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "relative", "annotations"])
+def test_a_link_out_of_the_dataset_is_not_followed(plans, tmp_path, kind):
+    home = tmp_path / "home"
+    home.mkdir()
+    images = plans / "train" / "images"
+    moved = plans / "val" / "annotations.json" if kind == "annotations" else images / "000002.png"
+    if kind == "folder":
+        shutil.copytree(images, home / "images")
+        shutil.rmtree(images)
+        images.symlink_to(home / "images")
+        target, more = home / "images" / "000001.png", r" \(And 7 more files\.\)"
+    else:
+        target, more = home / "private", ""
+        moved.rename(target)
+        moved.symlink_to(Path("../../../home/private") if kind == "relative" else target)
+    listed = images / "000001.png" if kind == "folder" else moved
+    expected = f"^{listed}: a link leads to {target}, outside of the dataset {plans}, .*--data.train_images\\.{more}$"
+    with pytest.raises(Problem, match=expected):
+        dataset_of(plans)
+
+
+def test_links_within_the_dataset_are_sent_as_what_they_lead_to(plans, tmp_path):
+    first, second = (plans / "train" / "images" / f"00000{number}.png" for number in (1, 2))
+    second.unlink()
+    second.symlink_to("../images/000001.png")
+    shared = plans / "all"
+    (plans / "val" / "images").rename(shared)
+    (plans / "val" / "images").symlink_to(shared)
+    linked = tmp_path / "linked"
+    linked.symlink_to(plans)  # the user's own way to the dataset
+    write_dataset(dataset_of(linked), tmp_path / "stored")
+    unpack_dataset(tmp_path / "stored", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked/train/images/000002.png").read_bytes() == first.read_bytes()
+    assert not [path for path in (tmp_path / "unpacked").rglob("*") if path.is_symlink()]
+    assert len(list((tmp_path / "unpacked/val/images").iterdir())) == 4
+
+
+def test_a_folder_that_the_user_named_is_the_datasets(plans, tmp_path):
+    shutil.move(plans / "train" / "images", tmp_path / "elsewhere")
+    (plans / "train" / "images").symlink_to(tmp_path / "elsewhere")
+    named = {"train_annotations": "train/annotations.json", "val_annotations": "val/annotations.json"}
+    assert dataset_of(plans, train_images=str(tmp_path / "elsewhere"), **named).manifest.images == 12
+    with pytest.raises(Problem, match="outside of the dataset"):
+        dataset_of(plans, train_images=str(plans / "train" / "images"), **named)
+
+
+def test_what_is_no_image_is_told_before_anything_is_sent(plans, credentials):
+    path = plans / "train" / "images" / "000002.png"
+    path.write_bytes(credentials.read_bytes())
+    with pytest.raises(Problem, match=f"^{path} is not an image that can be read. .*nothing was uploaded.$"):
+        dataset_of(plans)
+    (plans / "val" / "images" / "000001.png").write_bytes(b"")
+    with pytest.raises(Problem, match=r"000002\.png is not an image .*nothing was uploaded\. \(And 1 more files\.\)$"):
+        dataset_of(plans)
 
 
 def test_a_held_out_part_goes_with_its_file_and_is_held_out_again(plans, tmp_path):
@@ -274,7 +406,11 @@ def test_a_full_disk_is_said_beforehand(stored, tmp_path, monkeypatch):
         unpack_dataset(stored, tmp_path / "unpacked")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "another"}', '{"format": "dino_lightning dataset 1"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"format": "another"}', '{"format": "dino_lightning dataset 1"}', "[" * 99999],
+    ids=["cut", "list", "empty", "format", "short", "deep"],
+)
 def test_manifests_of_others(text):
     with pytest.raises(Problem, match="is no manifest"):
         Manifest.from_json(text, "here")
@@ -302,15 +438,106 @@ def archive_of(path, name, kind=tarfile.REGTYPE, link=""):
         ("link", tarfile.SYMTYPE, "/etc/passwd"),
         ("hard", tarfile.LNKTYPE, "good.txt"),
         ("pipe", tarfile.FIFOTYPE, ""),
+        ("device", tarfile.CHRTYPE, ""),
+        ("good.txt", tarfile.REGTYPE, ""),
+        ("./good.txt", tarfile.REGTYPE, ""),
+        ("a\\..\\..\\evil.txt", tarfile.REGTYPE, ""),
+        ("out/evil.txt", tarfile.REGTYPE, ""),
     ],
+    ids=str,
 )
 def test_archives_that_would_leave_the_folder_are_refused(tmp_path, name, kind, link):
     target = tmp_path / "inside" / "target"
     target.mkdir(parents=True)
+    (target / "out").symlink_to(tmp_path)
     with pytest.raises(Problem, match="is not unpacked"):
         extract_safely(archive_of(tmp_path / "a.tar.gz", name, kind, link), target)
     assert not list(tmp_path.rglob("evil*"))
-    assert sorted(path.name for path in target.iterdir()) == ["good.txt"]
+    assert sorted(path.name for path in target.iterdir()) == ["good.txt", "out"]
+    assert (target / "good.txt").read_text() == "good"
+
+
+PARTS = st.sampled_from(
+    ["..", ".", "", "a", "b.json", "images", "out", "in", "~", "C:", "..\\..", "\0", "\ud800", "x" * 300]
+)
+NAMES = st.lists(PARTS, min_size=1, max_size=5).map("/".join)
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(manifest_names=st.lists(NAMES, max_size=2), member_names=st.lists(NAMES, max_size=3))
+@example(manifest_names=["a/../../b.json"], member_names=[])
+@example(manifest_names=["x" * 300], member_names=["a", "x" * 300])
+@example(manifest_names=["out/b.json"], member_names=["a", "./a"])
+def test_whatever_a_dataset_names_nothing_is_written_outside(tmp_path_factory, manifest_names, member_names):
+    place = tmp_path_factory.mktemp("names")
+    source, target = place / "channel", place / "scratch" / "dataset"
+    (source / "shards").mkdir(parents=True)
+    target.parent.mkdir()
+    (place / "secret").mkdir()
+    (source / "out").symlink_to(place / "secret")
+    (source / "in").symlink_to(source / "shards")
+    for outside in (place / "secret" / "b.json", place / "b.json", source / "b.json"):
+        outside.write_bytes(b"content")
+    shard = source / "shards" / "1.tar"
+    with tarfile.open(shard, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in member_names:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            with contextlib.suppress(ValueError):  # tar stores no such name
+                tar.addfile(info, io.BytesIO(b"new"))
+    entries = [{"name": name, "size": 7, "sha256": content_hash(b"content")} for name in manifest_names]
+    stored = {"name": "shards/1.tar", "size": shard.stat().st_size, "sha256": content_hash(shard.read_bytes())}
+    images = len(set(member_names))
+    content = {"format": FORMAT, "annotations": entries, "shards": [stored], "images": images}
+    (source / MANIFEST).write_text(json.dumps(content))
+    before = everything(place)
+    try:
+        unpack_dataset(source, target)
+    except Problem as problem:
+        assert "\n" not in str(problem)
+        assert not target.exists()
+    inside = (target.parent / f".{target.name}.partial", target)
+    after = {
+        path: content
+        for path, content in everything(place).items()
+        if not any(path.is_relative_to(each) for each in inside)
+    }
+    assert after == before
+    shutil.rmtree(place)
+
+
+def content_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("key", ["annotations", "shards"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/../../evil.json",
+        "/tmp/evil.json",
+        "..",
+        "",
+        ".",
+        "a\\..\\evil.json",
+        "out/evil.json",
+        "train/annotations.json",
+    ],
+)
+def test_a_manifest_that_names_other_places_is_refused_in_one_sentence(stored, tmp_path, key, name):
+    (tmp_path / "evil.json").write_text("{}")
+    (stored / "out").symlink_to(tmp_path)
+    content = json.loads((stored / MANIFEST).read_text())
+    content[key].append({"name": name, "size": 2, "sha256": content_hash(b"{}")})
+    (stored / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(Problem, match=r"(lists '.*'|leads out) .*is not unpacked\.$"):
+        unpack_dataset(stored, tmp_path / "scratch" / "deep" / "unpacked")
+    assert sorted(path.name for path in tmp_path.rglob("evil*")) == ["evil.json"]
+    assert not (tmp_path / "scratch" / "deep" / "unpacked").exists()
 
 
 def test_what_is_no_archive_is_refused(tmp_path):
