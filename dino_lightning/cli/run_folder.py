@@ -128,8 +128,8 @@ def hold(folder: Path, checkpoint: str | None, held: ExitStack, *, overwrite: bo
         overwrite: the run that the folder holds may be removed; `clear` does it.
 
     Raises:
-        UsageError: another run's results are there, or files that no run wrote; or it goes on there; or the folder
-            cannot be written.
+        UsageError: another run's results are there, or files that no run wrote; or another run is writing there; or
+            the folder cannot be written.
     """
     if not _writes():
         return
@@ -138,8 +138,10 @@ def hold(folder: Path, checkpoint: str | None, held: ExitStack, *, overwrite: bo
     if not (folder / LOCK).exists():  # else the run may be going on, which says more
         _refuse(folder, checkpoint, overwrite=overwrite)
     if not _lock(folder, held):
-        raise UsageError(f"{folder}: a run goes on there now; wait for its end, or give another --run_dir.")
+        raise UsageError(f"{folder}: another run is writing there; wait for its end, or give another --run_dir.")
     _refuse(folder, checkpoint, overwrite=overwrite)
+    if not _left_by_a_run(folder):
+        held.callback(_remove_failed_start, folder)
 
 
 def resumes_in(folder: Path, checkpoint: str | None) -> bool:
@@ -305,6 +307,14 @@ def _lock(folder: Path, held: ExitStack) -> bool:
         if free:
             held.push(kept.pop_all())
     return free
+
+
+def _remove_failed_start(folder: Path) -> None:
+    """Remove what loggers wrote of a start that failed before it stored its configuration; the next would refuse it."""
+    if not (folder / CONFIG).exists() and not _results(folder):
+        for path in _left_by_a_run(folder):
+            path.unlink(missing_ok=True)
+        _remove_if_empty(folder / "tensorboard")
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

@@ -35,29 +35,45 @@ def take_addresses(module: LightningModule) -> dict[str, str | None]:
     return given
 
 
+def starting_option(options: Mapping[str, Any], class_names: Sequence[str] | None) -> str | None:
+    """The option that names the weights a run starts from; None where it starts from random values.
+
+    Args:
+        options: of a `DINOModule`. `weights` wins over `weights_for_rooms`, which is for datasets that have a class of
+            rooms, and both win over `backbone_weights`.
+        class_names: of the dataset, if known.
+    """
+    usable = {
+        "weights": True,
+        "weights_for_rooms": names_for_rooms(class_names or ()) is not None,
+        "backbone_weights": True,
+    }
+    return next((name for name in PLACES if options[name] is not None and usable[name]), None)
+
+
 def detector_weights(
     options: Mapping[str, Any], class_names: Sequence[str] | None
 ) -> tuple[str, Sequence[str] | None] | None:
     """The weights of a whole detector that a run starts from, and the names of its classes in them.
 
     Args:
-        options: of a `DINOModule`; `weights` wins over `weights_for_rooms`, which is for datasets that have rooms.
+        options: of a `DINOModule`.
         class_names: of the dataset, if known.
 
     Returns:
         What `load_initial_weights` takes; None where there are none.
     """
-    if options["weights"] is not None:
+    option = starting_option(options, class_names)
+    if option == "weights":
         return options["weights"], _mapped(class_names, options["class_map"] or {})
-    room_names = names_for_rooms(class_names or ())
-    if options["weights_for_rooms"] is None or room_names is None:
-        return None
-    return options["weights_for_rooms"], room_names
+    if option == "weights_for_rooms":
+        return options["weights_for_rooms"], names_for_rooms(class_names or ())
+    return None
 
 
 def rate_factor(options: Mapping[str, Any]) -> float:
     """What the learning rates are multiplied by: `rooms_lr_factor` where a run starts from `weights_for_rooms`."""
-    from_rooms = options["weights"] is None and detector_weights(options, options["class_names"]) is not None
+    from_rooms = starting_option(options, options["class_names"]) == "weights_for_rooms"
     return float(options["rooms_lr_factor"]) if from_rooms else 1.0
 
 
@@ -87,9 +103,9 @@ def start(model: DINO, options: Mapping[str, Any], num_images: int) -> None:
     Raises:
         CheckpointError: the weights cannot be found or read, or do not fit the model.
     """
-    whole, backbone = detector_weights(options, options["class_names"]), options["backbone_weights"]
+    option, whole = starting_option(options, options["class_names"]), detector_weights(options, options["class_names"])
     if whole is not None:
-        way_out = "--model.weights_for_rooms null" if options["weights"] is None else ""
+        way_out = "--model.weights_for_rooms null" if option == "weights_for_rooms" else ""
         try:
             rank_zero_info(load_initial_weights(model, *whole))
         except CheckpointError as error:
@@ -98,8 +114,8 @@ def start(model: DINO, options: Mapping[str, Any], num_images: int) -> None:
             slower = rate_factor(options)
             rates = f"Learning rates are {slower:g} times what the options say. " if slower != 1 else ""
             rank_zero_info(f"{rates}{way_out} starts without them.")
-    elif backbone is not None:
-        rank_zero_info(start_backbone_from(model, backbone).line())
+    elif option == "backbone_weights":
+        rank_zero_info(start_backbone_from(model, options[option]).line())
         for advice in advice_on_a_pretrained_backbone(num_images):
             rank_zero_info(advice)
     else:

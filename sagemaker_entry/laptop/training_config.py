@@ -21,6 +21,7 @@ from dino_lightning.cli.lightning_cli import parse_fit
 from dino_lightning.console import lacks_secrets, without_secrets
 from dino_lightning.data.class_paths import KNOWN_PACKAGES, class_paths
 from dino_lightning.data.transforms import resized_size
+from dino_lightning.training.initial_weights import PLACES, starting_option
 from dino_lightning.training.resume import flat
 from dino_lightning.weights.backbone_loading import needs_download
 from dino_lightning.weights.shipped import SHIPPED
@@ -30,7 +31,6 @@ from sagemaker_entry.protocol.problem import Problem
 DATA_PATHS = (
     "root", "train_annotations", "train_images", "val_annotations", "val_images", "test_annotations", "test_images",
 )  # fmt: skip
-WEIGHT_OPTIONS = ("weights", "backbone_weights")
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
             f"{file} sets no trainer.max_epochs; set it, because without it there is no estimate of what the run costs."
         )
     every = trainer["check_val_every_n_epoch"] or 1
-    weights = _local_weights(module_options)
+    source = starting_option(module_options, dataset.class_names)
+    weights = _local_weights(module_options, source)
     local = {f"data.{name}" for name in DATA_PATHS}
-    local |= {f"model.{name}" for name in WEIGHT_OPTIONS if _is_file(module_options.get(name))}
+    local |= {f"model.{name}" for name in PLACES if _is_file(module_options.get(name))}
     return Training(
         name=file.stem,
         config=_without_paths(content),
@@ -130,7 +131,7 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         batch_size=data_options["batch_size"],
         gpus_wanted=_processes(trainer),
         backbone=module_options["backbone"],
-        start=_start(module_options, weights),
+        start=_start(module_options, source, weights),
         teraflops=teraflops,
         parameters=parameters,
         extras=_extras_of_transforms(data_options["transforms"]),
@@ -196,34 +197,43 @@ def _without_paths(content: dict[str, Any]) -> str:
     for name in DATA_PATHS:
         (content.get("data") or {}).pop(name, None)
     model = content.get("model") or {}
-    for name in WEIGHT_OPTIONS:
+    for name in PLACES:
         if _is_file(model.get(name)):
             del model[name]
     return str(yaml.safe_dump(content, sort_keys=False))
 
 
-def _local_weights(model: dict[str, Any]) -> dict[str, Path]:
-    """The weights files on this machine, by option of `fit`."""
-    found = {f"model.{name}": Path(model[name]) for name in WEIGHT_OPTIONS if _is_file(model.get(name))}
-    weights = model.get("weights")
-    if weights is not None:
-        found.pop("model.backbone_weights", None)  # DINOModule ignores it if there are weights
-    row = None if weights is None else zoo().get(weights)
+def _local_weights(model: dict[str, Any], source: str | None) -> dict[str, Path]:
+    """The weights file on this machine that the run starts from, by option of `fit`; empty if there is none.
+
+    Args:
+        model: options of the module.
+        source: the one of them that names the weights the run starts from.
+    """
+    if source is None:
+        return {}
+    weights = model[source]
+    if _is_file(weights):
+        return {f"model.{source}": Path(weights)}
+    if source == "backbone_weights":
+        return {}
+    row = zoo().get(weights)
     if row is not None and (file := at_hand(row)) is not None:
-        found["model.weights"] = file  # else the container fetches them
-    comes_along = weights in SHIPPED or row is not None
-    if weights is not None and "model.weights" not in found and not comes_along and not needs_download(weights):
-        raise Problem(f"--model.weights: {weights} does not exist.")
-    return found
+        return {f"model.{source}": file}  # else the container fetches them
+    if weights not in SHIPPED and row is None and not needs_download(weights):
+        raise Problem(f"--model.{source}: {weights} does not exist.")
+    return {}
 
 
-def _start(model: dict[str, Any], local: Mapping[str, Path]) -> str:
+def _start(model: dict[str, Any], source: str | None, local: Mapping[str, Path]) -> str:
     """Where the initial weights come from, in words."""
+    if source is None:
+        return "random"
+    name = model[source]
     if local:
         return ", ".join(f"{path}, uploaded once" for path in local.values())
-    name = model.get("weights")
-    if name is None:
-        return f"of the backbone alone: {model['backbone_weights']}" if model.get("backbone_weights") else "random"
+    if source == "backbone_weights":
+        return f"of the backbone alone: {name}"
     if name in zoo():
         return f"{name}, fetched by the job; `python -m dino_lightning weights get {name}` first sends them along"
     return f"{name}, in the package" if name in SHIPPED else f"{name}, fetched by the job"

@@ -100,6 +100,13 @@ def test_a_start_that_failed_on_its_data_does_not_block_the_next(rooms, capsys):
     assert run(command) == 0
 
 
+def test_a_start_that_failed_on_its_weights_leaves_nothing(rooms, capsys):
+    command = ["fit", "--data.root", str(rooms), "--run_dir=X", *TINY_ARGS, "--model.weights=none.ckpt"]
+    assert run(command) == 1
+    assert "none.ckpt" in said(capsys)
+    assert not Path("X").exists()
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -118,7 +125,7 @@ def test_a_run_that_goes_on_is_neither_resumed_nor_replaced(used, fit, capsys):
         assert holder.stdout.readline() == b"True\n"
         for more in (["--overwrite"], ["--ckpt_path=last"]):
             assert fit("--run_dir=X", *more) == 1
-            assert "X: a run goes on there now" in said(capsys)
+            assert "X: another run is writing there" in said(capsys)
     finally:
         holder.kill()
         holder.communicate()

@@ -14,3 +14,17 @@ def test_every_kind_of_backbone_can_be_planned(backbone, rooms):
     training = check_training("small_cpu.yaml", str(rooms), [*own, "--data.num_workers=0"])
     assert training.teraflops > 0 and training.parameters > 1_000_000
     assert (training.backbone, training.start) == (backbone, "of the backbone alone: pretrained")
+
+
+def test_weights_for_rooms_are_named_and_go_along(rooms, tmp_path):
+    """They count where a class is a room; a file of this machine is uploaded like other weights."""
+    training = check_training("small_cpu.yaml", str(rooms), ["--data.num_workers=0"])
+    assert (training.start, training.weights) == ("rooms_small, in the package", {})
+    file = tmp_path / "mine.ckpt"
+    file.write_bytes(b"not read on the laptop")
+    training = check_training(
+        "small_cpu.yaml", str(rooms), [f"--model.weights_for_rooms={file}", "--data.num_workers=0"]
+    )
+    assert training.weights == {"model.weights_for_rooms": file}
+    assert training.start == f"{file}, uploaded once"
+    assert training.arguments == ("--data.num_workers=0",)
