@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.inference import predict_folder as predict_command
+from dino_lightning.model import DINO
 from tests.conftest import size_of
 from tests.inference.test_detector import save_tiny
 
@@ -522,3 +523,23 @@ def test_memory_stays_flat_over_two_thousand_images(checkpoint, tmp_path):
     assert max(measured[1000], measured[1950]) < measured[200] + 40 * 2**20
     assert len(content(output, "images.json")["images"]) == 2000
     assert len({entry["image_id"] for entry in content(output, "predictions.json")}) == 1999
+
+
+def test_a_full_gpu_is_one_sentence_and_the_same_command_resumes(checkpoint, plans, tmp_path, monkeypatch, capsys):
+    forward, calls = DINO.forward, []
+
+    def full_on_the_third(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(DINO, "forward", full_on_the_third)
+    assert predict(checkpoint, "--images", plans, "--batch_size", 2, output=tmp_path / "out") == 1
+    words = (
+        "The GPU's memory is full; lower --batch_size. What is finished is kept: the same command resumes from here."
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {words}"
+    assert predict(checkpoint, "--images", plans, "--batch_size", 1, output=tmp_path / "out") == 0
+    assert len(content(tmp_path / "out", "images.json")["images"]) == 6
+    assert len(calls) < 3 + 6  # images that were finished were not detected again
