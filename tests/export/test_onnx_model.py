@@ -18,7 +18,7 @@ def module():
     return tiny_module()
 
 
-@pytest.fixture(scope="module", params=["inside", pytest.param("outside", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(place, marks=pytest.mark.slow) for place in ("inside", "outside")])
 def model(request, module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     checkpoint = save(module, folder / "best.ckpt")

@@ -4,8 +4,10 @@ import pytest
 
 from sagemaker_entry.laptop.training_config import check_training
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "convnext_tiny")]
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "convnext_tiny", "swin_t", "timm/test_convnext"])
+
+@pytest.mark.parametrize("backbone", [*SLOW, "swin_t", "timm/test_convnext"])
 def test_every_kind_of_backbone_can_be_planned(backbone, rooms):
     """Some read values while they are built, which tensors without values do not have."""
     if backbone.startswith("timm/"):
