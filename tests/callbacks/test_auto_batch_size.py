@@ -209,12 +209,12 @@ def test_the_choice_is_said_with_what_could_not_be_had():
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_tried_out_and_the_run_is_the_same_as_by_hand(rooms, capfd):
+def test_a_gpu_is_tried_out_and_the_run_is_the_same_as_by_hand(rooms, caplog):
     on_gpu = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.precision=32-true"]
     by_hand, _ = fit(rooms, "hand", "--data.batch_size=4", *on_gpu)
     chosen, saved = fit(rooms, "auto", "--auto_batch_size=4", *on_gpu)
     assert saved["callbacks"]["AutoBatchSize"]["batch_size"] == 4
-    assert "90% of the memory of cuda:0" in capfd.readouterr().err
+    assert "90% of the memory of cuda:0" in caplog.text
     first = min(by_hand)
     assert chosen[first] == by_hand[first]  # later ones may differ by the order of additions
 

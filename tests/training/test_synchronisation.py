@@ -114,6 +114,7 @@ def test_the_count_sees_a_wait(rooms, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_no_step_waits_more_than_once_on_a_gpu(rooms, tmp_path):
     from dino_lightning.losses import matcher
 
