@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dino_lightning.interrupts import ended, handle_ctrl_c
+
+if __name__ == "__main__":
+    handle_ctrl_c()  # before the imports that take time
+
 import difflib
 import sys
 from collections.abc import Sequence
@@ -72,7 +77,8 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> int:
     """The console script `dino-lightning`."""
-    return run(sys.argv[1:])
+    handle_ctrl_c()
+    return ended(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

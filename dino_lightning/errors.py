@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST_MESSAGE = 1400  # characters
+FROM_A_LOADER = "\nOriginal Traceback "  # how PyTorch begins what happened in a loader process
 
 
 class UserError(Exception):
@@ -19,10 +20,13 @@ class DataError(UserError, ValueError):
     """Something is wrong with the dataset; the message says which file, which entry, and what to do.
 
     File names in it may be hostile or endless: the message is kept on one line, without control characters, and cut in
-    the middle where it is long.
+    the middle where it is long. PyTorch raises the error of a loader process anew, with the traceback there for
+    its message: of this the last line is kept, which is the message.
     """
 
     def __init__(self, message: str) -> None:
+        if FROM_A_LOADER in message:
+            message = message.strip().splitlines()[-1].partition(": ")[2]
         line = "".join(" " if char.isspace() else char if char.isprintable() else "?" for char in message)
         if len(line) > LONGEST_MESSAGE:
             half = LONGEST_MESSAGE // 2

@@ -61,8 +61,25 @@ def reason_of(error: OSError) -> str:
 
 
 def advice_on(error: OSError) -> str:
-    """What to do about a file that cannot be written, as the beginning of a sentence."""
-    return "Free some space" if error.errno in FULL else "Make its folder writable"
+    """What to do about a file or folder that cannot be written, as the beginning of a sentence."""
+    return "Free some space" if error.errno in FULL else "Make the folder writable"
+
+
+def unwritable(path: str | Path, error: OSError, option: str) -> str:
+    """The sentences about an output that cannot be written, whatever temporary file the system's error names.
+
+    Args:
+        path: what the user named.
+        error: the system's.
+        option: by which the user named it.
+    """
+    return f"{path} cannot be written ({reason_of(error)}). {advice_on(error)}, or give another {option}."
+
+
+def unreadable(error: OSError) -> str:
+    """What is wrong with a file or folder that cannot be read, and what to do: to follow its name, without a stop."""
+    reason = f"cannot be read ({reason_of(error)})"
+    return f"{reason}: change its permissions" if isinstance(error, PermissionError) else reason
 
 
 def remove_unfinished(folder: Path, suffix: str) -> None:

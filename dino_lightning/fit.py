@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dino_lightning.interrupts import ended, handle_ctrl_c
+
+if __name__ == "__main__":
+    handle_ctrl_c()  # before the imports that take time
+
 import os
 import sys
 from collections.abc import Sequence
@@ -47,4 +52,4 @@ def run(args: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(ended(run(sys.argv[1:])))

@@ -16,7 +16,7 @@ PACKAGE = Path(dino_lightning.__file__).parent
 PROJECT = PACKAGE.parent
 
 LAYERS = (
-    "boxes errors files console visualization floor_plans",
+    "boxes errors files console interrupts visualization floor_plans",
     "detections structures",
     "model losses data metrics",
     "weights inspection report",
@@ -26,7 +26,7 @@ LAYERS = (
     "cli",
     "fit __main__ __init__",  # entry files
 )
-SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference")
+SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference", "serve")
 MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "data/split_loaders.py", "callbacks", "cli", "inference")
 MAY_USE_AWS = ("laptop",)
 TRITON = "model/deformable_attention/triton_kernels.py"

@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning
 
+from dino_lightning.interrupts import EXIT_CODE
+
 SECONDS_TO_FIND_OUT = 10.0  # which rank died, after a connection broke
 SIGNS_OF_A_LOST_PEER = (
     "connection closed by peer",
@@ -56,7 +58,10 @@ class RankWatchdog(threading.Thread):
             self._die("Rank 0 is gone")
         for rank, process in self.children:
             code = process.poll()
-            if code:
+            if code in (EXIT_CODE, -signal.SIGINT):  # Ctrl-C came to this process as well, which may wait for that one
+                print("\nInterrupted.", file=sys.stderr, flush=True)
+                self.end(EXIT_CODE)
+            elif code:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed (its error is above)"
                 for _, other in self.children:
                     other.kill()

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,6 +65,7 @@ class GracefulCheckpoint(lightning.Callback):
         self._signal = 0
         self._stopped: StoppedOnRequest | None = None
         self._handling = self._owed = False
+        self._second_ctrl_c: Callable[[int, FrameType | None], Any] = signal.default_int_handler
         self._step = 0
         self._batches_to_poll = self._interval = 1
         self._last_poll = self._last_save = time.monotonic()
@@ -105,13 +107,15 @@ class GracefulCheckpoint(lightning.Callback):
     def _handle_signals(self) -> None:
         if not self._handling and threading.current_thread() is threading.main_thread():
             self._handling = True  # Lightning restores the former handlers when the run ends
+            before = signal.getsignal(signal.SIGINT)
+            self._second_ctrl_c = before if callable(before) else signal.default_int_handler
             for number in SIGNALS:
                 signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, self._second_ctrl_c)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
                 f"\n{signal.Signals(number).name}: saving a checkpoint after this step, then stopping. "

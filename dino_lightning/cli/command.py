@@ -14,12 +14,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dino_lightning.console import without_secrets
-from dino_lightning.errors import UserError
-from dino_lightning.files import FULL, reason_of
+from dino_lightning.console import say, without_secrets
+from dino_lightning.errors import FROM_A_LOADER, UsageError, UserError
+from dino_lightning.files import FULL, reason_of, unwritable
+from dino_lightning.interrupts import CtrlC
 
 PROGRAM = "python -m dino_lightning"
 BAD_INPUT, WRONG_OPTION = 1, 2
@@ -107,7 +109,7 @@ def expected_errors() -> tuple[type[BaseException], ...]:
 def explain(error: BaseException) -> str:
     """The message of an error in one sentence, without the traceback that a loader process wraps around it."""
     message = str(error)
-    if "Original Traceback" in message:
+    if FROM_A_LOADER in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     return str(without_secrets(message))
 
@@ -122,40 +124,67 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
     Returns:
         The exit code of the action; 1 for bad input, 2 for a wrong option, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    asked: list[int] = []
+    with _ctrl_c_noted() as ctrl_c:
+        try:
+            with _terminated_by_signal():
+                return action()
+        except expected_errors() as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            return WRONG_OPTION if isinstance(error, argparse.ArgumentError) else BAD_INPUT
+        except OSError as error:
+            if error.filename is None and error.errno not in FULL:
+                raise
+            name = "a file could not be written" if error.filename is None else error.filename
+            print(without_secrets(f"error: {name}: {reason_of(error)}.{_advice(error)}"), file=sys.stderr)
+            return BAD_INPUT
+        except (KeyboardInterrupt, Terminated) as stop:
+            _say_interrupted(interrupted(), ctrl_c)
+            return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        except (SystemExit, RuntimeError) as stop:
+            # Lightning ends an interrupted run by exit(1), and PyTorch's writer fails at the file that it was writing.
+            if isinstance(stop.__context__, (KeyboardInterrupt, Terminated)):
+                _say_interrupted(interrupted(), ctrl_c)
+                return TERMINATED if isinstance(stop.__context__, Terminated) else INTERRUPTED
+            if not ctrl_c.presses:
+                raise
+        except Exception:
+            if not ctrl_c.presses:
+                raise
+        # A package swallowed Ctrl-C, while it was imported for example, and failed at what it had not finished.
+        _say_interrupted(interrupted(), ctrl_c)
+        return INTERRUPTED
+
+
+def _advice(error: OSError) -> str:
+    """What to do about a file, opened for a purpose not known here, after a blank; empty where that is clear."""
+    if error.errno in FULL:
+        return " Free some space, and try again."
+    if isinstance(error, PermissionError):
+        return " Change the permissions of it or of its folder, or give another."
+    return ""
+
+
+@contextmanager
+def writing(path: str | Path, option: str) -> Iterator[None]:
+    """Name the output that the user gave, and the option, where it cannot be written.
+
+    Args:
+        path: the file or folder; all system errors inside are taken to be about it.
+        option: by which it was named.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        with _terminated_by_signal(), _ctrl_c_noted(asked):
-            return action()
-    except expected_errors() as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return WRONG_OPTION if isinstance(error, argparse.ArgumentError) else BAD_INPUT
+        yield
     except OSError as error:
-        if error.filename is None and error.errno not in FULL:
-            raise
-        name = "a file could not be written" if error.filename is None else error.filename
-        print(without_secrets(f"error: {name}: {reason_of(error)}."), file=sys.stderr)
-        return BAD_INPUT
-    except (KeyboardInterrupt, Terminated) as stop:
-        _say_interrupted(interrupted())
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-    except (SystemExit, RuntimeError) as stop:
-        # Lightning ends an interrupted run by exit(1), and PyTorch's writer fails at the file that it was writing.
-        if isinstance(stop.__context__, (KeyboardInterrupt, Terminated)):
-            _say_interrupted(interrupted())
-            return TERMINATED if isinstance(stop.__context__, Terminated) else INTERRUPTED
-        if not asked:
-            raise
-    except Exception:
-        if not asked:
-            raise
-    # A package swallowed Ctrl-C, while it was imported for example, and failed at what it had not finished.
-    _say_interrupted(interrupted())
-    return INTERRUPTED
+        raise UsageError(unwritable(path, error, option)) from error
 
 
-def _say_interrupted(text: str) -> None:
+def _say_interrupted(text: str, ctrl_c: CtrlC) -> None:
+    ctrl_c.told = True
     if text:
-        print(f"\n{text}", file=sys.stderr)
+        say(f"\n{text}", sys.stderr)
 
 
 @contextmanager
@@ -180,23 +209,21 @@ def _terminated_by_signal() -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c_noted(asked: list[int]) -> Iterator[None]:
-    """Add to `asked` whenever Ctrl-C raises `KeyboardInterrupt`, which some packages swallow."""
-    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or not handled:
-        yield
+def _ctrl_c_noted() -> Iterator[CtrlC]:
+    """What handles Ctrl-C: the program's, if it began so (see `handle_ctrl_c`); otherwise one for the time inside."""
+    before, ctrl_c = signal.getsignal(signal.SIGINT), CtrlC()
+    if isinstance(before, CtrlC):
+        yield before
         return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, handle)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield ctrl_c
+        return
+    signal.signal(signal.SIGINT, ctrl_c)
     try:
-        yield
+        yield ctrl_c
     finally:
-        if signal.getsignal(signal.SIGINT) is handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is ctrl_c:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.cli.checkpoints import LAST, model_file
-from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command, writing
 from dino_lightning.errors import UsageError
 
 DESCRIPTION = """Write the weights of a detector in our layout, in that of published DINO checkpoints, or in that of
@@ -33,10 +33,8 @@ def run(args: Sequence[str]) -> int:
         if options.output.startswith(HUB_SCHEME):
             _to_hub(place, options)
             return 0
-        try:
+        with writing(options.output, "--output"):
             print(convert(place, Path(options.output), options.layout, options.overwrite, options.contiguous))
-        except OSError as error:
-            raise UsageError(f"{options.output} cannot be written ({error.strerror or error}).") from error
         return 0
 
     return run_command(action)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_lightning.cli.checkpoints import HELP, model_file
-from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command, writing
 from dino_lightning.errors import UsageError
 from dino_lightning.export import OPSETS
 from dino_lightning.files import atomic_write
@@ -47,10 +47,12 @@ def run(args: Sequence[str]) -> int:
             raise UsageError(f"{checkpoint} is an ONNX file already; give the checkpoint that it came from.")
         if options.format == "directory":
             output = options.output or Path("model")
-            _export_directory(checkpoint, output)
+            with writing(output, "--output"):
+                _export_directory(checkpoint, output)
         else:
             output = _file(options.output, checkpoint, ".onnx" if options.format == "onnx" else ".pt2")
-            _export_file(checkpoint, output, options.format, preprocessing, options.opset)
+            with writing(output, "--output"):
+                _export_file(checkpoint, output, options.format, preprocessing, options.opset)
         print(output)
         return 0
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command, writing
 from dino_lightning.console import say
-from dino_lightning.errors import UsageError
 from dino_lightning.files import atomic_write
 
 if TYPE_CHECKING:
@@ -60,12 +59,10 @@ def _inspect(fit: Mapping[str, Any], output: Path, *, strict: bool) -> int:
         output / "health.html": as_html(report, str(data["root"])),
         output / "health.json": json.dumps(as_json(report), indent=1),
     }
-    try:
+    with writing(output, "--output"):
         for path, content in places.items():
             with atomic_write(path) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{output}: the report cannot be written ({error.strerror}).") from error
     say("\nreport   " + "\ndetails  ".join(str(path) for path in places))
     failed = report.count("error") > 0 or (strict and report.count("warning") > 0)
     return 1 if failed else 0

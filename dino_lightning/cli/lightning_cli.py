@@ -34,7 +34,7 @@ from dino_lightning.cli.arguments import (
     with_options_of_weights,
 )
 from dino_lightning.cli.checkpoints import raise_if_restoring
-from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, expected_errors
+from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, expected_errors, writing
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.help_pages import asks_for_all
 from dino_lightning.cli.option_checks import check_options
@@ -319,7 +319,7 @@ class Commands(LightningCLI):
         dataset = data.test_set if subcommand == "test" and data.test_set is not None else data.val_set
         checkpoint = str(self.config[subcommand].ckpt_path or "")
         folder = self.run_dir / "report"
-        try:
+        with writing(folder, "--run_dir"):
             summary = write_report(
                 model.evaluation,
                 Source(subcommand, dataset.annotations, data.category_ids, checkpoint),
@@ -327,8 +327,6 @@ class Commands(LightningCLI):
                 threshold=model.score_threshold,
                 against=self._other_run,
             )
-        except OSError as error:
-            raise UsageError(f"{folder}: the report cannot be written ({error.strerror}).") from error
         say(f"\n{as_text(summary)}\nreport           {folder / 'index.html'}")
 
     def _show_classes(self) -> None:
@@ -449,9 +447,14 @@ def parse_fit(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ArgumentError: an option or a configuration file that does not parse; the message is one sentence.
     """
-    given = with_options_of_weights(with_packaged_configs(run_folder.take_overwrite(args)[1]))
-    parsed: dict[str, Any] = _ParseOnly(["fit", *given], Path()).config.fit.as_dict()
+    parsed: dict[str, Any] = parsed_options(args).as_dict()
     return parsed
+
+
+def parsed_options(args: Sequence[str]) -> Any:
+    """The same as the parser's namespace, which the callbacks of `fit` are made from."""
+    given = with_options_of_weights(with_packaged_configs(run_folder.take_overwrite(args)[1]))
+    return _ParseOnly(["fit", *given], Path()).config.fit
 
 
 def options_of(checkpoint: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dino_lightning.cli.checkpoints import HELP, model_file
-from dino_lightning.cli.command import PROGRAM, CommandParser, boolean, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, boolean, run_command, writing
 from dino_lightning.console import say
 from dino_lightning.errors import OutOfMemory, UsageError
 
@@ -52,13 +52,12 @@ def run(args: Sequence[str]) -> int:
             raise UsageError(f"{checkpoint}: predict takes a checkpoint; use an ONNX file by load_detector in Python.")
         wanted = PredictOptions(**{field.name: getattr(options, field.name) for field in fields(PredictOptions)})
         try:
-            summary = predict_folder(checkpoint, wanted, on_start=lambda: state.update(deleted=options.overwrite))
+            with writing(options.output, "--output"):
+                summary = predict_folder(checkpoint, wanted, on_start=lambda: state.update(deleted=options.overwrite))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"The GPU's memory is full; lower --batch_size. What is finished is kept: {how_to_resume()}."
             ) from error
-        except OSError as error:
-            raise UsageError(f"{options.output}: cannot be written ({error.strerror or error}).") from error
         if summary is None:
             return 0
         _report(options.output, summary)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command, writing
 from dino_lightning.errors import UsageError
 from dino_lightning.files import save_figure
 
@@ -64,10 +64,8 @@ def _preview(options: argparse.Namespace, fit: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     heading = _heading(fit["data"], options.split, panels)
-    try:
+    with writing(options.output, "--output"):
         save_figure(draw_panels(panels, heading), options.output)
-    except OSError as error:
-        raise UsageError(f"{options.output}: the picture cannot be written ({error.strerror}).") from error
     images = len(data.train_set if options.split == "train" else data.val_set)
     if images < len(panels):
         print(f"There are {images} images; each is drawn several times, with another augmentation.")

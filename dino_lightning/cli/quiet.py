@@ -18,6 +18,7 @@ RANK_ZERO_LOG = "lightning.pytorch.utilities.rank_zero"  # the logger of Lightni
 LOG_MESSAGES = (
     r".*\[litlogger\]",  # an advertisement
     r"TPU available: False",
+    r"\s*Detected KeyboardInterrupt, attempting graceful shutdown",  # `run_command` says it in its own sentence
     r"`weights_only` was not set",  # of saving: the optimizer is wanted too, and always was
 )
 # For the beginnings of warnings about what a user cannot change, or what the command line does on purpose.

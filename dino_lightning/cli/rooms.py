@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, run_command, writing
 from dino_lightning.errors import UsageError
 
 DESCRIPTION = """Draw synthetic floor plans as a COCO dataset: DIR/{train,val}/annotations.json and images/.
@@ -33,7 +33,8 @@ def run(args: Sequence[str]) -> int:
         from dino_lightning.floor_plans import write_rooms_dataset  # takes a second to import
 
         try:
-            print(write_rooms_dataset(**vars(options)))
+            with writing(options.root, "--root"):
+                print(write_rooms_dataset(**vars(options)))
         except ValueError as error:
             raise UsageError(str(error).replace("or overwrite it", "or --overwrite to replace it")) from error
         return 0

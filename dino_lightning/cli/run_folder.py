@@ -18,7 +18,7 @@ from dino_lightning.callbacks.rank_watchdog import FIRST_PROCESS
 from dino_lightning.cli.checkpoints import RUNS
 from dino_lightning.console import is_first_process, say
 from dino_lightning.errors import UsageError
-from dino_lightning.files import locked
+from dino_lightning.files import locked, unwritable
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes that Lightning starts their run's folder
 ONLY_ON_COMMAND_LINE = ("run_dir", "overwrite")  # they are needed before a configuration file is read
@@ -318,7 +318,7 @@ def _remove_failed_start(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"{folder}: cannot be written ({error.strerror or error}).")
+    return UsageError(unwritable(folder, error, "--run_dir"))
 
 
 def _remove_if_empty(folder: Path) -> None:

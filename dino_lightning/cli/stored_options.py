@@ -14,6 +14,7 @@ import yaml
 from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError
+from dino_lightning.files import unreadable
 from dino_lightning.training.resume import ARCHITECTURE, changed_options
 from dino_lightning.weights.backbone_loading import is_library_name
 from dino_lightning.weights.reading import read_checkpoint
@@ -74,7 +75,12 @@ def _why_not(subcommand: str, file: Path, stored: Mapping[str, Any]) -> str | No
     """Why the configuration in the run's folder does not say what the checkpoint says; None if it does."""
     if not file.is_file():
         return f"{file} is missing"
-    given = _read(file)
+    try:
+        given = _parsed(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        given = None
+    except OSError as error:
+        return f"{file} {unreadable(error)}"
     if given is None:
         return f"{file} is damaged"
     changes = changed_options(stored, given, both=True)

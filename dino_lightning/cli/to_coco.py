@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command
+from dino_lightning.cli.command import PROGRAM, CommandParser, plain_warnings, run_command, writing
 from dino_lightning.console import aligned, say
-from dino_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     from dino_lightning.data import CocoAnnotations
@@ -57,10 +56,8 @@ def _to_coco(data: Mapping[str, Any], output: Path, images: ImageMode) -> None:
     from dino_lightning.data.coco_writer import write_coco
 
     splits = _read(data)
-    try:
+    with writing(output, "--output"):
         written = write_coco(splits, output, images)
-    except OSError as error:
-        raise UsageError(f"{output}: the dataset cannot be written ({error.strerror or error}).") from error
     say(aligned([("split", "images", "boxes", "crowd", "left out", "renamed"), *map(_row, written.items())]))
     if any(split.left_out for split in written.values()):
         say("Left out: boxes without area inside their image.")

@@ -17,7 +17,9 @@ from tqdm import tqdm
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.dataset import FEW_IMAGES
 from dino_lightning.data.image_places import check_files_exist, check_images_folder
+from dino_lightning.data.images import open_regular
 from dino_lightning.errors import DataError
+from dino_lightning.files import BLOCK
 
 ImageMode = Literal["copy", "link", "none"]
 ANNOTATIONS, IMAGES = "annotations.json", "images"
@@ -88,13 +90,24 @@ def _write_split(split: CocoAnnotations, folder: Path, name: str, images: ImageM
         for index, new in enumerate(tqdm(names, f"{verb} {name} images", unit="image", disable=few)):
             source, target = split.image_path(index), folder / IMAGES / new
             if images == "copy":
-                shutil.copyfile(source, target)
+                _copy(source, target)
             else:
                 target.symlink_to(source.resolve())
     summary = split.summary
     renamed = sum(new != image.file_name.rpartition("/")[2] for new, image in zip(names, split.images, strict=True))
     renamed = 0 if images == "none" else renamed
     return WrittenSplit(summary.images, summary.boxes, summary.crowd, summary.degenerate, renamed)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy an image.
+
+    Raises:
+        DataError: it cannot be read.
+        OSError: the copy cannot be written.
+    """
+    with open_regular(source) as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy, BLOCK)
 
 
 def unique_names(split: CocoAnnotations) -> list[str]:

@@ -16,7 +16,7 @@ from dino_lightning.data.reading.search import (
     some_file_names,
     split_of,
 )
-from dino_lightning.data.split_files import is_file, why_no_file
+from dino_lightning.data.split_files import check_can_be_entered, is_file, why_no_file
 from dino_lightning.errors import DataError
 
 FILES_TO_PROBE = 8  # to tell whether a folder is the right one
@@ -28,6 +28,9 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Pat
 
     Ties go to the first one, so the order of the candidates matters. Where none holds half of them, and a root is
     given, all its folders with images are candidates, and names that can be matched count as well.
+
+    Raises:
+        DataError: none of the candidates holds them, and one may not be looked into.
     """
     folders = [folder for folder in candidates if folder.is_dir()]
     if len(folders) == 1 and root is None:
@@ -36,6 +39,8 @@ def choose_image_folder(annotations: Path, candidates: Sequence[Path], root: Pat
     best = max(folders, key=lambda folder: files_in(folder, names), default=None)
     if best is not None and (root is None or not names or 2 * files_in(best, names) >= len(names)):
         return best
+    for folder in folders:
+        check_can_be_entered(folder)
     if root is not None and root.is_dir() and names:
         choice = _likeliest_folder(annotations, [*folders, *image_folders(root)], root, names)
         if choice is not None and not _is_of_another_split(annotations, choice, root, names):

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lightning.data.dataset import Sample, available_cores
 from dino_lightning.data.sampling import TrainSampler
-from dino_lightning.errors import DataError
+from dino_lightning.errors import FROM_A_LOADER, DataError
+from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from dino_lightning.structures import Batch
 
 MAX_WORKERS = 8
@@ -86,7 +87,8 @@ class Loader(DataLoader[Any]):
         if self._order is not None:
             self._order.skip = given * (self.batch_size or 1)
         self._processes = ()
-        iterator = super().__iter__()
+        with ctrl_c_left_to_this_process():
+            iterator = super().__iter__()
         self._processes = getattr(iterator, "_workers", ())
         if self.num_workers > 0:
             _leave_deaths_to_the_loader()
@@ -148,7 +150,7 @@ def _tells_of_a_death(error: BaseException) -> bool:
         return True
     # Its last finished batch may be in shared memory that was never handed over.
     lost_on_the_way = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
-    return lost_on_the_way and ("Original Traceback" not in message or "in pin memory thread" in message)
+    return lost_on_the_way and (FROM_A_LOADER not in message or "in pin memory thread" in message)
 
 
 def _leave_deaths_to_the_loader() -> None:

@@ -10,6 +10,7 @@ from dino_lightning.data.box_formats import BoxFormat
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.transforms import Canvas
 from dino_lightning.errors import DataError
+from dino_lightning.files import unwritable
 
 AT_LEAST_ONE = ("batch_size", "val_batch_size", "image_size", "max_size", "fixed_size", "pad_to_multiple")
 OF_FILES = (  # what `from_datasets` has no use for
@@ -78,4 +79,4 @@ def image_cache(
             Path(folder), image_size=image_size, max_size=max_size, max_bytes=limit, stretch_to=stretch_to
         )
     except OSError as error:
-        raise DataError(f"cache_dir: {folder} cannot be written to ({error}). Give another folder.") from error
+        raise DataError(f"cache_dir: {unwritable(folder, error, 'folder')}") from error

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
+
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -41,6 +44,20 @@ def why_no_file(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a null byte
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
+
+
+def check_can_be_entered(folder: Path) -> None:
+    """Refuse a folder whose files would pass for absent, as nobody may look at them here.
+
+    Raises:
+        DataError: it is such a folder.
+    """
+    try:
+        Path(folder, "x").stat()
+    except PermissionError as error:
+        raise DataError(f"{folder}: the folder {unreadable(error)}.") from error
+    except (OSError, ValueError):  # no such file, or no folder
+        return
 
 
 def is_file(path: Path) -> bool:

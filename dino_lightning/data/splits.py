@@ -25,10 +25,12 @@ from dino_lightning.data.reading.search import (
     split_word,
     splits_in_entries,
 )
-from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles, is_file
+from dino_lightning.data.split_files import SPLIT_NAMES, SplitFiles, check_can_be_entered, is_file
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 FILES_NAMED = 8  # in one sentence
+PARTS = ("annotations", "images")  # folders that hold those of all splits
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,17 @@ def _discover(root: Path) -> dict[str, SplitFiles]:
 
 def _check_folder(root: Path) -> None:
     try:
-        next(root.iterdir(), None)
+        parts = [path for path in root.iterdir() if split_word(path.name) or path.name in PARTS]
     except FileNotFoundError as error:
         raise DataError(f"{root}: the dataset folder does not exist.") from error
     except NotADirectoryError as error:
         raise DataError(f"{root}: is a file. Give its folder, and the file as --data.train_annotations.") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{root}: the dataset folder cannot be read ({getattr(error, 'strerror', error)}).") from error
+    except OSError as error:
+        raise DataError(f"{root}: the dataset folder {unreadable(error)}.") from error
+    except ValueError as error:  # a null byte
+        raise DataError(f"{root}: the dataset folder cannot be read ({error}).") from error
+    for part in parts:
+        check_can_be_entered(part)
 
 
 def _nothing_found(root: Path) -> str:
@@ -297,8 +303,9 @@ def _existing(root: Path, given: str, argument: str) -> Path:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{argument}: {path} cannot be read ({reason}).") from error
+        except OSError as error:
+            raise DataError(f"{argument}: {path} {unreadable(error)}.") from error
+        except ValueError as error:  # a null byte
+            raise DataError(f"{argument}: {path} cannot be read ({error}).") from error
         return path
     raise DataError(f"{argument}: {given} does not exist, neither in the working directory nor in {root}.")

@@ -27,6 +27,7 @@ from dino_lightning.inference.image_list import ListedImage
 from dino_lightning.inference.results import Records, failure, record
 from dino_lightning.inference.tiling import Window, merge
 from dino_lightning.inference.views import Unreadable, View, Views, batches
+from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
 
@@ -62,7 +63,7 @@ def predict_images(
         DataError: a process that reads images was killed.
         KeyboardInterrupt: as soon as an image is finished after Ctrl-C, or at once at the second one.
     """
-    loader = DataLoader(views, batch_size=None, num_workers=num_workers, worker_init_fn=_leave_interrupts_to_parent)
+    loader: DataLoader[View | Unreadable] = DataLoader(views, batch_size=None, num_workers=num_workers)
     progress = tqdm(
         desc="Predicting",
         total=len(views.images),
@@ -73,7 +74,9 @@ def predict_images(
     records = Records(folder=folder, process=fabric.global_rank)
     with _Finisher(records, overlays, progress) as finisher, _interrupts_between_images() as stop_if_interrupted:
         try:
-            for listed, found in _found(loader, batch_size, partial(_detect, fabric, module, threshold)):
+            with ctrl_c_left_to_this_process():
+                stream = iter(loader)  # starts the processes
+            for listed, found in _found(stream, batch_size, partial(_detect, fabric, module, threshold)):
                 finisher.add(listed, found)
                 stop_if_interrupted()
         except RuntimeError as error:
@@ -96,11 +99,12 @@ def _interrupts_between_images() -> Iterator[Callable[[], None]]:
     def remember(number: int, _: FrameType | None) -> None:
         seen.append(number)
         if len(seen) > 1:
-            raise KeyboardInterrupt
+            stop()
 
     def stop() -> None:
         if seen:
-            raise KeyboardInterrupt
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, remember)
     try:
@@ -109,17 +113,12 @@ def _interrupts_between_images() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave_interrupts_to_parent(_: int) -> None:
-    """A terminal sends Ctrl-C to every process; the loader processes are ended by the one they work for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _found(
-    loader: DataLoader[View | Unreadable], size: int, detect: Callable[[Sequence[View]], list[Detections]]
+    stream: Iterator[View | Unreadable], size: int, detect: Callable[[Sequence[View]], list[Detections]]
 ) -> Iterator[tuple[ListedImage, Found | Unreadable]]:
     """Yields each image as soon as all its views have been through the detector."""
     parts: dict[str, list[tuple[Window, Detections]]] = {}
-    for batch in batches(loader, size):
+    for batch in batches(stream, size):
         if isinstance(batch, Unreadable):
             yield batch.listed, batch
             continue

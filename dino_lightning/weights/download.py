@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dino_lightning.console import REDACTED, lacks_secrets, without_secrets
 from dino_lightning.errors import CheckpointError
-from dino_lightning.files import sha256_of
+from dino_lightning.files import advice_on, reason_of, sha256_of
 
 HUB_SCHEME = "hf://"
 _SCHEMES = ("https://", "http://", "s3://", HUB_SCHEME)
@@ -31,6 +31,10 @@ _CHUNK = 1 << 20
 _TRIES = 5
 _PAUSE = 1.0  # seconds before the second try, doubled for each further one
 _SECONDS_WITHOUT_DATA = 60.0
+
+
+class CacheError(CheckpointError):
+    """The folder of downloaded weights cannot be written; another address would not help."""
 
 
 class _Interrupted(Exception):
@@ -137,14 +141,18 @@ def interprocess_lock(name: str) -> Iterator[None]:
         lock = FileLock(folder / f"{name}.lock")
         lock.acquire()
     except OSError as error:
-        raise CheckpointError(
-            f"The cache for downloaded weights, {folder}, cannot be written ({error.strerror}); set XDG_CACHE_HOME to "
-            "another folder."
-        ) from error
+        raise _unwritable(folder, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"The cache for downloaded weights, {folder}, cannot be written ({reason_of(error)}). {advice_on(error)}, or "
+        "set XDG_CACHE_HOME to another folder."
+    )
 
 
 def _downloaded(place: str) -> Path:
@@ -173,9 +181,7 @@ def _downloaded(place: str) -> Path:
             try:
                 _download(address, part)
             except OSError as error:
-                raise CheckpointError(
-                    f"{without_secrets(address)} cannot be stored in {path.parent} ({error.strerror})."
-                ) from error
+                raise _unwritable(path.parent, error) from error
             if checksum is not None and not (found := sha256_of(part)).startswith(checksum):
                 part.unlink()
                 raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from dino_lightning.errors import CheckpointError
+from dino_lightning.files import unreadable
 from dino_lightning.weights.download import is_address, local_file
 from dino_lightning.weights.foreign_layouts import PROJECTS, Layout, layout_of, to_official
 from dino_lightning.weights.published_layout import (
@@ -79,7 +80,7 @@ def read_checkpoint(path: str | Path) -> Any:
     """The content of a checkpoint file, read without running any code from it.
 
     Raises:
-        CheckpointError: the file does not exist, is not a checkpoint, or is damaged.
+        CheckpointError: the file does not exist, cannot be read, is not a checkpoint, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,6 +95,8 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{path} is not a checkpoint that can be read safely: it is not a PyTorch file, is damaged, or holds "
             "objects other than tensors and plain values."
         ) from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path} {unreadable(error)}.") from error
     except Exception as error:  # damaged archives raise anything
         reason = str(error).partition("\n")[0]
         said = f" ({reason.rstrip('.')})" if " " in reason else ""  # not a bare number

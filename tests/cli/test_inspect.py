@@ -118,7 +118,7 @@ def test_a_hopeless_dataset_ends_with_1_and_one_sentence(tmp_path, make, sentenc
 def test_an_output_that_cannot_be_written_is_one_sentence(root, capsys):
     Path("taken").write_text("a file")
     assert run(["inspect", "--data.root", str(root), "--output", "taken"]) == 1
-    assert "error: taken: the report cannot be written" in capsys.readouterr().err
+    assert "error: taken cannot be written" in capsys.readouterr().err
 
 
 def test_options_and_configuration_of_fit_are_understood(root, capsys):

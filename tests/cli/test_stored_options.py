@@ -66,6 +66,7 @@ def test_weights_and_older_checkpoints_bring_their_sizes(finished, rooms, tmp_pa
     assert loss_in(as_checkpoint) == loss_in(as_weights)
 
 
+@pytest.mark.slow
 def test_a_cut_or_changed_configuration_is_told_and_does_not_count(own_run, capsys):
     checkpoint, config = own_run / "checkpoints" / "last.ckpt", own_run / "config.yaml"
     whole = config.read_text()

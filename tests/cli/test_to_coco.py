@@ -170,14 +170,14 @@ def test_absent_images_are_one_sentence_and_leave_nothing(root, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated, OSError(28, "No space left on device")])
 def test_what_is_interrupted_leaves_nothing(root, monkeypatch, capsys, error):
-    copy, copied = shutil.copyfile, []
+    copy, copied = shutil.copyfileobj, []
 
-    def failing(source, target):
+    def failing(source, target, length):
         if copied:
             raise error
-        copied.append(copy(source, target))
+        copied.append(copy(source, target, length))
 
-    monkeypatch.setattr("dino_lightning.data.coco_writer.shutil.copyfile", failing)
+    monkeypatch.setattr("dino_lightning.data.coco_writer.shutil.copyfileobj", failing)
     code = convert()
     assert code == {KeyboardInterrupt: 130, Terminated: 143}.get(error, 1)
     assert [path.name for path in Path().iterdir()] == ["given"]

@@ -214,7 +214,7 @@ def test_a_full_disk_under_the_cache_is_said_once_and_training_goes_on(root, tmp
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(root, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cache_dir: .*file/cache cannot be written to"):
+    with pytest.raises(DataError, match=r"cache_dir: .*file/cache cannot be written"):
         data_module(root, tmp_path / "file" / "cache")
 
 

@@ -14,6 +14,7 @@ from dino_lightning.data.dataset import FEW_IMAGES, available_cores
 from dino_lightning.data.images import EXIF_ORIENTATION, open_image, open_regular
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 STORED_WIDTH, STORED_HEIGHT = 256, 257  # tags of a TIFF file
 MAX_TEXT = 50_000_000  # bytes of a label, list or XML file; real ones have a thousandth of it
@@ -75,7 +76,7 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
             too_large = os.fstat(file.fileno()).st_size > limit
             content = b"" if too_large else file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: {unreadable(error)}.") from error
     if too_large:
         raise DataError(f"{path}: has more than {limit:,} bytes, too many for such a file of a dataset.")
     try:

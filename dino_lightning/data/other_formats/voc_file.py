@@ -12,6 +12,7 @@ from dino_lightning.data.other_formats.image_folder import MAX_TEXT
 from dino_lightning.data.reading.image_entries import MAX_SIDE
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_CORNER = 1e9  # pixels; larger than any image
@@ -58,7 +59,7 @@ def _parse(path: Path) -> ElementTree.Element:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: {unreadable(error)}.") from error
     if len(content) > MAX_TEXT:
         raise DataError(f"{path}: has more than {MAX_TEXT:,} bytes, too many for the XML of one image.")
     if b"\0" in content:  # UTF-16, in which the next test would see nothing

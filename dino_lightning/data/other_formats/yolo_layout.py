@@ -25,6 +25,7 @@ from dino_lightning.data.other_formats.image_folder import (
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.data.split_files import SPLIT_NAMES, is_file
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 MAX_YAML = 1_000_000  # bytes; the yaml of a thousand classes has a fiftieth of it
@@ -208,7 +209,7 @@ def images_below(root: Path, folder: str) -> list[str]:
         try:
             entries = list(os.scandir(root / place))
         except OSError as error:
-            raise DataError(f"{root / place}: cannot be read as a folder ({error.strerror}).") from error
+            raise DataError(f"{root / place}: the folder {unreadable(error)}.") from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue  # "._plan.jpg" beside "plan.jpg" is no image, but macOS's notes on it

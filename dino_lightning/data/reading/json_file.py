@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -155,7 +156,7 @@ def _mapped(path: Path) -> memoryview:
     except FileNotFoundError as error:
         raise DataError(f"{path}: the annotation file does not exist.") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: {unreadable(error)}.") from error
 
 
 def _unpacked(path: Path) -> bytes:
