@@ -1,11 +1,11 @@
-"""Serving a trained model on an endpoint: the four functions that SageMaker's PyTorch containers call.
+"""Requests to a trained model and their answers: for our server, see `serve`, and for AWS's inference toolkit.
 
 Request: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}.
 Response: JSON, for each image its size and its detections with name, original category id, score and bbox (x, y, width,
 height in pixels). A request that cannot be answered gets status 400 (413 too large, 415 and 406 a type that is not
 supported) and {"error": "one sentence"}. The limits are environment variables of the container, see `Limits`.
 
-This file is shipped in `code/` of the model directory, beside the package.
+It is shipped in `code/` of the model directory, where `code/inference.py` gives its four functions to the toolkit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ IMAGES = ("image/jpeg", "image/png", "image/webp", "image/tiff", "application/x-
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 KEYS = ("images", "threshold")
 LIMIT_PREFIX = "DINO_LIGHTNING_"
-BAD_REQUEST, NOT_ACCEPTABLE, TOO_LARGE, UNSUPPORTED_TYPE = 400, 406, 413, 415
+OK, BAD_REQUEST, NOT_ACCEPTABLE, TOO_LARGE, UNSUPPORTED_TYPE = 200, 400, 406, 413, 415
+ONNX_FILE = "model.onnx"  # of `python -m dino_lightning export`, put beside the checkpoint
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -49,12 +51,14 @@ class Limits:
         max_pixels: of all images of a request together, known from their headers before one is decoded; by default an
             A0 sheet at 200 dpi. Decoding takes up to 22 bytes of memory for each.
         max_json_depth: how deep lists and objects of JSON may be nested.
+        max_waiting: requests that wait for the model or are computed, each with its bytes in memory; our server's.
     """
 
     max_bytes: int = 25 * 1024 * 1024
     max_images: int = 16
     max_pixels: int = 64_000_000
     max_json_depth: int = 8
+    max_waiting: int = 16
 
     @classmethod
     def from_environment(cls) -> Limits:
@@ -98,12 +102,15 @@ class Request:
 
 
 def model_fn(model_dir: str) -> Detector:
-    """Load the model, on the GPU where there is one.
+    """Load the model, on the GPU where there is one; on a CPU, `model.onnx` if it lies in the folder.
 
     Raises:
         ValueError: a limit in the environment is no number, so that the endpoint does not start.
     """
     limits()
+    exported = Path(model_dir) / ONNX_FILE
+    if exported.is_file() and not torch.cuda.is_available() and find_spec("onnxruntime") is not None:
+        return load_detector(exported)
     return load_detector(Path(model_dir) / "model.ckpt", "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -125,16 +132,10 @@ def parse_request(body: bytes | bytearray | str, content_type: str) -> Request:
     Raises:
         RequestError: unknown content type, bad JSON, an image that cannot be decoded, or more than `limits` allow.
     """
-    if len(body) > limits().max_bytes:
-        raise _too_large(f"The request has {len(body):,} bytes", "max_bytes")
-    kind = (content_type or "").partition(";")[0].strip().lower()
+    check_size(len(body))
+    kind = check_type(content_type)
     if kind in IMAGES:
         return Request(_decoded([body.encode() if isinstance(body, str) else bytes(body)], ["The image"]))
-    if kind != JSON:
-        raise RequestError(
-            f"Content type {content_type!r} is not supported; send {JSON} or one of {', '.join(IMAGES)}.",
-            UNSUPPORTED_TYPE,
-        )
     content = _parsed(body)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise RequestError('JSON must look like {"images": ["<base64>", ...], "threshold": 0.5}.')
@@ -145,9 +146,34 @@ def parse_request(body: bytes | bytearray | str, content_type: str) -> Request:
         raise RequestError(f"threshold is {repr(threshold)[:50]}; it must be a number from 0 to 1.")
     encoded = content["images"]
     if len(encoded) > limits().max_images:
-        raise _too_large(f"The request has {len(encoded):,} images", "max_images")
+        raise too_large(f"The request has {len(encoded):,} images", "max_images")
     names = [f"Image {position}" for position in range(len(encoded))]
     return Request(_decoded([_bytes(*each) for each in zip(encoded, names, strict=True)], names), threshold)
+
+
+def check_size(count: int) -> None:
+    """Check the number of bytes of a request.
+
+    Raises:
+        RequestError: there are more than `limits` allow.
+    """
+    if count > limits().max_bytes:
+        raise too_large(f"The request has at least {count:,} bytes", "max_bytes")
+
+
+def check_type(content_type: str | None) -> str:
+    """The content type of a request, without parameters.
+
+    Raises:
+        RequestError: it is none of those that are read.
+    """
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind not in (JSON, *IMAGES):
+        raise RequestError(
+            f"Content type {(content_type or '')[:100]!r} is not supported; send {JSON} or one of {', '.join(IMAGES)}.",
+            UNSUPPORTED_TYPE,
+        )
+    return kind
 
 
 def predict_fn(request: Request | RequestError, model: Detector) -> list[dict[str, Any]] | RequestError:
@@ -169,29 +195,44 @@ def output_fn(predictions: list[dict[str, Any]] | RequestError, accept: str, con
     Returns:
         The response and its content type.
     """
-    error = predictions if isinstance(predictions, RequestError) else None
-    if error is None and not any(kind in (accept or "*/*") for kind in (JSON, "*/*", "application/*")):
-        error = RequestError(f"The response is {JSON}, not {accept!r}; change the Accept header.", NOT_ACCEPTABLE)
-    if error is None:
-        return json.dumps({"predictions": predictions}), JSON
-    answer = json.dumps({"error": str(error)})
+    status, answer = encoded(predictions, accept)
+    if status == OK:
+        return answer, JSON
     if context is None:  # a server that gives none: the status travels in an exception, and a traceback with it
-        raise _exception(error, answer) from error
-    context.set_response_status(error.status, "Bad Request")
+        raise _exception(status, answer)
+    context.set_response_status(status, "Bad Request")
     return answer, JSON
 
 
-def _exception(error: RequestError, answer: str) -> Exception:
-    """What the toolkit turns into an answer with a status; without the toolkit, the error itself."""
+def encoded(predictions: list[dict[str, Any]] | RequestError, accept: str | None) -> tuple[int, str]:
+    """The HTTP status and the JSON of the answer to a request.
+
+    Args:
+        predictions: of `predict_fn`, or what was wrong with the request.
+        accept: the content types that the client wants.
+    """
+    error = predictions if isinstance(predictions, RequestError) else None
+    if error is None and not any(kind in (accept or "*/*") for kind in (JSON, "*/*", "application/*")):
+        error = RequestError(
+            f"The response is {JSON}, not {(accept or '')[:100]!r}; change the Accept header.", NOT_ACCEPTABLE
+        )
+    if error is None:
+        return OK, json.dumps({"predictions": predictions})
+    return error.status, json.dumps({"error": str(error)})
+
+
+def _exception(status: int, answer: str) -> Exception:
+    """What the toolkit turns into an answer with a status; without the toolkit, an error of ours."""
     try:
         from sagemaker_inference.errors import GenericInferenceToolkitError
     except ImportError:
-        return error
-    toolkits: Exception = GenericInferenceToolkitError(error.status, answer, "Bad Request")
+        return RequestError(answer, status)
+    toolkits: Exception = GenericInferenceToolkitError(status, answer, "Bad Request")
     return toolkits
 
 
-def _too_large(what: str, limit: str) -> RequestError:
+def too_large(what: str, limit: str) -> RequestError:
+    """The error of a request that exceeds a limit, which it names with its environment variable."""
     most = getattr(limits(), limit)
     return RequestError(f"{what}; the limit, {LIMIT_PREFIX}{limit.upper()}, is {most:,}.", TOO_LARGE)
 
@@ -214,7 +255,7 @@ def _check_depth(text: str) -> None:
         character = text[found.start()]
         depth += (character in "[{") - (character in "]}")
         if depth > limits().max_json_depth:
-            raise _too_large(f"The lists and objects of the JSON are nested {depth} deep or more", "max_json_depth")
+            raise too_large(f"The lists and objects of the JSON are nested {depth} deep or more", "max_json_depth")
 
 
 def _no_number(name: str) -> None:
@@ -239,7 +280,7 @@ def _decoded(contents: Sequence[bytes], names: Sequence[str]) -> list[Tensor]:
         pixels += count
         if pixels > limits().max_pixels:
             what = f"{name} has" if pixels == count else f"{names[0]} to {name.lower()} have"
-            raise _too_large(f"{what} {pixels:,} pixels", "max_pixels")
+            raise too_large(f"{what} {pixels:,} pixels", "max_pixels")
     try:
         return [decode_image(io.BytesIO(content), name) for content, name in zip(contents, names, strict=True)]
     except DataError as error:

@@ -1,10 +1,17 @@
 """On the laptop: plan, check, upload once, start, follow, fetch.
 
 python -m sagemaker_entry.launch --config configs/room_detection.yaml --data DIR --role ROLE
-python -m sagemaker_entry.launch {status,attach,stop,fetch,resume} JOB
+python -m sagemaker_entry.launch {status,attach,stop,fetch,resume,deploy,transform} JOB
+python -m sagemaker_entry.launch {list,clean}
+python -m sagemaker_entry.launch delete-endpoint NAME
 """
 
 from __future__ import annotations
+
+from dino_lightning.interrupts import ended, handle_ctrl_c
+
+if __name__ == "__main__":
+    handle_ctrl_c()  # before the imports that take time
 
 import argparse
 import json
@@ -13,11 +20,21 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import CommandParser, no_such_option, run_command
+from dino_lightning.cli.command import INTERRUPTED, TERMINATED, run_command
+from sagemaker_entry.laptop import serving_commands
+from sagemaker_entry.laptop.parsers import (
+    COMMAND,
+    COMMANDS,
+    OF_THE_ACCOUNT,
+    account_parser,
+    job_parser,
+    launch_parser,
+)
 from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
@@ -25,46 +42,39 @@ if TYPE_CHECKING:  # everything heavy is imported where it is used: --help shoul
     from sagemaker_entry.laptop.launch_options import LaunchOptions
     from sagemaker_entry.laptop.training_config import Training
 
-COMMANDS = {
-    "status": "say how a job is doing and what it has cost",
-    "attach": "show a job's log and progress until it ends",
-    "stop": "stop a job; it saves a checkpoint first",
-    "fetch": "download a job's model and unpack it",
-    "resume": "start a job that continues a stopped or failed one from its last checkpoint",
-}
-PASSED_ON = ("--data.", "--model.", "--trainer.", "--seed_everything")
-COMMAND = "python -m sagemaker_entry.launch"
-
 
 def main(args: Sequence[str]) -> int:
     """Run a command; returns the exit code. Bad input and refusals of AWS end in one sentence."""
 
     def action() -> int:
         if args and args[0] in COMMANDS:
-            return _about_a_job(args[0], _job_parser(args[0]).parse_args(args[1:]))
+            return _about_a_job(args[0], job_parser(args[0]).parse_args(args[1:]))
+        if args and args[0] in OF_THE_ACCOUNT:
+            return _about_the_account(args[0], account_parser(args[0]).parse_args(args[1:]))
+        if args and args[0] in serving_commands.COMMANDS:
+            if "--local" not in args and not {"-h", "--help"} & set(args):
+                _need("boto3")
+            return serving_commands.run(args, prog=COMMAND, agreed=_agreed)
         return _launch(args)
 
     return run_command(action)
 
 
 def _launch(args: Sequence[str]) -> int:
-    parser = _launch_parser()
+    parser = launch_parser()
     options, extra = parser.parse_known_args(args)
     for name in ("max_cost", "max_run_hours", "max_wait_hours"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0 and finite.")
-    for argument in extra:
-        if not argument.startswith(PASSED_ON):
-            hint = no_such_option(argument, parser.option_names())
-            parser.error(f"{hint} Options of fit begin with {', '.join(PASSED_ON)}.")
-        if "=" not in argument:
-            parser.error(f"Write {argument}=VALUE, in one word.")
+    from sagemaker_entry.laptop.fit_options import fit_arguments
+
+    given = fit_arguments(extra, parser.option_names())
     from sagemaker_entry.laptop.launch_options import LaunchOptions
     from sagemaker_entry.laptop.training_config import check_training
 
     wanted = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
-    training = check_training(options.config, options.data, extra)
+    training = check_training(options.config, options.data, given)
     print(f"{training.data.summary()}\n\n{training.data.class_table()}\n", flush=True)
     if options.local:
         return _run_locally(options, training)
@@ -73,7 +83,9 @@ def _launch(args: Sequence[str]) -> int:
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
     from sagemaker_entry.laptop.dataset_pack import read_dataset, write_dataset
+    from sagemaker_entry.laptop.estimate import work_of
     from sagemaker_entry.laptop.local_run import prepare_opt_ml, run_locally
+    from sagemaker_entry.laptop.trial import local_report, trial_arguments
     from sagemaker_entry.protocol.job import Job
 
     root = Path(options.local_dir or tempfile.mkdtemp(prefix="opt-ml-")).resolve()
@@ -82,19 +94,23 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     write_dataset(read_dataset(training.data), stored)
     names = {option: path.name for option, path in training.weights.items()}
     weights = {path.name: path for path in training.weights.values()}
-    prepare_opt_ml(root, stored, training.config, Job(arguments=training.arguments, hosts=1, weights=names), weights)
+    arguments = trial_arguments(training) if options.trial else training.arguments
+    job = Job(arguments=arguments, hosts=1, trial=options.trial, weights=names)
+    prepare_opt_ml(root, stored, training.config, job, weights)
     code = run_locally(root)
-    if code == 0:
+    if code == 0 and options.trial:
+        print(f"\n{local_report(root, work_of(training))}")
+    elif code == 0:
         print(f"\nThe model as a job would leave it: {root / 'model'}")
-    elif code == 143:
+    elif code in (INTERRUPTED, TERMINATED):
         print(f"\nStopped. Resume: {COMMAND} ... --local --local-dir {root}")
     return code
 
 
 def _run_on_sagemaker(options: argparse.Namespace, wanted: LaunchOptions, training: Training) -> int:
     _need("boto3", "sagemaker")
+    from sagemaker_entry.laptop.places import PREFIX
     from sagemaker_entry.laptop.start import (
-        PREFIX,
         bucket_name,
         make_plan,
         planned_job,
@@ -129,7 +145,7 @@ def _run_on_sagemaker(options: argparse.Namespace, wanted: LaunchOptions, traini
         return 0
     role, found = run_preflight(wanted, plan, account)
     _show_checks(found)
-    if not options.yes and not _agreed(f"Upload and start, for ${plan.limits.max_cost:,.2f} at most?"):
+    if not options.yes and not _agreed(f"Upload and start? At most {plan.limits}."):
         print("Nothing was uploaded or started.")
         return 1
     job = start(wanted, training, plan, account, role, lambda text: print(text, flush=True))
@@ -138,7 +154,11 @@ def _run_on_sagemaker(options: argparse.Namespace, wanted: LaunchOptions, traini
     if options.detach:
         print(f"Watch it: {COMMAND} attach {job}")
         return 0
-    return _attach(account, job)
+    code = _attach(account, job)
+    if options.trial and code == 0:
+        measured = make_plan(wanted, training, account)
+        print("\n" + "\n".join(measured.result_of_trial()))
+    return code
 
 
 def _tried(check: Callable[..., tuple[str, dict[str, str]]], *arguments: Any) -> str | None:
@@ -203,6 +223,44 @@ def _about_a_job(command: str, options: argparse.Namespace) -> int:
     return 0
 
 
+def _about_the_account(command: str, options: argparse.Namespace) -> int:
+    _need("boto3")
+    from sagemaker_entry.laptop.account import Account
+
+    account = Account(options.region, options.profile)
+    _ = account.id
+    if command == "clean":
+        return _clean(account, options)
+    from sagemaker_entry.laptop.job_list import list_jobs
+
+    print(list_jobs(account, options.limit))
+    return 0
+
+
+def _clean(account: Account, options: argparse.Namespace) -> int:
+    from sagemaker_entry.laptop.clean import delete, read_and_decide, table
+
+    bucket = options.bucket or f"sagemaker-{account.region}-{account.id}"
+    stored = read_and_decide(
+        account, bucket, older_than=options.older_than, resumable=options.resumable, models=options.models
+    )
+    if not stored:
+        print(f"Nothing of this program lies in s3://{bucket}.")
+        return 0
+    print(f"s3://{bucket}\n{table(stored, datetime.now(timezone.utc))}\n", flush=True)
+    unused = [each for each in stored if each.kept is None]
+    size = f"{sum(each.size for each in unused) / 1e6:,.1f} MB in {sum(len(each.keys) for each in unused)} objects"
+    if options.dry_run or not unused:
+        print(f"Dry run: {size} would be deleted." if unused else "Nothing is to be deleted.")
+        return 0
+    if not options.yes and not _agreed(f"Delete {size} for good?"):
+        print("Nothing was deleted.")
+        return 1
+    delete(account, bucket, unused)
+    print(f"Deleted {size}.")
+    return 0
+
+
 def _attach(account: Account, job: str) -> int:
     from sagemaker_entry.laptop.follow import follow, hourly_price, summary
 
@@ -220,72 +278,11 @@ def _need(*packages: str) -> None:
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise Problem(
-            "The terminal is not interactive, so nobody can confirm the start: give --yes to start without a question, "
-            "or --dry-run to see the plan alone."
+            "The terminal is not interactive, so nobody can answer: give --yes to begin without a question, or "
+            "--dry-run to see what would be done."
         )
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _launch_parser() -> CommandParser:
-    commands = "\n".join(f"  {COMMAND} {name} JOB{'':<{8 - len(name)}} {text}" for name, text in COMMANDS.items())
-    parser = CommandParser(
-        COMMAND,
-        "Train on Amazon SageMaker: plans and says what it costs, checks, asks, uploads, starts, follows.",
-        epilog=f"Options of fit go along, as --model.lr=0.0001 or --trainer.max_epochs=12.\n\nOf a job:\n{commands}",
-    )
-    parser.add_argument("--config", required=True, help="a configuration, such as configs/room_detection.yaml")
-    parser.add_argument("--data", help="the dataset's folder")
-    parser.add_argument("--role", help="name or ARN of the role that the job takes on")
-    parser.add_argument("--local", action="store_true", help="run the container's entry here, without AWS and Docker")
-    parser.add_argument("--local-dir", help="with --local: the folder for /opt/ml; give it again to resume")
-    where = parser.add_argument_group("machines")
-    where.add_argument("--gpus", type=int, help="all GPUs together; by default what the configuration is made for")
-    where.add_argument("--instance-type", help="default ml.g5.2xlarge, which has ONE A10G")
-    where.add_argument("--instance-count", type=int, help="default: as many as --gpus takes")
-    where.add_argument(
-        "--spot", action="store_true", help="spot instances: 30 to 60 %% of the price, with interruptions"
-    )
-    where.add_argument("--image", help="container image in ECR; by default AWS's PyTorch training image")
-    where.add_argument(
-        "--torch", help="PyTorch version of AWS's image: 2.8 (CUDA 12), 2.10 (default), 2.11, 2.12, 2.13"
-    )
-    money = parser.add_argument_group("limits")
-    money.add_argument("--max-cost", type=float, metavar="DOLLARS", help="stop the job before it costs more, on demand")
-    money.add_argument(
-        "--max-run-hours", type=float, help="stop the job after so long; default: the worst estimate + 25 %%"
-    )
-    money.add_argument("--max-wait-hours", type=float, help="with --spot: give up after so long, waiting included")
-    account = parser.add_argument_group("account")
-    _add_account_options(account)
-    account.add_argument("--bucket", help="default sagemaker-REGION-ACCOUNT; made if it does not exist")
-    account.add_argument("--subnets", type=_names, default=(), help="of a VPC, with commas between")
-    account.add_argument("--security-groups", type=_names, default=(), help="of a VPC, with commas between")
-    account.add_argument("--kms-key", help="id or ARN of the KMS key that encrypts bucket and disks")
-    parser.add_argument("--dry-run", action="store_true", help="show plan and request; upload and start nothing")
-    parser.add_argument("--yes", action="store_true", help="do not ask before starting")
-    parser.add_argument("--detach", action="store_true", help="do not follow the job")
-    return parser
-
-
-def _job_parser(command: str) -> CommandParser:
-    parser = CommandParser(f"{COMMAND} {command}", COMMANDS[command].capitalize() + ".")
-    parser.add_argument("job", help="the name of the training job")
-    _add_account_options(parser)
-    if command == "fetch":
-        parser.add_argument("--to", help="the folder to make; by default the name of the job")
-    if command == "resume":
-        parser.add_argument("--detach", action="store_true", help="do not follow the job")
-    return parser
-
-
-def _add_account_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--region", help="default: as configured for AWS")
-    parser.add_argument("--profile", help="a profile of the AWS configuration files")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main(sys.argv[1:])))

@@ -30,10 +30,12 @@ from sagemaker_entry.container.failure import Failure, first_cause, read_records
 from sagemaker_entry.container.install import install, require_torch
 from sagemaker_entry.container.worker_settings import BEST, LAST, WorkerSettings
 from sagemaker_entry.protocol.instances import INSTANCES
-from sagemaker_entry.protocol.job import Job
+from sagemaker_entry.protocol.job import PACKAGES_CHANNEL, Job
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import PREFIX
+from sagemaker_entry.protocol.trial import TRIAL_FILE
 
+STARTED = time.monotonic()
 STOPPED = 143  # exit code of a process terminated by SIGTERM
 SECONDS_TO_SAVE = 100.0  # SageMaker sends SIGKILL 120 seconds after SIGTERM
 MASTER_PORT = 7777
@@ -51,10 +53,11 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Handles SIGTERM and Ctrl-C: `at` is the time of the first one, None before."""
+    """Handles SIGTERM and Ctrl-C: `at` is the time of the first one, None before; `at_once` after a second Ctrl-C."""
 
     def __init__(self) -> None:
         self.at: float | None = None
+        self.at_once = False
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGINT, self._remember)
 
@@ -62,6 +65,8 @@ class StopSignal:
         if self.at is None:
             self.at = time.monotonic()
             say(f"received {signal.Signals(number).name}: saving a checkpoint and stopping")
+        elif number == signal.SIGINT:
+            self.at_once = True
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has arrived."""
@@ -94,7 +99,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         environment = read_environment(environ)
         host = environment.current_host
         with tempfile.TemporaryDirectory(prefix="dino_lightning-") as scratch:
-            return _run(environment, list(arguments), environ, stop, Path(scratch), failure_path)
+            options = list(arguments)
+            if options[:1] == ["train"]:  # what SageMaker starts an image with that has an entry point of its own
+                del options[0]
+            return _run(environment, options, environ, stop, Path(scratch), failure_path)
     except StopRequested:
         say("stopped before training began")
         return STOPPED
@@ -140,14 +148,15 @@ def _run(
             f"host {environment.current_host} ({environment.rank + 1} of {len(environment.hosts)}), "
             f"{environment.instance_type or 'unknown instance type'}, job {environment.job_name}"
         )
-        install(Path.cwd(), run=lambda command: _run_child(command, stop))
+        wheels = environment.channels.get(PACKAGES_CHANNEL)
+        install(Path.cwd(), run=lambda command: _run_child(command, stop), wheels=wheels)
         job = read_job(environment, arguments)
         processes = _processes(environment, job, environ)
         stop.check()
         data = data_options(environment, scratch)
         stop.check()
         outcome = _train(environment, job, data, processes, environ, stop, scratch, peers)
-        if outcome.failure is None and environment.leads:
+        if outcome.failure is None and environment.leads and not job.trial:
             _write_model(environment, complete=not outcome.stopped)
     except StopRequested:
         raise
@@ -195,18 +204,21 @@ def _train(
     peers: Any,
 ) -> Outcome:
     patience = _positive(environ, "DINO_SECONDS_TO_MEET", SECONDS_TO_MEET)
-    resume = (environment.checkpoint_dir / LAST).is_file()
+    resume = (environment.checkpoint_dir / LAST).is_file() and not job.trial
     if resume:
         say(f"resuming from the checkpoint in {environment.checkpoint_dir}")
     settings = WorkerSettings(
         arguments=(*job.arguments, *data),
         config=job.config,
-        run_dir=str(environment.checkpoint_dir),
+        run_dir=str(scratch / "trial" if job.trial else environment.checkpoint_dir),
         scratch=str(scratch),
         host=environment.current_host,
         processes=processes,
         hosts=len(environment.hosts),
         resume=resume,
+        trial=str(environment.checkpoint_dir / TRIAL_FILE) if job.trial else None,
+        job=environment.job_name,
+        started=STARTED,
     )
     settings_file = scratch / "settings.json"
     settings_file.write_text(settings.to_json())
@@ -221,6 +233,10 @@ def _train(
         time.sleep(0.2)
         if stop.at is not None:
             settings.flag.touch()
+            if stop.at_once:
+                _kill(child)
+                say("stopped at once; the last checkpoint that was saved is kept")
+                return Outcome(stopped=True)
             if time.monotonic() - stop.at > SECONDS_TO_SAVE:
                 _kill(child)
                 say(f"no checkpoint was saved within {SECONDS_TO_SAVE:.0f} seconds; the previous one is kept")

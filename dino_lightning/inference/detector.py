@@ -6,29 +6,37 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import torch
+from torch import nn
 
 from dino_lightning.console import say
 from dino_lightning.data.images import ImageLike, read_image, to_pixels
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
+from dino_lightning.inference.plain_model import PlainModel
 from dino_lightning.inference.tiling import merge, views
-from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import find_model, read_checkpoint
 from dino_lightning.weights.stored import (
     DEFAULT_THRESHOLD,
     check_checkpoint,
     check_hyperparameters,
+    check_settings,
     check_state,
     missing_settings,
 )
 
+if TYPE_CHECKING:  # the module needs Lightning, which a server of a trained model lacks
+    from dino_lightning.training.module import DINOModule
+
+_Built = TypeVar("_Built", "DINOModule", PlainModel)
+
 
 class _Model(Protocol):
-    """What a `Detector` needs: a `DINOModule`, or an ONNX file in its session."""
+    """What a `Detector` needs: a `DINOModule`, the plain model of a server, or an ONNX file in its session."""
 
     score_threshold: float
 
@@ -39,7 +47,7 @@ class Detector:
     """A trained model, ready to use: `detector("plan.png")`.
 
     Args:
-        model: a `DINOModule`, or an `OnnxModel`.
+        model: a `DINOModule`, a `PlainModel` where Lightning is not installed, or an `OnnxModel`.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
 
@@ -68,15 +76,19 @@ class Detector:
         """The `DINOModule` behind it.
 
         Raises:
-            TypeError: there is none, as the model is an ONNX file.
+            TypeError: there is none, as the model is an ONNX file, or Lightning is not installed.
         """
+        if isinstance(self.model, PlainModel):
+            raise TypeError("A DINOModule needs Lightning: python -m pip install lightning, and load the model again.")
+        from dino_lightning.training.module import DINOModule
+
         if not isinstance(self.model, DINOModule):
             raise TypeError("This detector runs an ONNX file; load a checkpoint to get at a DINOModule.")
         return self.model
 
     def to(self, device: torch.device | str) -> Detector:
         """The same detector, computing on another device from now on; an ONNX file stays where it is."""
-        if isinstance(self.model, DINOModule):
+        if isinstance(self.model, nn.Module):
             self.model.to(device)
         return self
 
@@ -167,7 +179,7 @@ def load_detector(path: str | Path, device: torch.device | str = "auto") -> Dete
         return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = load_module(file).to(device)
+    module = (load_plain_model if find_spec("lightning") is None else load_module)(file).to(device)
     count = module.hparams["num_classes"]
     return Detector(
         model=module,
@@ -182,13 +194,36 @@ def load_module(path: str | Path) -> DINOModule:
     Raises:
         CheckpointError: the file is missing, damaged, of a newer version, or not one of ours.
     """
+    from dino_lightning.training.module import DINOModule
+
     content = check_checkpoint(read_checkpoint(path), path)
     check_hyperparameters(content, path, DINOModule)
+    module = _built(DINOModule, content, path)
+    if lacking := missing_settings(content, DINOModule):
+        names = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        say(f"warning: {path} lacks the hyperparameters {names}; their defaults are used.", sys.stderr)
+    module.has_weights = True
+    return module
+
+
+def load_plain_model(path: str | Path) -> PlainModel:
+    """The model of one of our checkpoints without Lightning, in evaluation mode; it detects what `load_module`'s does.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of a newer version, or not one of ours.
+    """
+    content = check_checkpoint(read_checkpoint(path), path)
+    check_settings(content["hyper_parameters"], path)  # those of training alone are not looked at
+    return _built(PlainModel, content, path)
+
+
+def _built(kind: type[_Built], content: dict[str, Any], path: str | Path) -> _Built:
+    """A model of a kind, with the weights and the threshold of a checked checkpoint, in evaluation mode."""
     settings = content["hyper_parameters"]
     try:
         with torch.device("meta"):  # sizes only: wrong ones may need any amount of memory
-            check_state(content["state_dict"], DINOModule(**settings).state_dict(), path)
-        module = DINOModule(**settings)
+            check_state(content["state_dict"], kind(**settings).state_dict(), path)
+        module = kind(**settings)
     except CheckpointError:
         raise
     except Exception as error:  # sizes that do not go together fail anywhere
@@ -196,10 +231,6 @@ def load_module(path: str | Path) -> DINOModule:
         raise CheckpointError(f"{path}: its hyperparameters make no model ({reason}).") from error
     if "score_threshold" not in content:
         say(f"warning: {path} has no score_threshold; {DEFAULT_THRESHOLD} is used.", sys.stderr)
-    if lacking := missing_settings(content, DINOModule):
-        names = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
-        say(f"warning: {path} lacks the hyperparameters {names}; their defaults are used.", sys.stderr)
     module.load_state_dict(content["state_dict"])
     module.score_threshold = float(content.get("score_threshold", DEFAULT_THRESHOLD))
-    module.has_weights = True
     return module.eval()

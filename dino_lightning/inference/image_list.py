@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco import Problem
@@ -19,6 +19,7 @@ from dino_lightning.data.reading.image_entries import read_images
 from dino_lightning.data.reading.json_file import read_tables
 from dino_lightning.data.reading.lossless import Conversions
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 
 # Of files found in folders and by globs; a file that is named itself may have any.
 
@@ -107,7 +108,7 @@ def _found(source: str) -> Iterator[str]:
     if os.path.isfile(source):  # noqa: PTH113 - the name may hold a null byte, at which Path raises
         yield source
     elif os.path.isdir(source):  # noqa: PTH112 - as above
-        for folder, inside, files in os.walk(source):
+        for folder, inside, files in os.walk(source, onerror=_refuse):
             inside[:] = [name for name in inside if not name.startswith(".")]
             yield from (os.path.join(folder, name) for name in files if _is_shown(name))  # noqa: PTH118 - as above
     elif glob.has_magic(source):
@@ -118,6 +119,10 @@ def _found(source: str) -> Iterator[str]:
         raise DataError(f"{source} is neither a regular file nor a folder.")
     else:
         raise DataError(f"{source} does not exist.")
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename}: the folder {unreadable(error)}.") from error
 
 
 def _is_shown(name: str) -> bool:

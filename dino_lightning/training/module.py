@@ -15,18 +15,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dino_lightning.data.images import ImageLike, to_pixels
+from dino_lightning.data.images import ImageLike
 from dino_lightning.data.sampling import derive_seed
-from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
+from dino_lightning.data.transforms import Transform
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import NonFiniteError
 from dino_lightning.losses import Criterion, HungarianMatcher, mean_num_boxes
 from dino_lightning.losses.class_losses import ClassLoss
 from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
-from dino_lightning.model import DINO, postprocess
+from dino_lightning.model import DINO
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
+from dino_lightning.training.detection import detect_in, detections_of, transform_of
 from dino_lightning.training.initial_weights import start, take_addresses
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
@@ -459,14 +460,7 @@ class DINOModule(lightning.LightningModule):
         return first
 
     def _detections(self, output: Any, batch: Batch) -> list[Detections]:
-        return postprocess(
-            output,
-            batch.original_sizes,
-            max_detections=self.hparams["max_detections"],
-            nms_iou_threshold=self.hparams["nms_iou_threshold"],
-            class_names=self.hparams["class_names"] or (),
-            category_ids=self.hparams["category_ids"] or (),
-        )
+        return detections_of(output, batch, self.hparams)
 
     # ------------------------------------------------------------------ checkpoints and use
 
@@ -519,12 +513,7 @@ class DINOModule(lightning.LightningModule):
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
         """The transform that resizes images for the detector; without sizes, as in training."""
-        stretch_to = self.hparams["stretch_to"] if image_size is None and max_size is None else None
-        return eval_transform(
-            image_size or self.hparams["image_size"] or 800,
-            max_size or self.hparams["max_size"] or 1333,
-            None if stretch_to is None else Canvas(stretch_to, "stretch"),
-        )
+        return transform_of(self.hparams, image_size, max_size)
 
     @torch.no_grad()
     def detect(
@@ -553,14 +542,7 @@ class DINOModule(lightning.LightningModule):
         transform = self.eval_transform(image_size, max_size)
         was_training = self.training
         self.eval()
-        detections = []
         try:
-            for image in images:
-                pixels = to_pixels(image)
-                resized = transform(LabelledImage(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))).image
-                size = (int(pixels.shape[1]), int(pixels.shape[2]))
-                batch = Batch.from_images([resized], original_sizes=[size])
-                detections.append(self(batch.to(self.device))[0].cpu().above(threshold).within(size))
+            return [detect_in(image, self, transform, self.device, threshold) for image in images]
         finally:
             self.train(was_training)
-        return detections

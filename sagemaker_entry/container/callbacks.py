@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import PREFIX
 
 SECONDS_BETWEEN_LINES = 20.0
+BEST = {"val/AP": "best_AP", "val/F1": "best_F1"}
 
 
 class SameStart(lightning.Callback):
@@ -45,9 +47,14 @@ class SameStart(lightning.Callback):
 
 
 class ProgressLines(lightning.Callback):
-    """Prints a progress line every 20 seconds and one with the metrics of each epoch, on global rank 0."""
+    """Prints a progress line every 20 seconds and one with the metrics of each epoch, on global rank 0.
 
-    def __init__(self) -> None:
+    Args:
+        resumed: the metrics.csv of the run that is resumed, whose best metrics count on; None for a new run.
+    """
+
+    def __init__(self, resumed: Path | None = None) -> None:
+        self._best = best_metrics(resumed) if resumed is not None and resumed.is_file() else {}
         self._last = 0.0
         self._images = 0
         self._validated = False
@@ -89,8 +96,28 @@ class ProgressLines(lightning.Callback):
             for name, word in names.items()
             if name in trainer.callback_metrics and (self._validated or not name.startswith("val/"))
         ]
+        for name, word in BEST.items():
+            if self._validated and name in trainer.callback_metrics:
+                value = float(trainer.callback_metrics[name])
+                self._best[name] = max(value, self._best.get(name, value))
+                metrics.append(f"{word}={self._best[name]:.4f}")
         self._validated = False
         self._print(trainer, " ".join(["finished", *metrics]))
 
     def _print(self, trainer: lightning.Trainer, text: str) -> None:
         print(f"{PREFIX} epoch={trainer.current_epoch + 1} epochs={trainer.max_epochs} {text}", flush=True)
+
+
+def best_metrics(file: Path) -> dict[str, float]:
+    """The best AP and F1 in a metrics.csv, by their names; a row that was cut off is left out."""
+    best: dict[str, float] = {}
+    with file.open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            for name in BEST:
+                try:
+                    value = float(row.get(name) or "nan")
+                except ValueError:
+                    continue
+                if value >= best.get(name, value):  # never true for nan
+                    best[name] = value
+    return best

@@ -81,7 +81,7 @@ def _annotations(name: str, folder: Path) -> Path:
 
 
 def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
-    """The job description that the laptop uploaded; without one, the hyperparameters as options of `fit`.
+    """The job description that the laptop uploaded, with the hyperparameters as further options of `fit`, if any.
 
     Args:
         environment: the job's environment.
@@ -91,11 +91,12 @@ def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
         Problem: a file of the channel is missing or cannot be read.
     """
     folder = environment.channels.get(CONFIG_CHANNEL)
+    given = tuple(arguments or _options(environment.hyperparameters))
     if folder is None:
-        return Job(arguments=tuple(arguments or _options(environment.hyperparameters)))
+        return Job(arguments=given)
     try:
         content = json.loads((folder / JOB_FILE).read_text())
-        job = Job(**{**content, "arguments": (*content["arguments"], *arguments)})
+        job = Job(**{**content, "arguments": (*content["arguments"], *given)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(
             f"Channel {CONFIG_CHANNEL!r}: {folder / JOB_FILE} cannot be read ({error}); launch again."
@@ -103,13 +104,13 @@ def read_job(environment: Environment, arguments: Sequence[str]) -> Job:
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise Problem(f"Channel {CONFIG_CHANNEL!r}: {config} is missing; launch again.")
-    given = environment.channels.get(WEIGHTS_CHANNEL)
-    if job.weights and given is None:
+    files = environment.channels.get(WEIGHTS_CHANNEL)
+    if job.weights and files is None:
         raise Problem(
             f"The job has no channel {WEIGHTS_CHANNEL!r}, but needs {', '.join(job.weights.values())} from it; "
             "launch again."
         )
-    weights = [f"--{option}={given / name}" for option, name in job.weights.items() if given is not None]
+    weights = [f"--{option}={files / name}" for option, name in job.weights.items() if files is not None]
     return replace(job, config=str(config), arguments=(*job.arguments, *weights))
 
 

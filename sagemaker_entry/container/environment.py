@@ -14,6 +14,7 @@ from typing import Any
 
 from sagemaker_entry.protocol.problem import Problem
 
+NO_OPTIONS = ("sagemaker_", "_tuning_")  # beginnings of hyperparameters that SageMaker and its tuner add
 CODE_CHANNELS = ("code", "sm_drivers")  # added by the SDK, not by the user
 
 
@@ -94,7 +95,7 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
             for name in names
             if name not in CODE_CHANNELS
         },
-        hyperparameters={k: v for k, v in hyperparameters.items() if not k.startswith("sagemaker_")},
+        hyperparameters={k: v for k, v in hyperparameters.items() if not k.startswith(NO_OPTIONS)},
         model_dir=Path(environ.get("SM_MODEL_DIR") or root / "model"),
         checkpoint_dir=Path(checkpoints),
         failure_file=failure_file(environ),

@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import lightning
 import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
@@ -15,6 +16,7 @@ from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.lightning_cli import execute
 from sagemaker_entry.container.callbacks import ProgressLines, SameStart
 from sagemaker_entry.container.failure import Failure, write_record
+from sagemaker_entry.container.trial import MeasureTrial
 from sagemaker_entry.container.worker_settings import LAST, WorkerSettings
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import PREFIX
@@ -46,7 +48,11 @@ def fit_arguments(settings: WorkerSettings) -> list[str]:
 def main(settings_file: str) -> int:
     """Train; returns the exit code. An error is written to a file that the launcher reads."""
     settings = WorkerSettings(**json.loads(Path(settings_file).read_text()))
-    callbacks = [SameStart(Path(settings.run_dir) / LAST, settings.met), ProgressLines()]
+    metrics = Path(settings.run_dir) / "metrics.csv" if settings.resume else None
+    start, progress = SameStart(Path(settings.run_dir) / LAST, settings.met), ProgressLines(metrics)
+    callbacks: list[lightning.Callback] = [start, progress]
+    if settings.trial is not None:
+        callbacks.append(MeasureTrial(Path(settings.trial), settings.job, settings.started))
     rank = int(os.environ.get("RANK", 0))
     try:
         execute("fit", fit_arguments(settings), callbacks, stop_flag=settings.flag)

@@ -23,6 +23,9 @@ class WorkerSettings:
         processes: training processes on each host.
         hosts: the number of hosts.
         resume: whether to resume from the last checkpoint in `run_dir`.
+        trial: the file for the measurements of a trial; None for a training.
+        job: the name of the training job.
+        started: `time.monotonic` at the start of the container's entry.
     """
 
     arguments: tuple[str, ...]
@@ -33,6 +36,9 @@ class WorkerSettings:
     processes: int
     hosts: int
     resume: bool
+    trial: str | None = None
+    job: str = ""
+    started: float = 0.0
 
     @property
     def flag(self) -> Path:

@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnection
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
+from sagemaker_entry.laptop.checkpoint_watch import CheckpointWatch
 from sagemaker_entry.laptop.quota import no_room
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
@@ -142,12 +143,15 @@ def running_seconds(job: dict[str, Any], now: datetime.datetime) -> float:
 
 
 def dollars(job: dict[str, Any], seconds: float, hourly: float | None = None) -> float | None:
-    """The cost of some seconds at `hourly` dollars, by default the table's price; None for a type that it lacks."""
+    """The cost of some seconds at `hourly` dollars, by default the table's price; None where it has none."""
     if hourly is not None:
         return seconds / 3600 * hourly
     resources = job["ResourceConfig"]
     instance = INSTANCES.get(resources["InstanceType"])
-    return None if instance is None else seconds / 3600 * resources["InstanceCount"] * instance.price
+    if instance is None or instance.price is None:
+        return None
+    price: float = instance.price * resources["InstanceCount"]
+    return seconds / 3600 * price
 
 
 class Logs:
@@ -223,6 +227,7 @@ def follow(
     """
     sagemaker, logs = account.client("sagemaker"), Logs(account.client("logs"), job)
     progress = Progress()
+    watch: CheckpointWatch | None = None
     shown = ""
     quiet, failures = 0, 0
     description: dict[str, Any] = {}
@@ -249,15 +254,23 @@ def follow(
             if not shown:
                 progress.hourly = hourly_price(sagemaker, description)
             failures = 0
+            if watch is None:
+                watch = CheckpointWatch(
+                    account.client("s3"), (description.get("CheckpointConfig") or {}).get("S3Uri", "")
+                )
             ended = description["TrainingJobStatus"] in ENDED
             many = description["ResourceConfig"]["InstanceCount"] > 1
             for milliseconds, host, line in lines:
                 say(f"[{host}] {line}" if many else line)
                 progress.read(line, milliseconds / 1000)
+                watch.read(line, milliseconds / 1000)
             state = progress.line(description, datetime.datetime.now(datetime.timezone.utc))
             if state != shown and (lines or not shown or str(description.get("SecondaryStatus")) not in shown):
                 say(f"--- {state}")
                 shown = state
+            warning = None if ended else watch.check(time.time())
+            if warning is not None:
+                say(f"--- {warning}")
             quiet = quiet + 1 if ended and not lines else 0
             if ended and quiet >= QUIET_POLLS_AT_END:
                 return description

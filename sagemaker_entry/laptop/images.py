@@ -109,6 +109,12 @@ def image_notes(address: str, gpu: str, today: datetime.date) -> list[str]:
     return notes
 
 
+def image_python(address: str) -> str | None:
+    """The Python of an image of the table, such as "3.12"; None for another image."""
+    found = (image for image in IMAGES.values() if address.endswith(f"/{image.repository}:{image.tag}"))
+    return next((image.python for image in found), None)
+
+
 def check_address(address: str, region: str) -> None:
     """Check the form of an image's address, and that it is in the job's region.
 

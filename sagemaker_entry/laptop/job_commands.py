@@ -123,6 +123,7 @@ def resume(account: Account, job: str) -> tuple[str, str]:
         sagemaker.create_training_job(**request, Tags=[*kept, {"Key": "resumes", "Value": job}])
     name: str = request["TrainingJobName"]
     seconds = request["StoppingCondition"]["MaxRuntimeInSeconds"]
-    most = dollars(request, seconds, tagged_price(tags))
+    waiting = request["ResourceConfig"].get("KeepAlivePeriodInSeconds", 0)  # for a next job, billed as well
+    most = dollars(request, seconds + waiting, tagged_price(tags))
     price = "at an unknown price" if most is None else f"for ${most:,.2f} on demand at most"
     return name, f"It runs for another {seconds / 3600:.1f} hours at most, {price}, on top of what {job} has cost."

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dino_lightning.cli.command import INTERRUPTED
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
 
 
@@ -52,16 +53,18 @@ def prepare_opt_ml(
 def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
     """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled; returns its exit code.
 
-    Ctrl-C stops it as SageMaker would: it saves a checkpoint first.
+    Ctrl-C stops it as SageMaker would: it saves a checkpoint first, and a second one stops it at once. Then the exit
+    code is 130.
     """
     kept = {name: value for name, value in environ.items() if not name.startswith("SM_")}
     variables = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "local"}
-    child = subprocess.Popen([sys.executable, "-m", "sagemaker_entry.train"], env=variables)
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:  # the terminal sends SIGINT to the child as well
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))  # the child gets it as well
+    try:
+        code = subprocess.Popen([sys.executable, "-m", "sagemaker_entry.train"], env=variables).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return INTERRUPTED if pressed and code else code
 
 
 def _link(link: Path, target: Path) -> None:

@@ -109,18 +109,22 @@ def make_bucket(account: Account, bucket: str, kms_key: str | None = None) -> No
         )
 
 
-def live_price(pricing: Any, instance_type: str, region: str) -> float | None:
+COMPONENTS = {"Train": "Training", "Host": "Hosting", "Tsform": "Batch Transform"}  # of AWS's price list, by usage type
+
+
+def live_price(pricing: Any, instance_type: str, region: str, use: str = "Train") -> float | None:
     """Dollars an hour on demand from AWS's price list; None if the account may not read it or it has no such price.
 
     Args:
         pricing: a boto3 client for `pricing`, in us-east-1.
         instance_type: the job's instance type.
         region: the job's region.
+        use: what the instances are for, a name of `COMPONENTS`.
     """
     if region == "us-east-1":
-        fields = {"usagetype": f"USE1-Train:{instance_type}"}
+        fields = {"usagetype": f"USE1-{use}:{instance_type}"}
     else:  # there, usage types begin with AWS's own abbreviation of the region, which has no official list
-        fields = {"regionCode": region, "instanceName": instance_type, "component": "Training"}
+        fields = {"regionCode": region, "instanceName": instance_type, "component": COMPONENTS[use]}
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in fields.items()]
     try:
         answer = pricing.get_products(ServiceCode="AmazonSageMaker", Filters=filters)
@@ -136,7 +140,7 @@ def live_price(pricing: Any, instance_type: str, region: str) -> float | None:
 
 
 def live_instance(ec2: Any, instance_type: str) -> Instance | None:
-    """An instance type that the table lacks, from EC2 and with price 0; None if unknown there or without a GPU."""
+    """An instance type that the table lacks, from EC2 and without a price; None if unknown there or without a GPU."""
     try:
         (found,) = ec2.describe_instance_types(InstanceTypes=[instance_type.removeprefix("ml.")])["InstanceTypes"]
     except (ClientError, BotoCoreError, ValueError):
@@ -151,7 +155,7 @@ def live_instance(ec2: Any, instance_type: str) -> Instance | None:
         gpu_memory=round(gpus[0]["MemoryInfo"]["SizeInMiB"] / 1024),
         memory=round(found["MemoryInfo"]["SizeInMiB"] / 1024),
         network=float(network),
-        price=0.0,
+        price=None,
     )
 
 
@@ -167,6 +171,7 @@ def known_instances(account: Account | None, instance_type: str) -> tuple[dict[s
     instance = table.get(instance_type) or live_instance(account.client("ec2"), instance_type)
     if instance is None:
         return table, None
+    table[instance_type] = instance
     price = live_price(account.client("pricing", "us-east-1"), instance_type, account.region)
     if price is not None:
         table[instance_type] = replace(instance, price=price, region=account.region)

@@ -11,13 +11,15 @@ from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 
 
-def quota_name(instance_type: str, *, spot: bool) -> str:
+def quota_name(instance_type: str, *, spot: bool, use: str = "training job") -> str:
     """The name that Service Quotas has for it."""
-    return f"{instance_type} for {'spot ' if spot else ''}training job usage"
+    return f"{instance_type} for {'spot ' if spot else ''}{use} usage"
 
 
-def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, region: str) -> str:
-    """Check that the account may train on this number of instances of a type at once.
+def check_quota(
+    quotas: Any, instance_type: str, count: int, *, spot: bool, region: str, use: str = "training job"
+) -> str:
+    """Check that the account may use this number of instances of a type at once.
 
     Args:
         quotas: a boto3 client for `service-quotas`.
@@ -25,6 +27,7 @@ def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, regi
         count: the number of instances.
         spot: whether to check the separate quota of spot instances.
         region: the job's region, for the command that requests a larger quota.
+        use: what the instances are for, in the words of Service Quotas.
 
     Returns:
         What was found out, in words.
@@ -32,7 +35,7 @@ def check_quota(quotas: Any, instance_type: str, count: int, *, spot: bool, regi
     Raises:
         Problem: the quota is too small.
     """
-    name = quota_name(instance_type, spot=spot)
+    name = quota_name(instance_type, spot=spot, use=use)
     try:
         found, whose = _find(quotas, "list_service_quotas", name), ""
         if found is None:  # an account that never asked for more has no value of its own
@@ -72,10 +75,15 @@ def what_else_would_do(instance_type: str, count: int, region: str) -> str:
     others = sorted(
         (needed // other.gpus * other.price, f"--instance-type {name} --instance-count {needed // other.gpus}")
         for name, other in INSTANCES.items()
-        if name != instance_type and other.gpu_memory >= own.gpu_memory and needed % other.gpus == 0
+        if name != instance_type
+        and other.price is not None
+        and other.gpu_memory >= own.gpu_memory
+        and needed % other.gpus == 0
     )
     types = " or ".join(f"{option} (${price:.2f} an hour)" for price, option in others[:3])
-    regions = sorted({other.region for other in INSTANCES.values() if other.gpu == own.gpu} - {region})
+    regions = sorted(
+        {other.region for other in INSTANCES.values() if other.gpu == own.gpu and other.price is not None} - {region}
+    )
     elsewhere = f"; or another region, such as --region {' or --region '.join(regions)}" if regions else ""
     return f"{types}{elsewhere}"
 

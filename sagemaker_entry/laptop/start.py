@@ -7,23 +7,48 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 
+from dino_lightning.export.package_code import requirements
 from sagemaker_entry.laptop.account import Account
+from sagemaker_entry.laptop.cheaper import cheaper_choice
+from sagemaker_entry.laptop.compute import Compute, choose_compute
 from sagemaker_entry.laptop.dataset_pack import content_key, read_dataset
-from sagemaker_entry.laptop.dataset_upload import AGAIN, upload_bytes, upload_dataset, upload_file
+from sagemaker_entry.laptop.dataset_upload import AGAIN, upload_bytes, upload_dataset, upload_file, upload_folder
+from sagemaker_entry.laptop.disk import check_disk, dataset_gb
+from sagemaker_entry.laptop.estimate import estimate_hours, work_of
 from sagemaker_entry.laptop.follow import PRICE_TAG
-from sagemaker_entry.laptop.images import check_address, image_address, image_notes, look_up
+from sagemaker_entry.laptop.images import check_address, image_address, image_notes, image_python, look_up
+from sagemaker_entry.laptop.isolation import check_isolation
 from sagemaker_entry.laptop.launch_options import LaunchOptions
-from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.laptop.places import PREFIX
+from sagemaker_entry.laptop.plan import Plan, choose_limits
 from sagemaker_entry.laptop.preflight import check_bucket, known_instances, make_bucket, resolve_role
 from sagemaker_entry.laptop.quota import check_quota
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import JobSpec, base_name, submit
+from sagemaker_entry.laptop.tags import tag_value, user_tags
 from sagemaker_entry.laptop.training_config import Training
+from sagemaker_entry.laptop.trial import (
+    TRIAL_HOURS,
+    find_measured,
+    measured_hours,
+    trial_arguments,
+    trial_key,
+    what_a_trial_runs,
+)
+from sagemaker_entry.laptop.wheelhouse import wheelhouse
 from sagemaker_entry.protocol.instances import DEFAULT_TYPE, full_type_name
-from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
+from sagemaker_entry.protocol.job import (
+    CONFIG_CHANNEL,
+    CONFIG_FILE,
+    JOB_FILE,
+    PACKAGES_CHANNEL,
+    WEIGHTS_CHANNEL,
+    Job,
+)
 from sagemaker_entry.protocol.problem import Problem
 
-PREFIX = "dino-lightning"
+PACKAGES = f"{PREFIX}/packages"
+TRIALS = f"{PREFIX}/trials"  # what trials have measured, by what was measured
 DRIVERS = f"{PREFIX}/drivers"  # the SDK's start scripts
 Say = Callable[[str], None]
 
@@ -39,53 +64,88 @@ def make_plan(options: LaunchOptions, training: Training, account: Account | Non
     Raises:
         Problem: options that are impossible or contradict each other.
     """
+    if options.network_isolation:
+        check_isolation(training)
     name = full_type_name(options.instance_type or DEFAULT_TYPE)
     known, price_source = known_instances(account, name)
     compute = choose_compute(
         gpus=options.gpus, instance_type=name, count=options.instance_count, wanted=training.gpus_wanted, known=known
     )
-    work = Work(
-        train_images=training.train_images,
-        val_images=training.val_images,
-        epochs=training.epochs,
-        evaluations=training.evaluations,
-        batch_size=training.batch_size,
-        teraflops=training.teraflops,
-        parameters=training.parameters,
-    )
+    work = work_of(training)
+    if training.length.auto_batch_size is not None and training.length.auto_batch_size < compute.gpus:
+        raise Problem(
+            f"--auto_batch_size {training.length.auto_batch_size} must be at least {compute.gpus}: each of the "
+            f"{compute.gpus} GPUs needs an image in every step."
+        )
     region = account.region if account else options.region or "us-east-1"
-    if compute.instance.region != region:
+    if compute.instance.region != region and compute.price is not None:
         compute = _with_foreign_price(compute, region, refuse_cap=account is not None and options.max_cost is not None)
     if options.image is not None:
         check_address(options.image, region)
     image = options.image or image_address(region, options.torch)
     notes = image_notes(image, compute.instance.gpu, datetime.now(timezone.utc).date())
     compute = replace(compute, notes=(*compute.notes, *notes))
-    hours = estimate_hours(work, compute)
+    bucket = bucket_name(options, account.id if account else "<account>", region)
+    measured = None
+    trials = f"{TRIALS}/{trial_key(training, compute, image)}"
+    if account is not None:
+        measured = find_measured(account.client("s3"), bucket, trials, account.id)
+    hours = estimate_hours(work, compute) if measured is None else measured_hours(work, compute.gpus, measured)
+    max_run_hours = options.max_run_hours
+    if options.trial and max_run_hours is None:
+        max_run_hours = TRIAL_HOURS
+    waiting = (options.keep_alive or 0) / 60 * (compute.price or 0)  # dollars for instances that wait for a next job
     limits = choose_limits(
         hours,
         compute,
-        max_run_hours=options.max_run_hours,
-        max_cost=options.max_cost,
+        max_run_hours=max_run_hours,
+        max_cost=None if options.max_cost is None else max(0.0, options.max_cost - waiting),
         spot=options.spot,
         max_wait_hours=options.max_wait_hours,
     )
-    bucket = bucket_name(options, account.id if account else "<account>", region)
+    chosen_by_user = any((options.gpus, options.instance_type, options.instance_count))
+    places = {
+        "weights": training.start,
+        "dataset": f"s3://{bucket}/{PREFIX}/datasets/<content>/",
+    }
+    if options.trial:
+        places["measurements"] = f"s3://{bucket}/{trials}/<run>/"
+    else:
+        places["checkpoints"] = f"s3://{bucket}/{PREFIX}/runs/<run>/checkpoints/"
+        places["model"] = f"s3://{bucket}/{PREFIX}/runs/<run>/output/"
+    places |= _more_rows(options, training, compute, image)
     plan = Plan(
         compute=compute,
         work=work,
         hours=hours,
-        limits=limits,
+        limits=limits if limits.max_cost is None else replace(limits, max_cost=limits.max_cost + waiting),
         spot=options.spot,
         image=image,
-        places={
-            "weights": training.start,
-            "dataset": f"s3://{bucket}/{PREFIX}/datasets/<content>/",
-            "checkpoints": f"s3://{bucket}/{PREFIX}/runs/<run>/checkpoints/",
-            "model": f"s3://{bucket}/{PREFIX}/runs/<run>/output/",
-        },
+        places=places,
+        measured=measured,
+        trial=what_a_trial_runs(work, compute.gpus) if options.trial else None,
+        cheaper=None if chosen_by_user else cheaper_choice(work, compute, hours[1]),
     )
     return plan if price_source is None else replace(plan, price_source=price_source)
+
+
+def _more_rows(options: LaunchOptions, training: Training, compute: Compute, image: str) -> dict[str, str]:
+    """Rows of the plan about the disk, and about what the user asked for."""
+    rows = {"disk": check_disk(compute.instance_type, dataset_gb(training.data), options.input_mode)}
+    if options.keep_alive is not None:
+        price = None if compute.price is None else options.keep_alive / 60 * compute.price
+        billed = "billed" if price is None else f"billed: ${price:.2f} at most, counted below"
+        rows["warm pool"] = (
+            f"instances wait {options.keep_alive} minutes for a next job with the same image, type and number, {billed}"
+        )
+    if options.network_isolation:
+        python = image_python(image)
+        rows["network"] = "none; " + (
+            f"packages go along as wheels for Python {python}" if python else "all packages must be in the image"
+        )
+    if options.mlflow is not None:
+        rows["mlflow"] = options.mlflow
+    return rows
 
 
 def _with_foreign_price(compute: Compute, region: str, *, refuse_cap: bool) -> Compute:
@@ -130,6 +190,15 @@ def run_preflight(options: LaunchOptions, plan: Plan, account: Account) -> tuple
         spot=plan.spot,
         region=account.region,
     )
+    if options.keep_alive is not None:
+        quota += "; " + check_quota(
+            account.client("service-quotas"),
+            plan.compute.instance_type,
+            plan.compute.count,
+            spot=False,
+            region=account.region,
+            use="training warm pool",
+        )
     return role, {
         "account": f"{account.id}, {account.region}",
         "role": about_role,
@@ -150,14 +219,17 @@ def planned_job(
     code: str,
     weights: str,
     bucket: str,
+    packages: str = "",
 ) -> JobSpec:
     """The specification of the job, with all S3 addresses."""
-    place = f"s3://{bucket}/{PREFIX}/runs/{run}"
+    place = f"s3://{bucket}/{folder_of_run(training, plan, run)}"
     channels = {"training": dataset, CONFIG_CHANNEL: f"{place}/config/"}
     if training.weights:
         channels[WEIGHTS_CHANNEL] = weights
+    if options.network_isolation and image_python(plan.image) is not None:
+        channels[PACKAGES_CHANNEL] = packages or f"s3://{bucket}/{PACKAGES}/<content>"
     return JobSpec(
-        base_name=base_name(training.name, plan.compute.gpus),
+        base_name=base_name(job_title(training, plan), plan.compute.gpus),
         image=plan.image,
         role=role,
         compute=plan.compute,
@@ -168,21 +240,39 @@ def planned_job(
         output=f"{place}/output/",
         tags={
             "project": "dino-lightning",
-            "config": training.name[:100],
+            "config": tag_value(training.name),
             "run": run,
-            PRICE_TAG: f"{plan.compute.price:.4f}",
+            **({} if plan.compute.price is None else {PRICE_TAG: f"{plan.compute.price:.4f}"}),
+            **user_tags(options.tags),
         },
         subnets=options.subnets,
         security_groups=options.security_groups,
         kms_key=options.kms_key,
         drivers=f"s3://{bucket}/{DRIVERS}/<content>",
+        isolated=options.network_isolation,
+        keep_alive=None if options.keep_alive is None else options.keep_alive * 60,
+        input_modes={"training": options.input_mode},
     )
 
 
-def container_job(training: Training, plan: Plan) -> Job:
+def folder_of_run(training: Training, plan: Plan, run: str) -> str:
+    """The key that all files of a run begin with; a trial lies where the next plan looks for measurements."""
+    if plan.trial is None:
+        return f"{PREFIX}/runs/{run}"
+    return f"{TRIALS}/{trial_key(training, plan.compute, plan.image)}/{run}"
+
+
+def job_title(training: Training, plan: Plan) -> str:
+    """What the names of jobs are made from."""
+    return training.name if plan.trial is None else f"trial-{training.name}"
+
+
+def container_job(options: LaunchOptions, training: Training, plan: Plan) -> Job:
     """The job description that the container reads."""
+    arguments = training.arguments if plan.trial is None else trial_arguments(training)
     return Job(
-        arguments=training.arguments,
+        arguments=(*arguments, *([] if options.mlflow is None else [f"--mlflow={options.mlflow}"])),
+        trial=plan.trial is not None,
         hosts=plan.compute.count,
         gpus_per_host=plan.compute.instance.gpus,
         weights={option: path.name for option, path in training.weights.items()},
@@ -217,19 +307,35 @@ def _uploaded(options: LaunchOptions, training: Training, plan: Plan, account: A
         f"Dataset: {dataset.size / 1e6:,.1f} MB in {len(dataset.manifest.shards)} shards at {sent.uri}, "
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
-    archive = build_archive(training.backbone, training.extras)
+    extras = (*training.extras, *([] if options.mlflow is None else ["mlflow"]))
+    python = image_python(plan.image)
+    packages = ""
+    if options.network_isolation and python is not None:
+        say(f"Packages for Python {python}, as wheels: downloaded here once, then uploaded once.")
+        wheels = wheelhouse(requirements(training.backbone, extras), python)
+        packages = upload_folder(s3, wheels, bucket, PACKAGES, owner, key)
+    archive = build_archive(training.backbone, extras)
     code_key = f"{PREFIX}/code/{content_key(archive)}/source.tar.gz"
     code = upload_bytes(s3, archive, bucket, code_key, owner, key)
     weights = ""
     for path in training.weights.values():
         weights = upload_file(s3, path, bucket, f"{PREFIX}/weights", owner, key)
     now = datetime.now(timezone.utc)
-    run = f"{base_name(training.name, plan.compute.gpus)}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    job = container_job(training, plan)
+    run = f"{base_name(job_title(training, plan), plan.compute.gpus)}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    job = container_job(options, training, plan)
     for name, content in ((CONFIG_FILE, training.config), (JOB_FILE, job.to_json())):
-        upload_bytes(s3, content.encode(), bucket, f"{PREFIX}/runs/{run}/config/{name}", owner, key)
+        upload_bytes(s3, content.encode(), bucket, f"{folder_of_run(training, plan, run)}/config/{name}", owner, key)
     return planned_job(
-        options, training, plan, role=role, run=run, dataset=sent.uri, code=code, weights=weights, bucket=bucket
+        options,
+        training,
+        plan,
+        role=role,
+        run=run,
+        dataset=sent.uri,
+        code=code,
+        weights=weights,
+        bucket=bucket,
+        packages=packages,
     )
 
 

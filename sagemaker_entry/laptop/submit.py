@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sagemaker_entry.laptop.account import SDK_MISSING, Account, explained
+from sagemaker_entry.laptop.compute import Compute
 from sagemaker_entry.laptop.dataset_upload import upload_folder
-from sagemaker_entry.laptop.plan import Compute, Limits
+from sagemaker_entry.laptop.plan import Limits
 from sagemaker_entry.laptop.quota import no_room
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import METRICS, metric_regex
@@ -51,6 +52,9 @@ class JobSpec:
         subnets: subnets of a VPC; empty without one.
         security_groups: security groups of a VPC; empty without one.
         kms_key: id or ARN of the KMS key that encrypts the model and the disk; None for AWS's own keys.
+        isolated: whether the containers get no network.
+        keep_alive: seconds for which the instances wait for a next job; None to end with this one.
+        input_modes: of channels that are not copied to the disk before the job starts.
     """
 
     base_name: str
@@ -67,6 +71,9 @@ class JobSpec:
     security_groups: tuple[str, ...] = ()
     kms_key: str | None = None
     drivers: str = ""
+    isolated: bool = False
+    keep_alive: int | None = None
+    input_modes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def volume_kms_key(self) -> str | None:
@@ -112,7 +119,7 @@ def as_request(spec: JobSpec) -> dict[str, Any]:
         },
         "RoleArn": spec.role,
         "InputDataConfig": [
-            _channel(name, uri)
+            _channel(name, uri, spec.input_modes.get(name, "File"))
             for name, uri in {**spec.channels, "code": spec.code, DRIVERS_CHANNEL: spec.drivers}.items()
         ],
         "OutputDataConfig": {"S3OutputPath": spec.output, "CompressionType": "GZIP"}
@@ -122,7 +129,8 @@ def as_request(spec: JobSpec) -> dict[str, Any]:
             "InstanceCount": spec.compute.count,
             "VolumeSizeInGB": VOLUME_GB,
         }
-        | ({} if spec.volume_kms_key is None else {"VolumeKmsKeyId": spec.volume_kms_key}),
+        | ({} if spec.volume_kms_key is None else {"VolumeKmsKeyId": spec.volume_kms_key})
+        | ({} if spec.keep_alive is None else {"KeepAlivePeriodInSeconds": spec.keep_alive}),
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": spec.spot,
         "CheckpointConfig": {"S3Uri": spec.checkpoints, "LocalPath": CHECKPOINT_PATH},
@@ -130,6 +138,8 @@ def as_request(spec: JobSpec) -> dict[str, Any]:
         "Environment": environment(),
         "Tags": [{"Key": key, "Value": value} for key, value in spec.tags.items()],
     }
+    if spec.isolated:
+        request["EnableNetworkIsolation"] = True
     if spec.subnets:
         request["VpcConfig"] = {"Subnets": list(spec.subnets), "SecurityGroupIds": list(spec.security_groups)}
     return request
@@ -185,8 +195,12 @@ def _submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
             sagemaker_config=SDK_SETTINGS,
         )
         networking = None
-        if spec.subnets:
-            networking = configs.Networking(subnets=list(spec.subnets), security_group_ids=list(spec.security_groups))
+        if spec.subnets or spec.isolated:
+            networking = configs.Networking(
+                subnets=list(spec.subnets) or None,
+                security_group_ids=list(spec.security_groups) or None,
+                enable_network_isolation=spec.isolated or None,
+            )
         try:
             trainer = ModelTrainer(
                 sagemaker_session=session,
@@ -199,13 +213,17 @@ def _submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
                     instance_count=spec.compute.count,
                     volume_size_in_gb=VOLUME_GB,
                     volume_kms_key_id=spec.volume_kms_key,
+                    keep_alive_period_in_seconds=spec.keep_alive,
                     enable_managed_spot_training=spec.spot,
                 ),
                 stopping_condition=configs.StoppingCondition(
                     max_runtime_in_seconds=spec.limits.max_run, max_wait_time_in_seconds=spec.limits.max_wait
                 ),
                 networking=networking,
-                input_data_config=[_sdk_channel(shapes, name, uri) for name, uri in spec.channels.items()],
+                input_data_config=[
+                    _sdk_channel(shapes, name, uri, spec.input_modes.get(name, "File"))
+                    for name, uri in spec.channels.items()
+                ],
                 output_data_config=configs.OutputDataConfig(
                     s3_output_path=spec.output, compression_type="GZIP", kms_key_id=spec.kms_key
                 ),
@@ -223,14 +241,14 @@ def _submit(account: Account, spec: JobSpec, bucket: str, prefix: str) -> str:
     return name
 
 
-def _channel(name: str, uri: str) -> dict[str, Any]:
+def _channel(name: str, uri: str, mode: str) -> dict[str, Any]:
     source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
-    return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": "File"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": mode}
 
 
-def _sdk_channel(shapes: Any, name: str, uri: str) -> Any:
+def _sdk_channel(shapes: Any, name: str, uri: str, mode: str) -> Any:
     source = shapes.S3DataSource(s3_data_type="S3Prefix", s3_uri=uri, s3_data_distribution_type="FullyReplicated")
-    return shapes.Channel(channel_name=name, data_source=shapes.DataSource(s3_data_source=source), input_mode="File")
+    return shapes.Channel(channel_name=name, data_source=shapes.DataSource(s3_data_source=source), input_mode=mode)
 
 
 @contextmanager

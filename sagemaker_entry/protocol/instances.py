@@ -19,7 +19,7 @@ class Instance:
         gpu_memory: GB of each GPU.
         memory: GiB of main memory.
         network: baseline bandwidth in Gb/s, or the full bandwidth of a type that does not burst.
-        price: dollars an hour for on-demand training.
+        price: dollars an hour for on-demand training; None where no price was read, which an account can ask AWS for.
         region: the region of the price.
     """
 
@@ -28,7 +28,7 @@ class Instance:
     gpu_memory: int
     memory: int
     network: float
-    price: float
+    price: float | None
     region: str = "us-east-1"
 
 
@@ -38,6 +38,14 @@ def _g5(gpus: int, memory: int, network: float, price: float, region: str = "us-
 
 def _g6(gpus: int, memory: int, network: float, price: float) -> Instance:
     return Instance(gpus, "L4", 24, memory, network, price, "us-west-2")
+
+
+def _g4dn(gpus: int, memory: int, network: float, price: float | None = None) -> Instance:
+    return Instance(gpus, "T4", 16, memory, network, price)
+
+
+def _g6e(gpus: int, memory: int, network: float) -> Instance:
+    return Instance(gpus, "L40S", 48, memory, network, None)
 
 
 INSTANCES = {
@@ -56,6 +64,24 @@ INSTANCES = {
     "ml.g6.12xlarge": _g6(4, 192, 40, 5.752),
     "ml.g6.24xlarge": _g6(4, 384, 50, 8.344),
     "ml.g6.48xlarge": _g6(8, 768, 100, 16.688),
+    "ml.g4dn.xlarge": _g4dn(1, 16, 5, 0.736),
+    "ml.g4dn.2xlarge": _g4dn(1, 32, 10),
+    "ml.g4dn.4xlarge": _g4dn(1, 64, 20),
+    "ml.g4dn.8xlarge": _g4dn(1, 128, 50),
+    "ml.g4dn.16xlarge": _g4dn(1, 256, 50),
+    "ml.g4dn.12xlarge": _g4dn(4, 192, 50),
+    "ml.g6e.xlarge": _g6e(1, 32, 2.5),
+    "ml.g6e.2xlarge": _g6e(1, 64, 5),
+    "ml.g6e.4xlarge": _g6e(1, 128, 20),
+    "ml.g6e.8xlarge": _g6e(1, 256, 25),
+    "ml.g6e.16xlarge": _g6e(1, 512, 35),
+    "ml.g6e.12xlarge": _g6e(4, 384, 100),
+    "ml.g6e.24xlarge": _g6e(4, 768, 200),
+    "ml.g6e.48xlarge": _g6e(8, 1536, 400),
+    "ml.p4d.24xlarge": Instance(8, "A100", 40, 1152, 400, None),
+    "ml.p4de.24xlarge": Instance(8, "A100", 80, 1152, 400, None),
+    "ml.p5.4xlarge": Instance(1, "H100", 80, 256, 100, None),
+    "ml.p5.48xlarge": Instance(8, "H100", 80, 2048, 3200, None),
 }
 DEFAULT_TYPE = "ml.g5.2xlarge"
 

@@ -9,13 +9,14 @@ Unpacked, it is the first layout that `CocoDataModule` looks for.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from dino_lightning.files import sha256_of
 from sagemaker_entry.protocol.problem import Problem
@@ -116,6 +117,8 @@ def place_inside(folder: Path, name: str) -> Path | None:
 def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Unpack a stored dataset, checking every part, into a folder that `CocoDataModule` reads.
 
+    Each file is read once and from its beginning to its end: in FastFile mode, reading is fetching from S3.
+
     The target folder is created when all is unpacked; one that exists already is used unchanged.
 
     Args:
@@ -142,14 +145,15 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
         path, copy = place_inside(source, file.name), place_inside(partial, file.name)
         if path is None or copy is None:
             raise Problem(f"{source / file.name} leads out of the dataset's folder and is not unpacked.")
-        if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.sha256:
-            state = "is damaged" if path.is_file() else "is missing"
-            raise Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to repeat the upload.")
+        if not path.is_file() or path.stat().st_size != file.size:
+            raise _not_as_uploaded(path)
         if file in manifest.annotations:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+            if sha256_of(copy) != file.sha256:
+                raise _not_as_uploaded(path)
     for done, shard in enumerate(manifest.shards):
-        extract_safely(source / shard.name, partial)
+        _unpack_shard(source / shard.name, shard, partial)
         on_shard(done + 1, len(manifest.shards))
     unpacked = sum(path.is_file() for path in partial.glob("*/images/**/*"))
     if unpacked != manifest.images:
@@ -160,14 +164,57 @@ def unpack_dataset(source: Path, target: Path, on_shard: Callable[[int, int], No
     partial.rename(target)
 
 
-def extract_safely(archive: Path, target: Path) -> None:
+def _not_as_uploaded(path: Path) -> Problem:
+    state = "is damaged" if path.is_file() else "is missing"
+    return Problem(f"{path} {state}; delete the dataset's manifest in S3 and launch again to repeat the upload.")
+
+
+class _Hashed:
+    """A file to read from once, which computes the SHA-256 of what was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.sha256.update(content)
+        return content
+
+
+def _unpack_shard(path: Path, shard: StoredFile, target: Path) -> None:
+    """Extract a shard and compute its checksum on the way.
+
+    Raises:
+        Problem: it is not the one that was uploaded, or see `extract_safely`.
+    """
+    refused: Problem | None = None
+    with path.open("rb") as file:
+        stream = _Hashed(file)
+        try:
+            extract_safely(path, target, stream)
+        except Problem as problem:
+            refused = problem
+        while stream.read(CHUNK):  # the rest, behind the archive's end or where it was refused
+            pass
+    if stream.sha256.hexdigest() != shard.sha256:
+        raise _not_as_uploaded(path) from refused
+    if refused is not None:
+        raise refused
+
+
+def extract_safely(archive: Path, target: Path, stream: Any = None) -> None:
     """Extract a tar archive of plain files and folders, none of them outside of `target` or there already.
+
+    Args:
+        archive: the archive.
+        target: the folder to extract it to.
+        stream: the archive's content, to be read in one go; by default the file itself is opened.
 
     Raises:
         Problem: not a tar archive; or a member is a link or a device, comes twice, or leads outside of the folder.
     """
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive) if stream is None else tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 if member.isdir() and not PurePosixPath(member.name).parts:  # "." itself
                     continue

@@ -1,6 +1,6 @@
 """The format of progress lines: printed in the container, read by SageMaker's metric graphs and by `launch`.
 
-    [dino] epoch=3 epochs=50 finished train_loss=8.1250 val_loss=7.5000 val_AP=0.4123
+    [dino] epoch=3 epochs=50 finished train_loss=8.1250 val_loss=7.5000 val_AP=0.4123 best_AP=0.4200
 
 Jobs that run already carry the regular expressions that they were started with: the format must not change.
 """
@@ -18,6 +18,8 @@ METRICS = {
     "val:AP": "val_AP",
     "val:AP50": "val_AP50",
     "val:F1": "val_F1",
+    "best:AP": "best_AP",  # of all evaluations so far, so that the job's final metrics tell its best ones
+    "best:F1": "best_F1",
     "epoch": "epoch",
 }
 

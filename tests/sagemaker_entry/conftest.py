@@ -88,3 +88,31 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(BaseClient, "_make_api_call", spy)
     return made
+
+
+@pytest.fixture(scope="session")
+def model_dir(rooms, tmp_path_factory):
+    """A model directory as a job leaves it."""
+    import lightning
+    import torch
+
+    from dino_lightning import CocoDataModule, DINOModule
+    from sagemaker_entry.train import write_model
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    data = CocoDataModule(root=str(rooms), image_size=64, max_size=96, num_workers=0)
+    module = DINOModule(num_classes=1, backbone_weights=None, **TINY_SIZES)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        limit_train_batches=1,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "checkpoints" / "best.ckpt")
+    assert write_model(folder, folder / "model", complete=True)
+    return folder / "model"

@@ -8,19 +8,15 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from dino_lightning import DINOModule, load_detector
+from dino_lightning import load_detector
 from sagemaker_entry import inference
-from sagemaker_entry.container.install import constraints, install
 from sagemaker_entry.laptop.source_archive import build_archive, requirements
-from sagemaker_entry.protocol.problem import Problem
-from sagemaker_entry.train import write_model
-from tests.conftest import TINY_SIZES, size_of
+from tests.conftest import size_of
 
 # What the model server does with a request, without its Java front end.
 SERVER = textwrap.dedent(
@@ -48,33 +44,6 @@ SERVER = textwrap.dedent(
     print(json.dumps({"answers": answers, "package": dino_lightning.__file__}))
     """
 )
-
-
-@pytest.fixture(scope="module")
-def model_dir(rooms, tmp_path_factory):
-    """A model directory as a job leaves it."""
-    import lightning
-    import torch
-
-    from dino_lightning import CocoDataModule
-
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    data = CocoDataModule(root=str(rooms), image_size=64, max_size=96, num_workers=0)
-    module = DINOModule(num_classes=1, backbone_weights=None, **TINY_SIZES)
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        limit_train_batches=1,
-        logger=False,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(folder / "checkpoints" / "best.ckpt")
-    assert write_model(folder, folder / "model", complete=True)
-    return folder / "model"
 
 
 def serve(model_dir, tmp_path, requests):
@@ -237,6 +206,18 @@ def test_a_limit_that_is_no_number_keeps_the_endpoint_from_starting(handler, val
         handler(MAX_BYTES=value).model_fn("anywhere")
 
 
+@pytest.mark.parametrize(("gpu", "exported", "expected"), [(0, 1, "onnx"), (1, 1, "ckpt"), (0, 0, "ckpt")])
+def test_an_onnx_file_beside_the_checkpoint_is_used_without_a_gpu(monkeypatch, tmp_path, gpu, exported, expected):
+    pytest.importorskip("onnxruntime")
+    loaded = []
+    monkeypatch.setattr(inference, "load_detector", lambda path, *_: loaded.append(path.suffix))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpu))
+    for name in ("model.ckpt", *["model.onnx"] * exported):
+        (tmp_path / name).touch()
+    inference.model_fn(str(tmp_path))
+    assert loaded == [f".{expected}"]
+
+
 # ------------------------------------------------------------------ the code that goes along
 
 
@@ -246,26 +227,3 @@ def test_the_code_is_packed_the_same_way_each_time_and_brings_what_it_needs():
     names = {line.split(">")[0].split("[")[0].split("!")[0] for line in needed}
     assert {"lightning", "torchmetrics", "pycocotools", "jsonargparse"} <= names
     assert not names & {"torch", "torchvision", "sagemaker", "boto3", "pytest", "moto"}
-
-
-def test_installing_never_replaces_the_images_torch(tmp_path):
-    import torch
-    import torchvision
-
-    plain = [package.__version__.partition("+")[0] for package in (torch, torchvision)]
-    assert [line.partition("+")[0] for line in constraints()] == [f"torch=={plain[0]}", f"torchvision=={plain[1]}"]
-    commands = []
-
-    def run(command):
-        commands.append((command, Path(command[-1]).read_text()))  # gone after the call
-        return subprocess.CompletedProcess(command, 0, "")
-
-    install(tmp_path, run)
-    assert not commands  # nothing asked for, nothing done
-    (tmp_path / "requirements.txt").write_text("lightning\n")
-    install(tmp_path, run)
-    ((command, pinned),) = commands
-    assert command[-4:-1] == ["-r", str(tmp_path / "requirements.txt"), "-c"]
-    assert f"torch=={plain[0]}" in pinned
-    with pytest.raises(Problem, match=r"ERROR: no such thing.*network isolation"):
-        install(tmp_path, lambda command: subprocess.CompletedProcess(command, 1, "x\nERROR: no such thing\n"))

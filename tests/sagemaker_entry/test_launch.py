@@ -10,12 +10,15 @@ import tarfile
 import pytest
 import yaml
 
+from dino_lightning.cli.arguments import known_options
 from sagemaker_entry import launch
+from sagemaker_entry.laptop.fit_options import GO_ALONG, REFUSED, fit_arguments
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import COMMAND, base_name
 from sagemaker_entry.laptop.training_config import check_training
 from sagemaker_entry.protocol.job import CONFIG_FILE, JOB_FILE
 from tests.sagemaker_entry.conftest import TRUST
+from tests.sagemaker_entry.service_model import violations
 
 CONFIG = "configs/room_detection.yaml"
 
@@ -61,6 +64,7 @@ def test_a_dry_run_needs_no_account_and_tells_the_truth_about_g5(no_account, roo
     assert code == 0
     assert "2 x ml.g5.2xlarge, $3.03 an hour together" in out
     assert "ONE A10G" in out
+    assert "cheaper       1 x ml.g5.2xlarge (--instance-count 1): about $" in out
     assert "Planned without an account" in out
     request = json.loads(out[out.index("{\n") :])
     assert request["ResourceConfig"]["InstanceCount"] == 2
@@ -73,6 +77,7 @@ def test_a_dry_run_touches_nothing(aws, rooms, capsys, calls):
     code, out, _ = run(capsys, "--config", CONFIG, "--data", rooms, "--dry-run", "--spot", "--gpus", "1")
     assert code == 0
     request = json.loads(out[out.index("{\n") :])
+    assert "cheaper" not in out  # the user has chosen
     assert request["EnableManagedSpotTraining"] is True
     assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] > request["StoppingCondition"]["MaxRuntimeInSeconds"]
     changing = ("Put", "Create", "Delete", "Upload", "Start")
@@ -161,6 +166,7 @@ def test_weights_of_the_backbone_stay_here_where_those_of_the_model_are_given(no
     assert training.weights == {"model.backbone_weights": backbone}
 
 
+@pytest.mark.slow
 def test_a_price_of_another_region_is_pointed_out_and_caps_nothing(aws, rooms, tiny_config, capsys, monkeypatch):
     from sagemaker_entry.laptop import preflight
 
@@ -242,6 +248,7 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
         "config": None,
         "hosts": 2,
         "gpus_per_host": 1,
+        "trial": False,
         "weights": {"model.weights": "it's a start.pth"},
     }
     with tarfile.open(fileobj=io.BytesIO(content(channels["code"]))) as tar:
@@ -288,6 +295,44 @@ def test_launch_upload_submit_status_fetch(aws, rooms, tiny_config, tmp_path, ca
     code, _, err = run(capsys, "fetch", name, "--to", tmp_path / "other")
     assert code == 1 and "outside of the folder" in err
     assert not list(tmp_path.rglob("evil.json")) and not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_job_without_a_network_takes_its_packages_along(
+    aws, rooms, tiny_config, tmp_path, capsys, calls, monkeypatch
+):
+    pytest.importorskip("sagemaker.train")
+    from sagemaker_entry.laptop import start
+
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "a-1-py3-none-any.whl").write_bytes(b"wheel")
+    asked = []
+    monkeypatch.setattr(start, "wheelhouse", lambda lines, python: asked.append((lines, python)) or tmp_path / "wheels")
+    args = ["--config", tiny_config, "--data", rooms, "--role", "trainer", "--yes", "--detach", "--network-isolation"]
+    args += ["--tags", "team=vision,cost-center=42", "--keep-alive", "30", "--input-mode", "FastFile"]
+    args += ["--instance-count", "2"]
+    code, out, _ = run(capsys, *args, "--dry-run")
+    assert code == 0
+    assert "none; packages go along as wheels for Python 3.13" in out
+    assert "instances wait 30 minutes for a next job" in out and "billed: $1.51 at most, counted below" in out
+    assert "GB for the dataset, streamed and unpacked, of 450 GB" in out
+    planned = json.loads(out[out.index("{\n") :])
+    code, out, _ = run(capsys, *args)
+    assert code == 0, out
+    assert out.count("not checked (servicequotas:") == 2  # of the job, and of the warm pool
+    (request,) = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
+    assert differences(planned, request) == []
+    assert violations("CreateTrainingJob", request) == []
+    assert request["EnableNetworkIsolation"] is True
+    assert request["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1800
+    assert {"Key": "team", "Value": "vision"} in request["Tags"]
+    channels = {channel["ChannelName"]: channel for channel in request["InputDataConfig"]}
+    assert channels["training"]["InputMode"] == "FastFile"
+    packages = channels["packages"]["DataSource"]["S3DataSource"]["S3Uri"]
+    ((lines, python),) = asked
+    assert python == "3.13" and any(line.startswith("lightning") for line in lines)
+    key = packages.partition("sagemaker-us-east-1-123456789012/")[2] + "/a-1-py3-none-any.whl"
+    assert key in everything(aws("s3"))
 
 
 @pytest.mark.slow
@@ -341,6 +386,7 @@ def test_resuming_a_stopped_job(aws, rooms, tiny_config, capsys, calls, monkeypa
     assert {"Key": "dollars-per-hour", "Value": "1.5150"} in second["Tags"]
 
 
+@pytest.mark.slow
 def test_nobody_to_ask_and_no(aws, rooms, tiny_config, capsys, monkeypatch):
     pytest.importorskip("sagemaker.train")
     args = ["--config", tiny_config, "--data", rooms, "--role", "trainer"]
@@ -378,6 +424,14 @@ def broken_dataset(folder, rooms):
         ({"--config": "text.yaml"}, ["text.yaml"]),
         ({"--config": "endless.yaml"}, ["max_epochs", "what the run costs"]),
         ({"--model.hiden_dim=3": ""}, ["Did you mean --model.hidden_dim?"]),
+        ({"--ema_decay": "1.5"}, ["ema_decay=1.5 must be between 0 and 1"]),
+        ({"--best_by": "val/f2"}, ["--best_by val/f2: validation has no such metric"]),
+        ({"--save_every_minutes": "-3"}, ["--save_every_minutes is -3.0"]),
+        ({"--auto_batch_size": "1", "--gpus": "2"}, ["--auto_batch_size 1 must be at least 2"]),
+        ({"--auto_batch_size": "8", "--trainer.accumulate_grad_batches": "2"}, ["chooses the accumulation itself"]),
+        ({"--trainer.callbacks+=mine.Callback": ""}, ["--trainer.callbacks"]),
+        ({"--trainer.enable_checkpointing": "false"}, ["leaves no model"]),
+        ({"--trainer.limit_train_batches": "0"}, ["train nothing"]),
         ({"--model.weights=none.pth": ""}, ["none.pth does not exist"]),
         ({"--instance-type": "ml.g5.3xlarge"}, ["no instance type ml.g5.3xlarge"]),
         ({"--max-cost": "0.01"}, ["over before training begins"]),
@@ -394,6 +448,15 @@ def broken_dataset(folder, rooms):
         ({"--image": "foo bar"}, ["'foo bar' is no address of an image in ECR"]),
         ({"--torch": "2.14"}, ["--torch 2.14: the table has images of PyTorch"]),
         ({"--kms-key": "my key"}, ["no id, alias or ARN of a KMS key"]),
+        ({"--tags": "aws:team=x"}, ["--tags: aws:team begins with aws:"]),
+        (
+            {"--network-isolation": "", "--model.weights=dino_r50_4scale_24ep": ""},
+            ["--network-isolation: the container cannot fetch", "weights get dino_r50_4scale_24ep` first"],
+        ),
+        (
+            {"--network-isolation": "", "--model.backbone_weights=pretrained": ""},
+            ["cannot fetch --model.backbone_weights=pretrained", "give the file, as --model.backbone_weights=FILE"],
+        ),
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_nothing_is_sent(
@@ -450,11 +513,49 @@ def test_without_the_sdk_it_says_what_to_install(aws, rooms, tiny_config, capsys
     assert not calls
 
 
-@pytest.mark.parametrize("argument", ["--gpu=2", "surprise", "--model.lr"])
-def test_options_that_there_are_not(argument, rooms, capsys):
-    assert launch.main(["--config", CONFIG, "--data", str(rooms), argument]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--gpu=2", "Did you mean --gpus?"),
+        ("--ema_dcay 0.9", "Did you mean --ema_decay?"),
+        ("surprise", "'surprise' belongs to no option"),
+        ("--model.lr 0.1 surprise", "'surprise' belongs to no option"),
+        ("-c other.yaml", "There is no option -c"),
+        ("--model.lr", "--model.lr needs a value"),
+        ("--auto_batch_size --dry-run", "--auto_batch_size needs a value"),
+        ("--run_dir=x", "--run_dir does not go along with launch: a job keeps its run folder in S3"),
+        ("--overwrite", "each launch has a run folder of its own"),
+        ("--ckpt_path last", "`resume JOB` continues a job"),
+        ("--wandb project", "no login for Weights & Biases"),
+        ("--trainer.strategy=fsdp", "the job sets it by the GPUs of its machines"),
+        ("--trainer.fast_dev_run=true", "--trial measures a job"),
+    ],
+)
+def test_options_that_do_not_go_along(arguments, words, rooms, capsys):
+    assert launch.main(["--config", CONFIG, "--data", str(rooms), *arguments.split()]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and argument.partition("=")[0] in error
+    assert error.count("\n") == 1 and words in error
+
+
+def test_every_option_of_fit_goes_along_or_is_refused_with_a_reason():
+    own = {f"--{name}" for name in known_options() if "." not in name}
+    own -= {"--config", "--data", "--data.help", "--model.help", "--trainer.help"}  # of launch itself
+    told = {*GO_ALONG, *(name for name in REFUSED if "." not in name)}
+    added_by_lightning = {"--optimizer", "--lr_scheduler", "--weights_only"}
+    assert told - added_by_lightning == own
+    assert not set(GO_ALONG) & set(REFUSED)
+
+
+def test_options_in_one_word_or_two_reach_the_job(no_account, rooms, tiny_config):
+    given = ["--ema_decay", "0.99", "--trainer.max_steps", "-1", "--best_by=val/F1"]
+    given += ["--optimizer", "AdamW", "--optimizer.lr", "0.001"]
+    arguments = fit_arguments(given, [])
+    training = check_training(str(tiny_config), str(rooms), arguments)
+    assert training.arguments == (
+        "--ema_decay=0.99", "--trainer.max_steps=-1", "--best_by=val/F1", "--optimizer=AdamW", "--optimizer.lr=0.001",
+    )  # fmt: skip
+    assert training.options["ema_decay"] == 0.99
+    assert training.options["optimizer"]["init_args"]["lr"] == 0.001
 
 
 def test_help_is_quick_and_names_the_commands():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from sagemaker_entry.container.environment import read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
 from sagemaker_entry.laptop.local_run import prepare_opt_ml
 from sagemaker_entry.protocol.job import Job
+from sagemaker_entry.protocol.trial import TRIAL_FILE, read_measured
 from sagemaker_entry.train import STRAY, child_environment, write_model
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
@@ -33,14 +35,14 @@ PROJECT = Path(launch.__file__).parent.parent
 class Container:
     """The entry, started on a folder laid out like /opt/ml."""
 
-    def __init__(self, root, folder=None, **variables):
+    def __init__(self, root, folder=None, arguments=(), **variables):
         self.root = root
         kept = {name: value for name, value in os.environ.items() if name not in STRAY and not name.startswith("SM_")}
         environment = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "job", "OMP_NUM_THREADS": "1"}
         self.log = root / "log.txt"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sagemaker_entry.train"],
+                [sys.executable, "-m", "sagemaker_entry.train", *arguments],
                 env={**environment, **variables},
                 cwd=folder,
                 stdout=log,
@@ -83,7 +85,8 @@ def local_run(rooms, tmp_path_factory):
     file.write_text(config())
     root = folder / "opt ml"
     command = ["--config", str(file), "--data", str(rooms), "--local", "--local-dir", str(root), "--model.lr=0.0003"]
-    assert launch.main(command) == 0
+    options_of_fit = ["--ema_decay", "0.9", "--early_stopping_patience=5", "--optimizer", "AdamW"]
+    assert launch.main([*command, *options_of_fit]) == 0
     return root
 
 
@@ -120,6 +123,15 @@ def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
     assert not (local_run / "output" / "failure").exists()
 
 
+def test_options_of_fit_reach_the_container(local_run):
+    options = yaml.safe_load((local_run / "model" / "config.yaml").read_text())
+    assert (options["ema_decay"], options["early_stopping_patience"]) == (0.9, 5)
+    assert options["optimizer"]["class_path"] == "torch.optim.AdamW"
+    last = torch.load(local_run / "checkpoints" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {"EMA", "EarlyStopping"} <= {name.partition("{")[0] for name in last["callbacks"]}
+
+
+@pytest.mark.slow
 def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_run):
     before = losses(local_run)
     container = Container(local_run)
@@ -127,6 +139,22 @@ def test_a_finished_run_started_again_has_nothing_to_do_and_loses_nothing(local_
     assert "resuming from the checkpoint" in container.text
     assert losses(local_run) == before
     assert (local_run / "model" / "model.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_trial_measures_and_leaves_the_model_of_the_run_alone(local_run, rooms, capfd):
+    before = {path: path.stat().st_mtime_ns for path in [*(local_run / "model").rglob("*"), *local_run.rglob("*.ckpt")]}
+    command = ["--config", str(local_run.parent / "tiny's.yaml"), "--data", str(rooms), "--local", "--trial"]
+    assert launch.main([*command, "--local-dir", str(local_run), "--trainer.max_epochs=30"]) == 0
+    measured = read_measured((local_run / "checkpoints" / TRIAL_FILE).read_text())
+    assert measured.batches >= 20 and measured.val_images > 0
+    assert 0 < measured.seconds_per_batch < measured.seconds_to_start
+    assert 0 <= measured.waiting <= 1 and 0 < measured.memory_used < measured.memory_total
+    said = capfd.readouterr().out
+    assert "[dino] trial: " in said and "seconds a step of 2 images" in said
+    assert "The whole training on this machine" in said and "model written" not in said
+    after = {path: path.stat().st_mtime_ns for path in [*(local_run / "model").rglob("*"), *local_run.rglob("*.ckpt")]}
+    assert after == before
 
 
 # ------------------------------------------------------------------ stopping
@@ -194,6 +222,25 @@ def test_lines_of_an_epoch_without_evaluation_do_not_repeat_the_last_one(capsys)
     assert "train_loss=2.0000" in second
 
 
+def test_the_best_metrics_are_told_with_each_evaluation_also_of_a_resumed_run(tmp_path, capsys):
+    file = tmp_path / "metrics.csv"
+    file.write_text("epoch,step,val/AP,val/F1\n0,1,0.3,\n0,2,,\n1,3,0.7,nan\n2,4,0.1,0.2\n3,5,0.9x")
+    callback = ProgressLines(file)
+    metrics = {"val/AP": torch.tensor(0.5), "val/F1": torch.tensor(0.4)}
+    trainer = SimpleNamespace(
+        is_global_zero=True, callback_metrics=metrics, current_epoch=4, max_epochs=9, sanity_checking=False
+    )
+    for f1 in (0.4, 0.3):
+        metrics["val/F1"] = torch.tensor(f1)
+        callback.on_validation_end(trainer, None)
+        callback.on_train_epoch_end(trainer, None)
+    callback.on_train_epoch_end(trainer, None)
+    first, second, unevaluated = capsys.readouterr().out.splitlines()
+    assert first.endswith("val_AP=0.5000 val_F1=0.4000 best_AP=0.7000 best_F1=0.4000")
+    assert second.endswith("val_F1=0.3000 best_AP=0.7000 best_F1=0.4000")
+    assert "best" not in unevaluated
+
+
 def test_a_model_of_a_stopped_run_says_so(local_run, tmp_path):
     assert write_model(local_run / "checkpoints", tmp_path / "model", complete=False)
     assert json.loads((tmp_path / "model" / "model.json").read_text())["complete"] is False
@@ -245,6 +292,44 @@ def test_a_failure_is_one_sentence_in_the_failure_file(tmp_path, rooms, case, wo
     assert not list((root / "model").iterdir())
 
 
+@pytest.mark.slow
+def test_a_package_index_out_of_reach_is_in_the_failure_file(tmp_path, rooms):
+    prepare_opt_ml(tmp_path / "ml", rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    (tmp_path / "requirements.txt").write_text("dino-lightning-needs-this-too\n")
+    closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PATH": ""}  # without uv
+    container = Container(tmp_path / "ml", folder=tmp_path, PYTHONPATH=str(PROJECT), **closed)
+    assert container.wait() == 1
+    assert container.failure.startswith("[algo-1] pip could not reach the package index (")
+    assert len(container.failure.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_job_without_a_network_installs_what_came_along_and_nothing_else(tmp_path, rooms):
+    root = tmp_path / "ml"
+    prepare_opt_ml(root, rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    (root / "input" / "data" / "packages").mkdir()
+    channels = {name: {} for name in ("training", "config", "packages")}
+    (root / "input" / "config" / "inputdataconfig.json").write_text(json.dumps(channels))
+    (tmp_path / "requirements.txt").write_text("dino-lightning-needs-this-too\n")
+    container = Container(root, folder=tmp_path, PYTHONPATH=str(PROJECT), PATH="")
+    assert container.wait() == 1
+    assert container.failure.startswith("[algo-1] pip could not install the packages that came with the job (")
+    assert re.search(rf"Looking in links: .*{re.escape(str(root / 'input' / 'data' / 'packages'))}", container.text)
+    assert "Looking in indexes" not in container.text
+
+
+@pytest.mark.slow
+def test_a_job_of_the_tuner_in_an_image_of_its_own(tmp_path, rooms):
+    """SageMaker starts such an image with the argument `train`, and the values are hyperparameters."""
+    prepare_opt_ml(tmp_path, rooms, config(), Job(hosts=1, gpus_per_host=0), {})
+    values = {"trainer.max_epochs": "1", "_tuning_objective_metric": "val:F1"}
+    (tmp_path / "input" / "config" / "hyperparameters.json").write_text(json.dumps(values))
+    container = Container(tmp_path, arguments=["train"])
+    assert container.wait() == 0, container.text
+    assert "epoch=1 epochs=1 finished" in container.text
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named(tmp_path, rooms):
     prepare_opt_ml(tmp_path, rooms, config(max_epochs=500), Job(hosts=1, gpus_per_host=0), {})
     container = Container(tmp_path)

@@ -98,6 +98,11 @@ def test_files_that_are_not_sagemakers(root, name, content, words):
         read_environment(variables(root))
 
 
+def test_what_the_tuner_adds_is_no_option(root):
+    write(root, "hyperparameters", {"model.lr": "0.0003", "_tuning_objective_metric": "val:F1"})
+    assert read_environment(variables(root)).hyperparameters == {"model.lr": 0.0003}
+
+
 # ------------------------------------------------------------------ channels
 
 
@@ -182,11 +187,15 @@ def test_the_plan_comes_as_files(root, tmp_path):
     (folder / "job.json").write_text(plan.to_json())
     weights = tmp_path / "weights"
     weights.mkdir()
+    write(root, "hyperparameters", {})
     environment = channels(root, config=folder, weights=weights)
     job = read_job(environment, [])
     assert (job.hosts, job.gpus_per_host) == (2, 1)
     assert job.config == str(root / "input/data/config/config.yaml")
-    assert job.arguments == ("--model.lr=1", f"--model.weights={root / 'input/data/weights'}/it's.pth")
+    file = f"--model.weights={root / 'input/data/weights'}/it's.pth"
+    assert job.arguments == ("--model.lr=1", file)
+    write(root, "hyperparameters", {"model.lr": "0.5"})  # as the tuner sets them
+    assert read_job(read_environment(variables(root)), []).arguments == ("--model.lr=1", "--model.lr=0.5", file)
     with pytest.raises(Problem, match="no channel 'weights'"):
         shutil.rmtree(root / "input/data/config")
         read_job(channels(root, config=folder), [])

@@ -400,6 +400,19 @@ def test_a_damaged_shard_is_refused_and_nothing_half_done_is_left(stored, tmp_pa
         unpack_dataset(stored, tmp_path / "unpacked")
 
 
+def test_each_shard_is_read_once_as_fastfile_streams_it(stored, tmp_path, monkeypatch):
+    opened, original = [], io.open
+
+    def spy(file, *args, **kwargs):
+        opened.append(str(file))
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", spy)
+    monkeypatch.setattr("tarfile.bltn_open", spy)
+    unpack_dataset(stored, tmp_path / "unpacked")
+    assert sorted(name for name in opened if name.endswith(".tar")) == sorted(map(str, stored.glob("shards/*.tar")))
+
+
 def test_a_full_disk_is_said_beforehand(stored, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
     with pytest.raises(Problem, match="choose a larger instance"):

@@ -19,7 +19,10 @@ from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import METRICS, metric_regex, read_metrics
 from tests.sagemaker_entry.stubs import JOB, NOW, add_price, description
 
-LINE = "[dino] epoch=10 epochs=50 finished train_loss=8.1250 val_loss=7.5000 val_AP=0.4123 val_AP50=0.7 val_F1=0.6512"
+LINE = (
+    "[dino] epoch=10 epochs=50 finished train_loss=8.1250 val_loss=7.5000 val_AP=0.4123 val_AP50=0.7 val_F1=0.6512 "
+    "best_AP=0.4200 best_F1=0.6600"
+)
 
 
 def events(*messages):
@@ -200,6 +203,8 @@ def test_every_metric_definition_finds_its_value():
         "val:AP": "0.4123",
         "val:AP50": "0.7",
         "val:F1": "0.6512",
+        "best:AP": "0.4200",
+        "best:F1": "0.6600",
         "epoch": "10",
     }
     assert read_metrics("Epoch=3 epochs=4 of somebody else") == {}

@@ -26,8 +26,15 @@ def test_a_resumed_job_is_resumed_again_with_every_tag_once(account):
     jobs.resume(account, JOB)
 
 
-@pytest.mark.parametrize(("price", "words"), [("4.0000", "for $8.00 on demand"), (None, "for $6.06 on demand")])
-def test_resuming_says_what_it_can_cost(account, price, words):
+@pytest.mark.parametrize(
+    ("price", "keep_alive", "words"),
+    [
+        ("4.0000", {}, "for $8.00 on demand"),
+        (None, {}, "for $6.06 on demand"),
+        ("4.0000", {"KeepAlivePeriodInSeconds": 1800}, "for $10.00 on demand"),
+    ],
+)
+def test_resuming_says_what_it_can_cost(account, price, keep_alive, words):
     stub = account.stub("sagemaker")
     stopped = description(
         "Stopped",
@@ -36,6 +43,7 @@ def test_resuming_says_what_it_can_cost(account, price, words):
         OutputDataConfig={"S3OutputPath": "s3://b/runs/1/output/"},
         StoppingCondition={"MaxRuntimeInSeconds": 7200},
     )
+    stopped["ResourceConfig"] |= keep_alive
     stub.add_response("describe_training_job", stopped)
     if price is None:
         stub.add_response("list_tags", {"Tags": []})

@@ -9,7 +9,11 @@ import pytest
 
 from sagemaker_entry.laptop import plan
 from sagemaker_entry.laptop.account import Account
-from sagemaker_entry.laptop.plan import Compute, Plan, Work, choose_compute, choose_limits, estimate_hours
+from sagemaker_entry.laptop.cheaper import cheaper_choice
+from sagemaker_entry.laptop.compute import Compute, choose_compute
+from sagemaker_entry.laptop.estimate import Work, estimate_hours
+from sagemaker_entry.laptop.length import Length
+from sagemaker_entry.laptop.plan import Plan, about, choose_limits
 from sagemaker_entry.laptop.preflight import resolve_role
 from sagemaker_entry.protocol.instances import INSTANCES, PRICES_DATE, Instance
 from sagemaker_entry.protocol.problem import Problem
@@ -17,8 +21,7 @@ from sagemaker_entry.protocol.problem import Problem
 WORK = Work(
     train_images=1000,
     val_images=100,
-    epochs=50,
-    evaluations=50,
+    length=Length(50),
     batch_size=2,
     teraflops=0.35,
     parameters=46_000_000,
@@ -70,9 +73,46 @@ def test_no_g5_has_two_gpus():
 
 
 def test_steps_are_counted_as_the_loader_counts_them():
-    assert WORK.steps_per_epoch(2) == 250
-    assert dataclasses.replace(WORK, train_images=1001).steps_per_epoch(2) == 250  # 501 each, 250 full batches
-    assert dataclasses.replace(WORK, train_images=3, batch_size=4).steps_per_epoch(2) == 1
+    assert WORK.on(2).batches == 250
+    assert dataclasses.replace(WORK, train_images=1001).on(2).batches == 250  # 501 each, 250 full batches
+    assert dataclasses.replace(WORK, train_images=3, batch_size=4).on(2).batches == 1
+
+
+# (options, on so many GPUs) -> what is computed of 1,000 training and 100 validation images, batches of 2 on each GPU
+LENGTHS = [
+    ({}, 2, {"batches": 250, "steps": 12_500, "all_batches": 12_500, "evaluations": 50, "val_images": 100}),
+    ({"max_steps": 1000}, 2, {"epochs": 4, "steps": 1000, "all_batches": 1000, "evaluations": 4}),
+    ({"max_steps": 1001}, 2, {"epochs": 5, "steps": 1001, "all_batches": 1001, "evaluations": 4}),
+    ({"max_epochs": None, "max_steps": 500}, 2, {"epochs": 2, "steps": 500, "evaluations": 2}),
+    ({"max_steps": 100}, 2, {"epochs": 1, "evaluations": 0}),
+    ({"accumulate_grad_batches": 4}, 2, {"steps": 50 * 63, "all_batches": 12_500}),  # 63: the last one has 2 batches
+    ({"accumulate_grad_batches": 4, "max_steps": 64}, 2, {"all_batches": 254, "evaluations": 1}),
+    ({"limit_train_batches": 10, "limit_val_batches": 3, "val_batch_size": 4}, 2, {"batches": 10, "val_images": 24}),
+    ({"limit_train_batches": 0.1, "limit_val_batches": 0.5}, 2, {"batches": 25, "val_images": 50}),
+    ({"limit_val_batches": 0}, 2, {"evaluations": 0}),
+    ({"check_val_every_n_epoch": 20}, 2, {"evaluations": 2}),
+    ({"val_check_interval": 0.25}, 2, {"evaluations": 200}),
+    ({"val_check_interval": 100}, 2, {"evaluations": 100}),
+    ({"val_check_interval": 1000, "check_val_every_n_epoch": None}, 2, {"evaluations": 12}),
+    ({"auto_batch_size": 16}, 4, {"batch_size": 4, "batches": 62}),
+]
+
+
+@pytest.mark.parametrize(("options", "gpus", "expected"), LENGTHS)
+def test_what_is_computed_follows_from_the_options(options, gpus, expected):
+    work = dataclasses.replace(WORK, length=Length(**{"max_epochs": 50, **options}))
+    amount = dataclasses.asdict(work.on(gpus))
+    assert {name: amount[name] for name in expected} == expected
+
+
+def test_accumulated_batches_exchange_gradients_once():
+    """Two g5.2xlarge at worst: 4 batches of 0.75 s and one exchange of 0.2944 s for each of the steps."""
+    work = dataclasses.replace(WORK, length=Length(50, accumulate_grad_batches=4, limit_train_batches=248))
+    worst = estimate_hours(work, compute())[2]
+    evaluation = 50 * 0.35 / (70 * 0.04) + 15
+    assert worst == pytest.approx((300 + 50 * 62 * (4 * 0.75 + 0.2944) + 50 * evaluation) / 3600)
+    halved = estimate_hours(dataclasses.replace(work, compressed=True), compute())[2]
+    assert worst - halved == pytest.approx(50 * 62 * 0.1472 / 3600)
 
 
 def test_the_estimate_by_hand():
@@ -135,8 +175,8 @@ def test_the_table_says_all_one_wants_to_know_before_paying():
         "250 x 50 epochs = 12,500",
         "image:tag",
         "s3://bucket/data/",
-        f"about ${hours[1] * 3.03:,.2f} (${hours[0] * 3.03:,.2f} to ${hours[2] * 3.03:,.2f})",
-        f"${hours[1] * 3.03 * 0.3:,.2f} to ${hours[1] * 3.03 * 0.6:,.2f}",
+        "about $6.50 ($4 to $12)",  # 2.148, 1.337 and 4.005 hours at $3.03
+        "about $2 to $4, with interruptions",
         "10.0 hours, then it is stopped: $30.30",
         "ESTIMATE, not a measurement",
         PRICES_DATE,
@@ -144,6 +184,65 @@ def test_the_table_says_all_one_wants_to_know_before_paying():
         "ONE A10G",
     ):
         assert words in table, words
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"),
+    [
+        (0.02, "$0.10"),
+        (0.44, "$0.40"),
+        (1.26, "$1.30"),
+        (7.8, "$8"),
+        (8.33, "$8.50"),
+        (20.3, "$20"),
+        (1234.0, "$1,230"),
+    ],
+)
+def test_estimated_dollars_are_rounded(dollars, text):
+    assert about(dollars) == text
+
+
+def test_the_plan_shows_what_the_options_change():
+    chosen = compute()
+
+    def table(**options):
+        work = dataclasses.replace(WORK, length=Length(**{"max_epochs": 50, **options}))
+        return Plan(chosen, work, estimate_hours(work, chosen), limits(), False, "i", {}).table()
+
+    assert "16 (2 on each GPU, 4 batches accumulated)" in table(accumulate_grad_batches=4)
+    assert "1,001 (trainer.max_steps), 250 in an epoch, 4 evaluations" in table(max_steps=1001)
+    assert "leaves no model" in table(max_steps=10) and "leaves no model" not in table()
+    automatic = table(auto_batch_size=16)
+    assert "16 (--auto_batch_size: as many at once" in automatic and "about 62 x 50 epochs" in automatic
+    assert "at most about 2.1 hours (1.3 to 4.0): early stopping may end it sooner" in table(
+        ends_early="early stopping"
+    )
+
+
+def test_the_cheaper_choice_follows_from_the_estimate():
+    """1,000 plans of R50 4-scale: 2.575 hours at $3.03 on two hosts, 3.820 hours at $1.515 on one."""
+    work = Work(1000, 100, Length(50), 2, 0.4594, 46_601_482)
+    assert cheaper_choice(work, compute(), estimate_hours(work, compute())[1]) == (
+        "1 x ml.g5.2xlarge (--instance-count 1): about $6, 26% less, and 48% more time (about 3.8 hours); the global "
+        "batch is then 2"
+    )
+    assert "about $12, 26% less" in cheaper_choice(work, compute(), 2 * estimate_hours(work, compute())[1])  # measured
+    assert cheaper_choice(work, compute(count=1), 3.8) is None
+    assert cheaper_choice(work, compute(instance_type="ml.g6e.xlarge"), 2.0) is None  # price not known
+    fast = dataclasses.replace(work, parameters=1000)  # nothing to exchange: one host saves next to nothing
+    assert cheaper_choice(dataclasses.replace(fast, train_images=100_000), compute(), 200.0) is None
+
+
+@pytest.mark.parametrize("name", ["ml.g4dn.12xlarge", "ml.g6e.xlarge", "ml.p4d.24xlarge", "ml.p5.48xlarge"])
+def test_types_without_a_known_price_have_a_plan_that_says_so(name):
+    chosen = compute(instance_type=name)
+    hours = estimate_hours(WORK, chosen)
+    plain = {"max_run_hours": None, "max_cost": None, "spot": False, "max_wait_hours": None}
+    limits = choose_limits(hours, chosen, **plain)
+    table = Plan(chosen, WORK, hours, limits, False, "i", {}).table()
+    assert table.count("price unknown without an account") == 3 and "$" not in table
+    with pytest.raises(Problem, match="--max-cost cannot be kept"):
+        choose_limits(hours, chosen, **{**plain, "max_cost": 5.0})
 
 
 def test_a_gpu_that_the_table_lacks_is_estimated_as_well():
@@ -166,14 +265,14 @@ ROWS = {
 @pytest.mark.parametrize("row", ROWS)
 def test_the_table_of_the_docs_is_what_the_estimate_says(row):
     """R50 4-scale, 800 x 1067: 0.4594 teraflop forward, 46.6 million trainable parameters, as `forward_cost` counts."""
-    work = Work(1000, 100, 50, 50, 2, 0.4594, 46_601_482)
+    work = Work(1000, 100, Length(50), 2, 0.4594, 46_601_482)
     type_name, count = ROWS[row]
     chosen = compute(instance_type=type_name, count=count)
     best, likely, worst = estimate_hours(work, chosen)
-    dollars = [hours * chosen.price for hours in (likely, best, worst)]
+    dollars = [about(hours * chosen.price).removeprefix("$") for hours in (likely, best, worst)]
     expected = (
         f"| {chosen.price:.2f} | {likely:.1f} ({best:.1f} to {worst:.1f}) "
-        f"| {dollars[0]:.2f} ({dollars[1]:.2f} to {dollars[2]:.2f}) |"
+        f"| {dollars[0]} ({dollars[1]} to {dollars[2]}) |"
     )
     (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row}")]
     assert line.endswith(expected), expected
@@ -206,6 +305,8 @@ def test_iam_takes_the_policies_and_launch_the_role(aws):
     iam.create_role(RoleName="dino-trainer", AssumeRolePolicyDocument=trust)
     iam.put_role_policy(RoleName="dino-trainer", PolicyName="dino-trainer", PolicyDocument=job)
     iam.create_user(UserName="me")
-    iam.put_user_policy(UserName="me", PolicyName="dino-launch", PolicyDocument=user)
-    assert len("".join(user.split())) <= 2048  # what IAM allows for the inline policies of a user
+    arn = iam.create_policy(PolicyName="dino-launch", PolicyDocument=user)["Policy"]["Arn"]
+    assert arn == "arn:aws:iam::123456789012:policy/dino-launch"
+    iam.attach_user_policy(UserName="me", PolicyArn=arn)
+    assert len("".join(user.split())) <= 6144  # what IAM allows for a policy of its own
     assert resolve_role(Account(), "dino-trainer")[0].endswith(":role/dino-trainer")

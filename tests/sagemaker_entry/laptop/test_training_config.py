@@ -2,7 +2,13 @@
 
 import pytest
 
-from sagemaker_entry.laptop.training_config import check_training
+from dino_lightning import DINOModule
+from sagemaker_entry.laptop.training_config import (
+    PUBLISHED_CONSTANT,
+    PUBLISHED_PER_PIXEL,
+    check_training,
+    counted_operations,
+)
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "convnext_tiny")]
 
@@ -24,9 +30,23 @@ def test_weights_for_rooms_are_named_and_go_along(rooms, tmp_path):
     assert (training.start, training.weights) == ("rooms_small, in the package", {})
     file = tmp_path / "mine.ckpt"
     file.write_bytes(b"not read on the laptop")
-    training = check_training(
-        "small_cpu.yaml", str(rooms), [f"--model.weights_for_rooms={file}", "--data.num_workers=0"]
-    )
+    own = [f"--model.weights_for_rooms={file}", "--data.num_workers=0"]
+    training = check_training("small_cpu.yaml", str(rooms), own)
     assert training.weights == {"model.weights_for_rooms": file}
     assert training.start == f"{file}, uploaded once"
     assert training.arguments == ("--data.num_workers=0",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (800, 1067), (800, 1333)])
+def test_the_table_has_the_operations_of_the_published_model(height, width):
+    counted = counted_operations(DINOModule(num_classes=2, backbone_weights=None), height, width)
+    assert PUBLISHED_CONSTANT + PUBLISHED_PER_PIXEL * height * width == pytest.approx(counted, rel=0.01)
+
+
+def test_another_architecture_is_counted(rooms):
+    published = check_training("room_detection.yaml", str(rooms), [])
+    other = check_training("room_detection.yaml", str(rooms), ["--model.num_encoder_layers=3", "--model.weights=null"])
+    height, width = published.image_size
+    assert published.teraflops == PUBLISHED_CONSTANT + PUBLISHED_PER_PIXEL * height * width
+    assert 0 < other.teraflops < published.teraflops and other.parameters < published.parameters

@@ -1,0 +1,71 @@
+"""From an image to its detections, by the settings of a trained model; plain functions that need no Lightning.
+
+`DINOModule.detect` and `inference.plain_model.PlainModel`, which serves a model without Lightning, both call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dino_lightning.data.images import ImageLike, to_pixels
+from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
+from dino_lightning.detections import Detections
+from dino_lightning.model import postprocess
+from dino_lightning.structures import Batch, ModelOutput
+
+
+def transform_of(settings: Mapping[str, Any], image_size: int | None = None, max_size: int | None = None) -> Transform:
+    """The transform that resizes images for the detector.
+
+    Args:
+        settings: hyperparameters of a `DINOModule`.
+        image_size: short side in pixels; by default that of training.
+        max_size: limit of the long side in pixels.
+    """
+    stretch_to = settings["stretch_to"] if image_size is None and max_size is None else None
+    return eval_transform(
+        image_size or settings["image_size"] or 800,
+        max_size or settings["max_size"] or 1333,
+        None if stretch_to is None else Canvas(stretch_to, "stretch"),
+    )
+
+
+def detections_of(output: ModelOutput, batch: Batch, settings: Mapping[str, Any]) -> list[Detections]:
+    """The detections of a batch, in pixels of the original images, whose edges boxes may pass."""
+    return postprocess(
+        output,
+        batch.original_sizes,
+        max_detections=settings["max_detections"],
+        nms_iou_threshold=settings["nms_iou_threshold"],
+        class_names=settings["class_names"] or (),
+        category_ids=settings["category_ids"] or (),
+    )
+
+
+def detect_in(
+    image: ImageLike,
+    detect: Callable[[Batch], list[Detections]],
+    transform: Transform,
+    device: torch.device,
+    threshold: float,
+) -> Detections:
+    """The detections of one image, on the host, boxes in its own pixels and clipped to it.
+
+    Args:
+        image: a path, a PIL image, an (H, W, 3) or (H, W) uint8 array, or a (3, H, W) tensor, uint8 or floating 0-1.
+        detect: the model in evaluation mode.
+        transform: of `transform_of`.
+        device: where the model computes.
+        threshold: keep detections of at least this score.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    pixels = to_pixels(image)
+    resized = transform(LabelledImage(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))).image
+    size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    batch = Batch.from_images([resized], original_sizes=[size])
+    return detect(batch.to(device))[0].cpu().above(threshold).within(size)

@@ -1,0 +1,399 @@
+"""Endpoints and batch transform jobs of a trained model: their requests, what they cost, and following them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from sagemaker_entry.laptop.account import Account, explained
+from sagemaker_entry.laptop.follow import COMMAND, describe
+from sagemaker_entry.laptop.images import IMAGES
+from sagemaker_entry.laptop.preflight import live_price
+from sagemaker_entry.protocol.instances import INSTANCES, PRICES_DATE
+from sagemaker_entry.protocol.problem import Problem
+
+LONGEST_NAME = 63
+VARIANT = "model"
+CODE = "/opt/ml/model/code"
+GPU_FAMILIES = ("g4dn", "g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en")
+# Drivers of the hosts: by default they are too old for images of CUDA 13. The second is the newest that transform has.
+ENDPOINT_HOST = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580
+TRANSFORM_HOST = "al2-ami-sagemaker-batch-gpu-535"
+SECONDS_TO_START = 900  # for the container to answer /ping; an image of AWS's installs packages first
+SERVERLESS_MEMORY = tuple(range(1024, 6144 + 1, 1024))
+SERVERLESS_REQUESTS = 5  # at once
+DOLLARS_PER_GB_SECOND = 0.00002  # of serverless inference in us-east-1; a constant, not looked up
+REQUESTS_PER_MINUTE = 60  # for each instance, at which autoscaling adds another
+MAX_PAYLOAD_MB = 25  # of one image in batch transform
+TRANSFORMS_AT_ONCE = 2  # for each instance: one is computed while the next is sent
+PAUSE = 15.0  # seconds between two looks at the state
+PRICE_PAGE = "https://aws.amazon.com/sagemaker/pricing/"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a job left.
+
+    Attributes:
+        job: its name.
+        artifact: the S3 address of model.tar.gz.
+        role: the ARN of the role that the job had.
+        output: the S3 address that its results lie below.
+        vpc: subnets and security groups of the job, if it had any.
+    """
+
+    job: str
+    artifact: str
+    role: str
+    output: str
+    vpc: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an endpoint or a transform runs on.
+
+    Attributes:
+        instance_type: such as "ml.g5.xlarge".
+        count: the number of instances.
+        serverless_memory: MB of a serverless endpoint, which has no instances; None for others.
+        autoscale: smallest and largest number of instances.
+    """
+
+    instance_type: str = "ml.g5.xlarge"
+    count: int = 1
+    serverless_memory: int | None = None
+    autoscale: tuple[int, int] | None = None
+
+
+def trained_model(account: Account, job: str) -> TrainedModel:
+    """The model of a job that has ended.
+
+    Raises:
+        Problem: there is no such job, or it has no model.
+    """
+    found = describe(account.client("sagemaker"), job)
+    artifact = found.get("ModelArtifacts", {}).get("S3ModelArtifacts")
+    status = found["TrainingJobStatus"]
+    if status not in ("Completed", "Stopped") or not artifact:
+        raise Problem(f"{job} is {status}; it has no model to serve.")
+    output = found["OutputDataConfig"]["S3OutputPath"].rstrip("/")
+    return TrainedModel(job, artifact, found["RoleArn"], output, found.get("VpcConfig"))
+
+
+def has_gpu(instance_type: str) -> bool:
+    """Whether instances of a type have a GPU of NVIDIA's."""
+    return instance_type.removeprefix("ml.").partition(".")[0] in GPU_FAMILIES
+
+
+def for_cpu(image: str) -> str:
+    """The image without CUDA that goes with one of AWS's training images."""
+    return re.sub(r"-(?:gpu|cu\d+)-", "-cpu-", image)
+
+
+def is_awss(image: str) -> bool:
+    """Whether an image is one of AWS's training images, which have no program named `serve`."""
+    known = [f"/{each.repository}:{each.tag}" for each in IMAGES.values()]
+    return any(image.endswith(ending) or image.endswith(for_cpu(ending)) for ending in known)
+
+
+def model_request(name: str, model: TrainedModel, image: str, role: str) -> dict[str, Any]:
+    """The request CreateModel.
+
+    CreateModel takes no entry point: SageMaker starts the image with the word `serve`. AWS's training images hand that
+    word to their bash, which learns from the file in BASH_ENV what it means.
+    """
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if is_awss(image):
+        environment["BASH_ENV"] = f"{CODE}/serve.sh"
+    request: dict[str, Any] = {
+        "ModelName": name,
+        "PrimaryContainer": {"Image": image, "ModelDataUrl": model.artifact, "Environment": environment},
+        "ExecutionRoleArn": role,
+        "Tags": _tags(model),
+    }
+    return request | ({} if model.vpc is None else {"VpcConfig": dict(model.vpc)})
+
+
+def endpoint_config_request(name: str, model: TrainedModel, model_name: str, resources: Resources) -> dict[str, Any]:
+    """The request CreateEndpointConfig."""
+    variant: dict[str, Any] = {"VariantName": VARIANT, "ModelName": model_name}
+    if resources.serverless_memory is not None:
+        variant["ServerlessConfig"] = {
+            "MemorySizeInMB": resources.serverless_memory,
+            "MaxConcurrency": SERVERLESS_REQUESTS,
+        }
+    else:
+        variant |= {
+            "InstanceType": resources.instance_type,
+            "InitialInstanceCount": resources.count,
+            "InitialVariantWeight": 1.0,
+            "ContainerStartupHealthCheckTimeoutInSeconds": SECONDS_TO_START,
+        }
+        if has_gpu(resources.instance_type):
+            variant["InferenceAmiVersion"] = ENDPOINT_HOST
+    return {"EndpointConfigName": name, "ProductionVariants": [variant], "Tags": _tags(model)}
+
+
+def endpoint_request(name: str, model: TrainedModel, config: str) -> dict[str, Any]:
+    """The request CreateEndpoint."""
+    return {"EndpointName": name, "EndpointConfigName": config, "Tags": _tags(model)}
+
+
+def transform_request(
+    name: str, model_name: str, model: TrainedModel, images: str, output: str, resources: Resources
+) -> dict[str, Any]:
+    """The request CreateTransformJob: each file below the prefix is one request."""
+    machines: dict[str, Any] = {"InstanceType": resources.instance_type, "InstanceCount": resources.count}
+    if has_gpu(resources.instance_type):
+        machines["TransformAmiVersion"] = TRANSFORM_HOST
+    return {
+        "TransformJobName": name,
+        "ModelName": model_name,
+        "MaxConcurrentTransforms": TRANSFORMS_AT_ONCE,
+        "MaxPayloadInMB": MAX_PAYLOAD_MB,
+        "BatchStrategy": "SingleRecord",
+        "TransformInput": {
+            "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": images}},
+            "ContentType": "application/x-image",
+            "CompressionType": "None",
+            "SplitType": "None",
+        },
+        "TransformOutput": {"S3OutputPath": output, "Accept": "application/json", "AssembleWith": "None"},
+        "TransformResources": machines,
+        "Tags": _tags(model),
+    }
+
+
+def _tags(model: TrainedModel) -> list[dict[str, str]]:
+    return [{"Key": "project", "Value": "dino-lightning"}, {"Key": "trained-by", "Value": model.job}]
+
+
+def hourly_price(account: Account, resources: Resources, use: str) -> tuple[float | None, str]:
+    """Dollars an hour of all instances, None where it is not known, and where the price is from.
+
+    Args:
+        account: for the live price.
+        resources: the instances.
+        use: "Host" for endpoints, "Tsform" for batch transform: AWS's words in its usage types.
+    """
+    name = resources.instance_type
+    price = live_price(account.client("pricing", "us-east-1"), name, account.region, use)
+    if price is not None:
+        return price * resources.count, f"AWS price list, {account.region}, read just now"
+    known = INSTANCES.get(name)
+    if known is None or known.price is None:
+        return None, f"not known here, see {PRICE_PAGE}"
+    return known.price * resources.count, f"of training in {known.region}, {PRICES_DATE}; see {PRICE_PAGE} for yours"
+
+
+def create_endpoint(account: Account, requests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Create model, configuration and endpoint; where one is refused, those made before it are deleted.
+
+    Args:
+        account: the account.
+        requests: `model`, `endpoint_config` and `endpoint`, as the functions above make them.
+
+    Raises:
+        Problem: AWS refused.
+    """
+    sagemaker = account.client("sagemaker")
+    with contextlib.ExitStack() as undo, explained("create the endpoint (sagemaker:CreateEndpoint, iam:PassRole)"):
+        sagemaker.create_model(**requests["model"])
+        name = requests["model"]["ModelName"]
+        undo.callback(_quietly, sagemaker.delete_model, ModelName=name)
+        sagemaker.create_endpoint_config(**requests["endpoint_config"])
+        name = requests["endpoint_config"]["EndpointConfigName"]
+        undo.callback(_quietly, sagemaker.delete_endpoint_config, EndpointConfigName=name)
+        sagemaker.create_endpoint(**requests["endpoint"])
+        undo.pop_all()
+
+
+def create_transform(account: Account, model: Mapping[str, Any], transform: Mapping[str, Any]) -> None:
+    """Create model and transform job; the model is deleted where the job is refused.
+
+    Raises:
+        Problem: AWS refused.
+    """
+    sagemaker = account.client("sagemaker")
+    with contextlib.ExitStack() as undo, explained("start the transform (sagemaker:CreateTransformJob, iam:PassRole)"):
+        sagemaker.create_model(**model)
+        undo.callback(_quietly, sagemaker.delete_model, ModelName=model["ModelName"])
+        sagemaker.create_transform_job(**transform)
+        undo.pop_all()
+
+
+def _quietly(call: Callable[..., Any], **arguments: Any) -> None:
+    with contextlib.suppress(ClientError):  # the error before it is the one to tell
+        call(**arguments)
+
+
+def scale(account: Account, endpoint: str, smallest: int, largest: int) -> None:
+    """Let the number of an endpoint's instances follow its requests.
+
+    Raises:
+        Problem: AWS refused.
+    """
+    scaling = account.client("application-autoscaling")
+    target = _scaling_target(endpoint)
+    with explained("scale the endpoint (application-autoscaling:RegisterScalableTarget)"):
+        scaling.register_scalable_target(**target, MinCapacity=smallest, MaxCapacity=largest)
+        scaling.put_scaling_policy(
+            **target,
+            PolicyName=f"{endpoint}-requests",
+            PolicyType="TargetTrackingScaling",
+            TargetTrackingScalingPolicyConfiguration={
+                "TargetValue": float(REQUESTS_PER_MINUTE),
+                "PredefinedMetricSpecification": {
+                    "PredefinedMetricType": "SageMakerVariantInvocationsPerInstance",
+                },
+            },
+        )
+
+
+def _scaling_target(endpoint: str) -> dict[str, str]:
+    return {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": f"endpoint/{endpoint}/variant/{VARIANT}",
+        "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+    }
+
+
+def wait_for(
+    look: Callable[[], dict[str, Any]],
+    state: str,
+    busy: tuple[str, ...],
+    *,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Say the state of something until it changes no more; returns AWS's last description of it.
+
+    Args:
+        look: asks AWS for the description.
+        state: the name of the state in it.
+        busy: the states that will change.
+        say: prints a line.
+        sleep: waits for some seconds.
+    """
+    started, shown = time.monotonic(), ""
+    while True:
+        found = look()
+        if found[state] != shown:
+            shown = found[state]
+            say(f"--- {shown} after {time.monotonic() - started:.0f} s")
+        if shown not in busy:
+            return found
+        sleep(PAUSE)
+
+
+def look_at_endpoint(account: Account, name: str) -> dict[str, Any]:
+    """AWS's description of an endpoint.
+
+    Raises:
+        Problem: there is none of that name, or AWS refused.
+    """
+    return _described(
+        "endpoint", name, "sagemaker:DescribeEndpoint", account.client("sagemaker").describe_endpoint, "EndpointName"
+    )
+
+
+def look_at_transform(account: Account, name: str) -> dict[str, Any]:
+    """AWS's description of a transform job.
+
+    Raises:
+        Problem: there is none of that name, or AWS refused.
+    """
+    call = account.client("sagemaker").describe_transform_job
+    return _described("transform job", name, "sagemaker:DescribeTransformJob", call, "TransformJobName")
+
+
+def _described(what: str, name: str, action: str, call: Callable[..., Any], argument: str) -> dict[str, Any]:
+    try:
+        with explained(f"describe the {what} {name} ({action})"):
+            found: dict[str, Any] = call(**{argument: name})
+    except Problem as problem:
+        if "could not find" in str(problem).lower():
+            raise Problem(
+                f"There is no {what} {name!r} in this account and region; check the name and --region."
+            ) from problem
+        raise
+    return found
+
+
+def delete_model(account: Account, name: str) -> None:
+    """Delete a model of SageMaker's; the archive in S3 stays.
+
+    Raises:
+        Problem: AWS refused.
+    """
+    with explained(f"delete the model {name} (sagemaker:DeleteModel)"):
+        account.client("sagemaker").delete_model(ModelName=name)
+
+
+def parts_of_endpoint(account: Account, name: str) -> tuple[str, list[str]]:
+    """The configuration of an endpoint, and its models.
+
+    Raises:
+        Problem: there is no such endpoint, or AWS refused.
+    """
+    config: str = look_at_endpoint(account, name)["EndpointConfigName"]
+    with explained(f"describe the configuration {config} (sagemaker:DescribeEndpointConfig)"):
+        found = account.client("sagemaker").describe_endpoint_config(EndpointConfigName=config)
+    return config, [each["ModelName"] for each in found["ProductionVariants"] if each.get("ModelName")]
+
+
+def delete_endpoint(account: Account, name: str, config: str, models: list[str]) -> None:
+    """Delete an endpoint with its scaling, its configuration and its models.
+
+    Raises:
+        Problem: AWS refused; what it names is still there.
+    """
+    sagemaker, scaling = account.client("sagemaker"), account.client("application-autoscaling")
+    target = _scaling_target(name)
+    with explained("look for scaling (application-autoscaling:DescribeScalableTargets)"):
+        scaled = scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[target["ResourceId"]])
+        if scaled["ScalableTargets"]:
+            scaling.deregister_scalable_target(**target)
+    with explained(f"delete the endpoint {name} (sagemaker:DeleteEndpoint)"):
+        sagemaker.delete_endpoint(EndpointName=name)
+    with explained(f"delete the configuration {config} (sagemaker:DeleteEndpointConfig)"):
+        sagemaker.delete_endpoint_config(EndpointConfigName=config)
+    for model in models:
+        delete_model(account, model)
+
+
+def count_images(account: Account, uri: str) -> int:
+    """The number of files below an S3 address.
+
+    Raises:
+        Problem: no address of S3, nothing there, or AWS refused.
+    """
+    found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.*)", uri)
+    if found is None:
+        raise Problem(f"{uri!r} is no address of a folder in S3; it looks like s3://bucket/images/.")
+    bucket, prefix = found.groups()
+    with explained(f"list {uri} (s3:ListBucket)"):
+        pages = account.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        count = sum(not entry["Key"].endswith("/") for page in pages for entry in page.get("Contents", ()))
+    if count == 0:
+        raise Problem(f"There is nothing below {uri}.")
+    return count
+
+
+def example(endpoint: str, region: str) -> str:
+    """How to send an image to an endpoint."""
+    return (
+        f"    import boto3, json\n"
+        f'    runtime = boto3.client("sagemaker-runtime", region_name="{region}")\n'
+        f'    body = open("plan.png", "rb").read()\n'
+        f'    answer = runtime.invoke_endpoint(EndpointName="{endpoint}", ContentType="image/png", Body=body)\n'
+        f'    print(json.loads(answer["Body"].read()))\n\n'
+        f"Delete it: {COMMAND} delete-endpoint {endpoint}"
+    )
