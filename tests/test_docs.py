@@ -40,7 +40,8 @@ COMMANDS = (
     "rooms",
 )
 TAKE_OPTIONS_OF_FIT = ("inspect", "preview", "to_coco")
-JOB_COMMANDS = ("status", "attach", "stop", "fetch", "resume")
+OF_A_JOB = ("status", "attach", "stop", "fetch", "resume", "deploy", "transform")
+JOB_COMMANDS = (*OF_A_JOB, "list", "clean", "delete-endpoint")
 
 
 def prose(text):
@@ -152,7 +153,7 @@ def test_a_wrong_command_or_option_is_seen():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_between_backticks_exists(page):
-    known = options_of_launch().union(*map(options_of, COMMANDS))
+    known = options_of_launch().union(*map(options_of, COMMANDS), *map(options_of_launch, JOB_COMMANDS))
     for span in INLINE.findall(prose(PAGES[page])):
         for option in [] if "python -m" in span else OPTION.findall(span):
             assert exists(option, known) or option == "--version", f"{page}: there is no {option}"

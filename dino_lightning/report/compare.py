@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_lightning.errors import DataError
+from dino_lightning.files import unreadable
 from dino_lightning.report.errors import ERROR_KINDS
 from dino_lightning.report.summary import KIND, SCHEMA
 
@@ -49,7 +50,7 @@ def load_report(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: {unreadable(error)}.") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise DataError(f"{path}: is not a JSON file ({error}).") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:

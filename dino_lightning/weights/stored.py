@@ -31,6 +31,7 @@ OF_THE_MODULE: dict[str, Any] = {
 }
 COUNTS = ("epoch", "global_step")
 WEIGHTS = ("state_dict", "raw_state_dict", "averaged_state_dict")  # entries that hold them, the first in every file
+LEARNED = ("weight", "bias", "embedding")  # how names of floating-point tensors end; counters and indices are integers
 
 
 def package_version() -> str:
@@ -122,6 +123,8 @@ def _check_weights(state: Any, name: str, path: str | Path) -> None:
     for key, value in state.items():
         if not isinstance(key, str) or not is_plain(value):
             raise CheckpointError(f"{path} is damaged: {_short(key)} in its {name} is no plain tensor.")
+        if not value.is_floating_point() and key.endswith(LEARNED):
+            raise CheckpointError(f"{path} is damaged: {key} in its {name} holds {value.dtype} instead of weights.")
     check_finite(state, path)
 
 

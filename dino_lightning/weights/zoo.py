@@ -17,7 +17,7 @@ import yaml
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
-from dino_lightning.weights.download import cache_folder, downloaded_file, is_address, local_file
+from dino_lightning.weights.download import CacheError, cache_folder, downloaded_file, is_address, local_file
 from dino_lightning.weights.foreign_layouts import Layout
 from dino_lightning.weights.shipped import SHIPPED, shipped_file
 
@@ -142,7 +142,7 @@ def fetch(row: NamedWeights) -> Path:
     """The file of a row: at hand, or downloaded from the first of its addresses that has it; its checksum is checked.
 
     Raises:
-        CheckpointError: no address gives the file, or it is another one.
+        CheckpointError: no address gives the file, it is another one, or the cache cannot be written.
     """
     own = by_hand(row)
     if own.is_file():
@@ -154,6 +154,8 @@ def fetch(row: NamedWeights) -> Path:
     for address in sorted(row.addresses, key=lambda address: not downloaded_file(address).is_file()):
         try:
             return local_file(address + fragment)
+        except CacheError:
+            raise
         except CheckpointError as error:
             tried.append(f"  {address}: {error}")
     raise CheckpointError(

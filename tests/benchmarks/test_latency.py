@@ -39,6 +39,7 @@ def measured(tmp_path, *options):
     return printed, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_small_measurement_shows_percentiles_beside_what_the_user_gave(tmp_path):
     printed, numbers = measured(tmp_path, "--batch_sizes", "1,2", "--no-onnx", "--no-peers")
     assert set(numbers["results"]) == {"checkpoint, batch 1", "checkpoint, batch 2"}

@@ -104,6 +104,7 @@ def test_probing_leaves_no_trace():
         assert gradients["level_embedding"] is kept
 
 
+@pytest.mark.slow
 def test_with_little_memory_the_batch_is_small_and_accumulated(rooms, monkeypatch):
     needs = {}
 
@@ -125,6 +126,7 @@ def test_with_little_memory_the_batch_is_small_and_accumulated(rooms, monkeypatc
     assert saved["callbacks"]["AutoBatchSize"]["accumulation"] == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_batches(rooms, monkeypatch):
     def stopped(trainer, module):
         raise AssertionError("asked again")

@@ -41,6 +41,7 @@ def losses(folder="run"):
         return [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
 
 
+@pytest.mark.slow
 def test_among_equals_the_loss_decides_also_in_a_resumed_run_in_another_folder(fit, tmp_path):
     """Early stopping waits as long as the loss falls, although AP is 0 in every epoch."""
     nothing = [(0.0, 0.0)] * 5

@@ -78,6 +78,7 @@ def test_the_rest_of_a_run_is_that_of_one_that_was_not_killed(options, tmp_path,
     assert rest.validations == [step for step in whole.validations if step > start]
 
 
+@pytest.mark.slow
 def test_a_validation_in_an_epoch_is_not_passed_over(options, tmp_path):
     own = ["--trainer.max_epochs=2", "--save_every_steps=4", "--trainer.val_check_interval=4"]
     whole = fit([*options, *own, "--run_dir", str(tmp_path / "whole")])
@@ -187,6 +188,7 @@ STORED_ENTRIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_under_the_names_of_earlier_versions_resumes(options, tmp_path):
     """Exactly those entries are kept of it, so that nothing can be read under a newer name."""
     more = [*options, "--ema_decay=0.9", "--auto_batch_size=2", "--data.batch_size=1"]
