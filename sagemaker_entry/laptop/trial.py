@@ -12,8 +12,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from sagemaker_entry.laptop.compute import Compute
 from sagemaker_entry.laptop.estimate import HOUR, Work
 from sagemaker_entry.laptop.training_config import DATA_PATHS, Training
@@ -85,6 +83,8 @@ def find_measured(s3: Any, bucket: str, prefix: str, owner: str) -> Measured | N
         prefix: the folder of one key.
         owner: the account that must own the bucket.
     """
+    from botocore.exceptions import BotoCoreError, ClientError  # --local works without AWS's packages
+
     try:
         pages = s3.get_paginator("list_objects_v2").paginate(
             Bucket=bucket, Prefix=f"{prefix}/", ExpectedBucketOwner=owner

@@ -574,3 +574,19 @@ def test_job_names_tell_what_they_are_and_fit():
     assert base_name("room_detection", 2) == "dino-room-detection-2gpu"
     assert len(base_name("x" * 100, 16)) + len("-20261124120000") <= 63
     assert base_name("***", 1) == "dino-job-1gpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--trial"]])
+def test_a_local_run_needs_none_of_the_packages_of_aws(rooms, tiny_config, tmp_path, more):
+    code = """
+import sys
+for name in ("boto3", "botocore", "sagemaker"): sys.modules[name] = None
+from sagemaker_entry.laptop import local_run
+local_run.run_locally = lambda root: 7
+from sagemaker_entry import launch
+sys.exit(launch.main(sys.argv[1:]))
+"""
+    options = ["--config", tiny_config, "--data", rooms, "--local", "--local-dir", tmp_path, *more]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, options)], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
