@@ -102,7 +102,7 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "best_standing": None if self._best is None else list(self._best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best, unless the run goes on in another folder, where it is not."""
+        """Restore the best, unless the run continues in another folder, where it is not."""
         super().load_state_dict(state_dict)
         if not self.best_k_models or self.best_model_score is None:
             return

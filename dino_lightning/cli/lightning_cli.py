@@ -77,7 +77,7 @@ class Commands(LightningCLI):
 
     classes: tuple[type[DINOModule], type[CocoDataModule]] = (DINOModule, CocoDataModule)
     options: Mapping[str, Any] = {}  # of `LightningCLI`
-    program = PROGRAM  # what runs this, for the lines that say how to go on
+    program = PROGRAM  # what runs this, for the lines that say how to continue
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class Commands(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _resuming(self) -> bool:
-        """Whether the run in this folder goes on."""
+        """Whether the run in this folder is continued."""
         return run_folder.resumes_in(self.run_dir, self.config[self.subcommand].ckpt_path)
 
     def before_fit(self) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run is its own: a name that no other run has, a lock while it goes on, nothing replaced unasked."""
+"""The folder of a run is its own: a name that no other run has, a lock while it runs, nothing replaced unasked."""
 
 from __future__ import annotations
 

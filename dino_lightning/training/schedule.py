@@ -160,7 +160,7 @@ class StoredRate:
 
         Args:
             schedule: of the resumed run.
-            next_epoch: in which it goes on, from 0.
+            next_epoch: in which it continues, from 0.
         """
         going_on = schedule.share_at(step=self.step, epoch=next_epoch)
         if min(going_on, schedule.share_at(step=self.step, epoch=self.epoch)) <= self.share * NOTICEABLE:
