@@ -31,6 +31,6 @@ def interrupts(tmp_path_factory):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_ctrl_c_is_one_sentence(interrupts, name, presses):
     if (name, presses) == ("launch --local", 2):
-        pytest.skip("a training process of the container's entry that is killed still prints a line that says error:")
+        pytest.skip("a second Ctrl-C still shows a line with 'error:', whose source is not known yet")
     outcome = interrupts.run(MATRIX[name], SAMPLE[name], presses)
     assert outcome is not None and not outcome.wrong, (outcome.wrong, outcome.said)

@@ -184,6 +184,8 @@ def test_compiled_layers_keep_names_losses_and_gradients():
     check_compiled("aot_eager")
 
 
+# Where setuptools is old, importing it warns; torch imports it to find its headers.
+@pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning")
 @pytest.mark.slow
 def test_compiled_to_machine_code():
     check_compiled("inductor")
