@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 from dino_lightning.cli.command import INTERRUPTED, TERMINATED, run_command
 from sagemaker_entry.laptop import serving_commands
 from sagemaker_entry.laptop.parsers import (
-    COMMAND,
     COMMANDS,
     OF_THE_ACCOUNT,
     account_parser,
     job_parser,
     launch_parser,
 )
+from sagemaker_entry.laptop.places import COMMAND, PREFIX
 from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:  # everything heavy is imported where it is used: --help should not take seconds
@@ -109,7 +109,6 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
 
 def _run_on_sagemaker(options: argparse.Namespace, wanted: LaunchOptions, training: Training) -> int:
     _need("boto3", "sagemaker")
-    from sagemaker_entry.laptop.places import PREFIX
     from sagemaker_entry.laptop.start import (
         bucket_name,
         make_plan,

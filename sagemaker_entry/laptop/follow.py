@@ -14,12 +14,12 @@ from botocore.exceptions import ConnectionError as NoConnection
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
 from sagemaker_entry.laptop.checkpoint_watch import CheckpointWatch
+from sagemaker_entry.laptop.places import COMMAND
 from sagemaker_entry.laptop.quota import no_room
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.progress import read_metrics
 
-COMMAND = "python -m sagemaker_entry.launch"
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
 SECONDS_BETWEEN_POLLS = 10.0

@@ -12,7 +12,8 @@ from botocore.exceptions import ClientError
 from tqdm import tqdm
 
 from sagemaker_entry.laptop.account import Account, error_code, explained
-from sagemaker_entry.laptop.follow import COMMAND, ENDED, describe, dollars, tagged_price
+from sagemaker_entry.laptop.follow import ENDED, describe, dollars, tagged_price
+from sagemaker_entry.laptop.places import COMMAND
 from sagemaker_entry.protocol.manifest import extract_safely
 from sagemaker_entry.protocol.problem import Problem
 

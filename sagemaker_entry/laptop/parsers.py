@@ -7,6 +7,7 @@ import math
 
 from dino_lightning.cli.command import CommandParser
 from sagemaker_entry.laptop import serving_commands
+from sagemaker_entry.laptop.places import COMMAND
 
 COMMANDS = {
     "status": "say how a job is doing and what it has cost",
@@ -19,7 +20,6 @@ OF_THE_ACCOUNT = {
     "list": "list the jobs of this project with state, cost, AP and F1, the newest first",
     "clean": "delete from S3 what no job needs any more; shows it and asks first",
 }
-COMMAND = "python -m sagemaker_entry.launch"
 
 
 def launch_parser() -> CommandParser:

@@ -1,7 +1,8 @@
-"""Where the launcher puts things in S3."""
+"""How the launcher is called, and where it puts things in S3."""
 
 from __future__ import annotations
 
+COMMAND = "python -m sagemaker_entry.launch"
 PREFIX = "dino-lightning"  # the folder of the bucket that all of it lies in
 RUNS = f"{PREFIX}/runs/"  # a folder for each run: config, checkpoints, output
 JOB_NAMES = "dino-"  # how the names of jobs begin

@@ -15,7 +15,7 @@ from sagemaker_entry.protocol.problem import Problem
 
 if TYPE_CHECKING:
     from sagemaker_entry.laptop.account import Account
-    from sagemaker_entry.laptop.serving import Resources, TrainedModel
+    from sagemaker_entry.laptop.serving_requests import Resources, TrainedModel
 
 COMMANDS = {
     "deploy": "create an endpoint that answers requests, or with --local a server here",
@@ -92,7 +92,7 @@ def _resources(options: argparse.Namespace) -> Resources:
     Raises:
         Problem: options that contradict each other or that SageMaker does not offer.
     """
-    from sagemaker_entry.laptop.serving import SERVERLESS_MEMORY, Resources
+    from sagemaker_entry.laptop.serving_requests import SERVERLESS_MEMORY, Resources
 
     if options.instances < 1:
         raise Problem(f"--instances is {options.instances}; it must be at least 1.")
@@ -137,7 +137,7 @@ def _image_and_role(options: argparse.Namespace, account: Account, model: Traine
     """
     from sagemaker_entry.laptop.images import check_address, image_address, look_up
     from sagemaker_entry.laptop.preflight import resolve_role
-    from sagemaker_entry.laptop.serving import for_cpu, has_gpu, is_awss
+    from sagemaker_entry.laptop.serving_requests import for_cpu, has_gpu, is_awss
 
     if options.image is not None:
         if options.torch is not None:
@@ -163,8 +163,8 @@ def _names(base: str) -> str:
 
 
 def _deploy(options: argparse.Namespace, account: Account, agreed: Ask) -> int:
-    from sagemaker_entry.laptop import serving
-    from sagemaker_entry.laptop.follow import COMMAND
+    from sagemaker_entry.laptop import serving, serving_requests
+    from sagemaker_entry.laptop.places import COMMAND
 
     resources = _resources(options)
     endpoint = options.endpoint or options.job[: serving.LONGEST_NAME].rstrip("-")
@@ -174,9 +174,9 @@ def _deploy(options: argparse.Namespace, account: Account, agreed: Ask) -> int:
     image, role = _image_and_role(options, account, model)
     name = _names(endpoint)
     requests: dict[str, dict[str, Any]] = {
-        "model": serving.model_request(name, model, image, role),
-        "endpoint_config": serving.endpoint_config_request(name, model, name, resources),
-        "endpoint": serving.endpoint_request(endpoint, model, name),
+        "model": serving_requests.model_request(name, model, image, role),
+        "endpoint_config": serving_requests.endpoint_config_request(name, model, name, resources),
+        "endpoint": serving_requests.endpoint_request(endpoint, model, name),
     }
     if resources.serverless_memory is not None:
         per_second = serving.DOLLARS_PER_GB_SECOND * resources.serverless_memory / 1024
@@ -221,7 +221,7 @@ def _deploy(options: argparse.Namespace, account: Account, agreed: Ask) -> int:
 
 
 def _transform(options: argparse.Namespace, account: Account, agreed: Ask) -> int:
-    from sagemaker_entry.laptop import serving
+    from sagemaker_entry.laptop import serving, serving_requests
 
     resources = _resources(options)
     model = serving.trained_model(account, options.job)
@@ -232,8 +232,8 @@ def _transform(options: argparse.Namespace, account: Account, agreed: Ask) -> in
     if not output.startswith("s3://"):
         raise Problem(f"--output {output!r} is no address in S3; it looks like s3://bucket/found/.")
     requests: dict[str, dict[str, Any]] = {
-        "model": serving.model_request(name, model, image, role),
-        "transform": serving.transform_request(name, name, model, options.images, output, resources),
+        "model": serving_requests.model_request(name, model, image, role),
+        "transform": serving_requests.transform_request(name, name, model, options.images, output, resources),
     }
     hourly, source = serving.hourly_price(account, resources, "Tsform")
     cost = "a price not known here" if hourly is None else f"${hourly:.2f} an hour"

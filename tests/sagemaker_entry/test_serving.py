@@ -11,9 +11,9 @@ from botocore.validate import ParamValidator
 from PIL import Image
 
 from sagemaker_entry import launch
-from sagemaker_entry.laptop import serving, serving_commands
+from sagemaker_entry.laptop import serving, serving_commands, serving_requests
 from sagemaker_entry.laptop.images import IMAGES, image_address
-from sagemaker_entry.laptop.serving import Resources, TrainedModel
+from sagemaker_entry.laptop.serving_requests import Resources, TrainedModel
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.served import Server
 from tests.sagemaker_entry.stubs import JOB, REGION, StubbedAccount, description
@@ -61,7 +61,7 @@ def problems(operation, request):
 
 
 def test_the_check_of_requests_sees_what_is_wrong():
-    request = serving.endpoint_config_request("a_b", MODEL, "m", Resources("ml.none.xlarge"))
+    request = serving_requests.endpoint_config_request("a_b", MODEL, "m", Resources("ml.none.xlarge"))
     assert len(problems("CreateEndpointConfig", request)) == 2
 
 
@@ -73,26 +73,28 @@ def test_the_check_of_requests_sees_what_is_wrong():
         Resources(),
         Resources("ml.c6i.xlarge", 3),
         Resources("ml.g6.12xlarge", autoscale=(1, 4)),
-        *(Resources(serverless_memory=memory) for memory in serving.SERVERLESS_MEMORY),
+        *(Resources(serverless_memory=memory) for memory in serving_requests.SERVERLESS_MEMORY),
     ],
 )
 def test_all_requests_are_such_as_aws_takes(vpc, image, resources):
     model = TrainedModel(JOB, MODEL.artifact, ROLE, MODEL.output, vpc)
     name = serving_commands._names("dino-" + "x" * 58)
-    made = serving.model_request(name, model, image, ROLE)
+    made = serving_requests.model_request(name, model, image, ROLE)
     assert problems("CreateModel", made) == []
     environment = made["PrimaryContainer"]["Environment"]
     assert ("BASH_ENV" in environment) == (image != OWN)
-    assert problems("CreateEndpointConfig", serving.endpoint_config_request(name, model, name, resources)) == []
-    assert problems("CreateEndpoint", serving.endpoint_request(name, model, name)) == []
-    transform = serving.transform_request(name, name, model, "s3://plans/images/", "s3://b/out/", resources)
+    assert (
+        problems("CreateEndpointConfig", serving_requests.endpoint_config_request(name, model, name, resources)) == []
+    )
+    assert problems("CreateEndpoint", serving_requests.endpoint_request(name, model, name)) == []
+    transform = serving_requests.transform_request(name, name, model, "s3://plans/images/", "s3://b/out/", resources)
     assert problems("CreateTransformJob", transform) == []
     assert transform["MaxPayloadInMB"] * transform["MaxConcurrentTransforms"] <= 100  # AWS's rule
 
 
 def test_aws_has_an_image_without_cuda_beside_each():
-    assert serving.for_cpu("pytorch-training:2.10-gpu-py313") == "pytorch-training:2.10-cpu-py313"
-    assert serving.for_cpu("pytorch:2.13-cu133-amzn2023-sagemaker") == "pytorch:2.13-cpu-amzn2023-sagemaker"
+    assert serving_requests.for_cpu("pytorch-training:2.10-gpu-py313") == "pytorch-training:2.10-cpu-py313"
+    assert serving_requests.for_cpu("pytorch:2.13-cu133-amzn2023-sagemaker") == "pytorch:2.13-cpu-amzn2023-sagemaker"
 
 
 # ------------------------------------------------------------------ the commands
@@ -156,7 +158,7 @@ def test_a_dry_run_of_deploy_creates_nothing_and_shows_the_requests(account, cap
     assert launch.main(["deploy", JOB, "--dry-run"]) == 0
     said = capsys.readouterr().out
     requests = json.loads(said[said.index("{") :])
-    assert requests["endpoint_config"]["ProductionVariants"][0]["InferenceAmiVersion"] == serving.ENDPOINT_HOST
+    assert requests["endpoint_config"]["ProductionVariants"][0]["InferenceAmiVersion"] == serving_requests.ENDPOINT_HOST
     account.assert_all_asked()
 
 
