@@ -215,9 +215,8 @@ from pathlib import Path
 from dino_lightning.cli import run_folder
 run_folder._now = lambda: f"of-process-{os.environ['RANK']}"
 folder = run_folder.new_folder()
-print("folder", folder, folder.is_dir(), flush=True)
 time.sleep(2)
-Path(folder, f"{os.environ['RANK']}.txt").write_text("")
+Path(folder, f"{os.environ['RANK']}.txt").write_text(str(folder))
 """
 
 
@@ -229,5 +228,5 @@ def test_the_processes_of_a_torchrun_job_share_one_folder(rendezvous):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["folder runs/of-process-0 True"] * 3
-    assert {path.name for path in Path("runs/of-process-0").glob("*.txt")} == {"0.txt", "1.txt", "2.txt"}
+    written = {str(path): path.read_text() for path in Path("runs").rglob("*.txt")}
+    assert written == {f"runs/of-process-0/{rank}.txt": "runs/of-process-0" for rank in range(3)}
