@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 from dino_lightning.model.large_backbones import LARGE_BACKBONES
+from dino_lightning.model.lower_precision import KeptResult, lower_precision, scaled_to
 
 NormKind = Literal["frozen", "batch", "group"]
 
@@ -257,14 +258,20 @@ class _FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has n
         """Nothing is left to do."""
         return x
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What the norm multiplies by and adds, each (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
 
 class _FoldingConv2d(nn.Conv2d):
     """A convolution that scales its weights by the frozen norm after it, rather than all of its output.
 
-    The names and values of parameters and statistics stay those of the two layers.
+    The names and values of parameters and statistics stay those of the two layers. What does not change from step to
+    step is computed once: the statistics' scale and shift, and, where the convolution does not train, its weights too.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: _FoldedNorm) -> None:
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -278,11 +285,22 @@ class _FoldingConv2d(nn.Conv2d):
         )
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: it is registered under its own name already
+        self._statistics, self._fixed = KeptResult(), KeptResult()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), convolved and normed."""
-        norm = self._norm[0]
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight: Tensor = self.weight * scale[:, None, None, None]
-        convolved: Tensor = self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+        norm, weight = self._norm[0], self.weight
+        dtype = lower_precision(x.device.type) or weight.dtype
+        inputs = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+        def statistics() -> tuple[Tensor, Tensor]:
+            scale, shift = norm.scale_and_shift()
+            return scale[:, None, None, None], shift.to(dtype)
+
+        scale, shift = self._statistics.of(inputs, dtype, statistics)
+        if weight.requires_grad:
+            scaled = scaled_to(weight, scale, dtype)
+        else:
+            (scaled,) = self._fixed.of((*inputs, weight), dtype, lambda: (scaled_to(weight, scale, dtype),))
+        convolved: Tensor = self._conv_forward(x, scaled, shift)
         return convolved
