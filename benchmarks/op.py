@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.measure import Timing, environment, interleaved, save, table
 from dino_lightning.model.deformable_attention import dispatch, set_implementation
 from dino_lightning.model.deformable_attention.reference import gathered_deformable_attention, sampling_locations
-from dino_lightning.model.encoder import cell_centres
+from dino_lightning.model.token_geometry import token_geometry
 
 SHAPES = ((100, 134), (50, 67), (25, 34), (13, 17))
 HEADS, DIM, POINTS = 8, 32, 4
@@ -67,8 +67,9 @@ def draw(case: str, batch: int, device: str, dtype: torch.dtype) -> Inputs:
         return torch.randn(shape, generator=draws).to(device, dtype)
 
     if case == "encoder":
-        centres = cell_centres(SHAPES, torch.ones(batch, len(SHAPES), 2))
-        reference = centres[:, :, None].expand(-1, -1, len(SHAPES), -1).contiguous()
+        sizes = torch.tensor([SHAPES], dtype=torch.float32)
+        geometry = token_geometry(SHAPES, sizes, torch.ones(1, len(SHAPES), 2), padded=False)
+        reference = geometry.reference_points().expand(batch, -1, -1, -1).contiguous()
     else:
         boxes = torch.rand((batch, queries, 4), generator=draws) * torch.tensor([1.0, 1.0, 0.4, 0.4])
         reference = boxes[:, :, None].expand(-1, -1, len(SHAPES), -1).contiguous()

@@ -43,7 +43,8 @@ class OurStep:
         self, batches: list[Batch], device: str, precision: str, compiled: bool, num_denoising: int = 100
     ) -> None:
         torch.manual_seed(0)
-        self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising).train().to(device)
+        with torch.device(device):  # made there: tensors that only have shapes cannot be moved
+            self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising).train()
         if compiled:
             self.model.compile_layers()
         self.criterion = Criterion()

@@ -102,8 +102,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model/query_selection.py",
-        "usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask",
-        "usable = (boxes > 0.01).all(-1) & ~padding_mask",
+        "usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)",
+        "usable = (boxes > 0.01).all(-1)",
         f"{GOLDEN_PARTS}::test_encoder_proposals_and_reference_points",
     ),
     # from output to detections

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dino_lightning.boxes import cxcywh_to_xyxy, paired_iou
 from dino_lightning.model.dino import DINO, flatten_levels
+from dino_lightning.model.token_geometry import TokenGeometry, token_geometry
 
 Size = int | torch.SymInt
 SUPPRESSION_ROUNDS = 16
@@ -45,10 +46,11 @@ class TraceableDetector(nn.Module):
         """
         model = self.model
         levels = model.neck(model.backbone(images))
-        tokens, position, shapes, ratios, mask = self._flatten(levels, images.shape[2], images.shape[3], image_sizes)
-        memory = model.encoder(tokens, position, shapes, ratios, mask)
-        selected = model.query_selection(memory, shapes, ratios, mask)
-        hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, shapes, ratios, mask)
+        geometry = self._geometry(levels, images.shape[2], images.shape[3], image_sizes)
+        tokens, position = flatten_levels(levels, geometry, model.level_embedding)
+        memory = model.encoder(tokens, position, geometry)
+        selected = model.query_selection(memory, geometry)
+        hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, geometry)
         _, class_head = model.decoder.heads(-1)
         scores = class_head(hidden[-1]).sigmoid()
         count = torch.sym_min(self.max_detections, scores.shape[1] * scores.shape[2])
@@ -65,20 +67,22 @@ class TraceableDetector(nn.Module):
             boxes_xyxy = boxes_xyxy.gather(1, order[..., None].expand(-1, -1, 4))
         return boxes_xyxy, top_scores, labels, selected.token_indices
 
-    def _flatten(
-        self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
+    def _geometry(self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor) -> TokenGeometry:
         """As `DINO` does, from sizes in a tensor."""
-        masks, ratios = [], []
+        counts, ratios = [], []
         for level in levels:
-            rows = _is_padding(image_sizes[:, 0], height, level.shape[2])
-            columns = _is_padding(image_sizes[:, 1], width, level.shape[3])
-            masks.append(rows[:, :, None] | columns[:, None, :])
-            ratios.append(torch.stack(((~columns).float().mean(1), (~rows).float().mean(1)), dim=-1))
-        tokens, positions, shapes, padding = flatten_levels(
-            levels, masks, self.model.level_embedding, **self.model.position
+            rows = ~_is_padding(image_sizes[:, 0], height, level.shape[2])
+            columns = ~_is_padding(image_sizes[:, 1], width, level.shape[3])
+            counts.append(torch.stack((rows.float().sum(1), columns.float().sum(1)), dim=-1))
+            ratios.append(torch.stack((columns.float().mean(1), rows.float().mean(1)), dim=-1))
+        return token_geometry(
+            tuple((level.shape[2], level.shape[3]) for level in levels),
+            torch.stack(counts, dim=1),
+            torch.stack(ratios, dim=1),
+            padded=True,
+            dim=self.model.level_embedding.shape[1],
+            **self.model.position,
         )
-        return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
 
 
 class TraceablePreprocessing(nn.Module):

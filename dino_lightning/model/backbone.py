@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
+from dino_lightning.model.kept_result import KeptResult
 from dino_lightning.model.large_backbones import LARGE_BACKBONES
-from dino_lightning.model.lower_precision import KeptResult, lower_precision, scaled_to
+from dino_lightning.model.lower_precision import lower_precision, scaled_to
 
 NormKind = Literal["frozen", "batch", "group"]
 
@@ -285,7 +286,8 @@ class _FoldingConv2d(nn.Conv2d):
         )
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: it is registered under its own name already
-        self._statistics, self._fixed = KeptResult(), KeptResult()
+        self._statistics = KeptResult[tuple[Tensor, Tensor]]()
+        self._fixed = KeptResult[Tensor]()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), convolved and normed."""
@@ -301,6 +303,6 @@ class _FoldingConv2d(nn.Conv2d):
         if weight.requires_grad:
             scaled = scaled_to(weight, scale, dtype)
         else:
-            (scaled,) = self._fixed.of((*inputs, weight), dtype, lambda: (scaled_to(weight, scale, dtype),))
+            scaled = self._fixed.of((*inputs, weight), dtype, lambda: scaled_to(weight, scale, dtype))
         convolved: Tensor = self._conv_forward(x, scaled, shift)
         return convolved

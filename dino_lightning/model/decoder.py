@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.boxes import inverse_sigmoid
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
+from dino_lightning.model.deformable_attention.module import without_padding
+from dino_lightning.model.lower_precision import feed_forward, lower_precision, lowered
 from dino_lightning.model.mlp import MLP, box_head
-from dino_lightning.model.position_encoding import query_position_embedding
+from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import class_head
+from dino_lightning.model.token_geometry import TokenGeometry
 
 
 class DecoderLayer(nn.Module):
@@ -45,20 +49,39 @@ class DecoderLayer(nn.Module):
         queries: Tensor,
         position: Tensor,
         reference_points: Tensor,
-        memory: Tensor,
+        values: Tensor,
         spatial_shapes: tuple[tuple[int, int], ...],
-        padding_mask: Tensor,
-        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
     ) -> Tensor:
-        """(B, Q, D) queries, their positions and (B, Q, L, 4) reference boxes -> (B, Q, D)."""
-        positioned = queries + position
-        attended, _ = self.self_attention(positioned, positioned, queries, attn_mask=attention_mask, need_weights=False)
+        """(B, Q, D) queries and positions, (B, Q, L, 4) reference boxes, (B, S, D) projected memory -> (B, Q, D)."""
+        attended = self._attend_to_queries(queries + position, queries, attention_bias)
         queries = self.norm2(queries + self.dropout(attended))
-        attended = self.cross_attention(queries + position, reference_points, memory, spatial_shapes, padding_mask)
+        attended = self.cross_attention.attend(queries + position, reference_points, values, spatial_shapes)
         queries = self.norm1(queries + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(queries).relu_()))
+        hidden = feed_forward(queries, self.linear1, self.linear2, self.dropout)
         out: Tensor = self.norm3(queries + self.dropout(hidden))
         return out
+
+    def _attend_to_queries(self, positioned: Tensor, queries: Tensor, bias: Tensor | None) -> Tensor:
+        """What `self.self_attention` does, with queries and keys by one product, and a mask that is ready for use."""
+        attention, (batch, count, dim) = self.self_attention, queries.shape
+        weight, shift, *out = lowered(
+            attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+        )
+        (weight_qk, weight_v), (shift_qk, shift_v) = (torch.split(x, [2 * dim, dim]) for x in (weight, shift))
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.view(batch, count, attention.num_heads, -1).transpose(1, 2)
+
+        query, key = F.linear(positioned, weight_qk, shift_qk).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(
+            by_head(query),
+            by_head(key),
+            by_head(F.linear(queries, weight_v, shift_v)),
+            attn_mask=bias,
+            dropout_p=attention.dropout if self.training else 0.0,
+        )
+        return F.linear(attended.transpose(1, 2).reshape(batch, count, dim), *out)
 
 
 class Decoder(nn.Module):
@@ -136,9 +159,7 @@ class Decoder(nn.Module):
         queries: Tensor,
         reference_logits: Tensor,
         memory: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
-        valid_ratios: Tensor,
-        padding_mask: Tensor,
+        geometry: TokenGeometry,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Refine boxes and content of the queries through all layers.
@@ -147,32 +168,58 @@ class Decoder(nn.Module):
             queries: (B, Q, D) content.
             reference_logits: (B, Q, 4) box logits of the anchors.
             memory: (B, S, D) encoder output.
-            spatial_shapes: (height, width) of each level.
-            valid_ratios: (B, L, 2) float32.
-            padding_mask: (B, S) bool, True = padding.
+            geometry: where the tokens of the memory lie.
             attention_mask: (Q, Q) bool, True = may not attend; or None.
 
         Returns:
             hidden (N, B, Q, D), the normed output of each of the N layers, and boxes_cxcywh (N, B, Q, 4) float32.
         """
-        scale = valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
+        scale = geometry.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
+        divisors = sine_divisors(self._dim_per_coordinate, device=memory.device)
+        bias = None if attention_mask is None else _additive(attention_mask, memory)
         reference = reference_logits.float().sigmoid()  # what this layer's box is measured from
         anchor = reference.detach()  # what this layer attends with
-        hidden, boxes = [], []
-        for index, layer in enumerate(self.layers):
+        contents, references = [], []
+        for index, (layer, values) in enumerate(zip(self.layers, self._values(memory, geometry), strict=True)):
             scaled = anchor[:, :, None] * scale
-            sine = query_position_embedding(scaled[:, :, 0], self._dim_per_coordinate)
-            position = self.query_position_head(sine)
-            queries = layer(queries, position, scaled, memory, spatial_shapes, padding_mask, attention_mask)
-            normed = self.norm(queries)
-            hidden.append(normed)
-            bbox_head, _ = self.heads(index)
-            with torch.autocast(device_type=memory.device.type, enabled=False):
-                offset = bbox_head(normed.float())
-                boxes.append((offset + inverse_sigmoid(reference, self.box_epsilon)).sigmoid())
-                if index + 1 < len(self.layers):
+            position = self.query_position_head(query_position_embedding(scaled[:, :, 0], divisors))
+            queries = layer(queries, position, scaled, values, geometry.spatial_shapes, bias)
+            contents.append(queries)
+            references.append(reference)
+            if index + 1 < len(self.layers):
+                bbox_head, _ = self.heads(index)
+                with torch.autocast(device_type=memory.device.type, enabled=False):
                     # Look forward twice: the refined box starts from the detached anchor, but the next layer's loss
                     # still reaches this layer's offset, because `reference` itself is not detached.
                     reference = (bbox_head(queries.float()) + inverse_sigmoid(anchor)).sigmoid()
                     anchor = reference.detach()
-        return torch.stack(hidden), torch.stack(boxes)
+        hidden = self.norm(torch.stack(contents))  # of all layers at once: fewer operations
+        with torch.autocast(device_type=memory.device.type, enabled=False):
+            offsets = self._box_offsets(hidden.float())
+            boxes = (offsets + inverse_sigmoid(torch.stack(references), self.box_epsilon)).sigmoid()
+        return hidden, boxes
+
+    def _values(self, memory: Tensor, geometry: TokenGeometry) -> tuple[Tensor, ...]:
+        """(B, S, D) for each layer: what its cross-attention samples from, all by one product."""
+        projections = [layer.get_submodule("cross_attention.value_proj") for layer in self.layers]
+        weights = lowered(*(weight for projection in projections for weight in projection.parameters()))
+        values = F.linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
+        return without_padding(values, geometry.padding_mask).chunk(len(projections), dim=-1)
+
+    def _box_offsets(self, hidden: Tensor) -> Tensor:
+        """(N, B, Q, D), the normed output of each layer -> (N, B, Q, 4)."""
+        if self.shared_heads:
+            offsets: Tensor = self.bbox_head(hidden)
+            return offsets
+        return torch.stack([self.heads(layer)[0](values) for layer, values in enumerate(hidden)])
+
+
+def _additive(blocked: Tensor, like: Tensor) -> Tensor:
+    """(Q, Q) bool, True = may not attend -> the same as numbers to add, for all layers.
+
+    In memory rows are a multiple of 16 long: attention kernels want them aligned, and would copy them in every layer.
+    """
+    rows, columns = blocked.shape
+    dtype = lower_precision(like.device.type) or like.dtype
+    bias = torch.zeros(rows, columns + -columns % 16, dtype=dtype, device=like.device)
+    return bias[:, :columns].masked_fill_(blocked, -torch.inf)

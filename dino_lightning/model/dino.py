@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, NormKind
@@ -22,10 +22,12 @@ from dino_lightning.model.denoising import (
     num_denoising_groups,
 )
 from dino_lightning.model.encoder import Encoder
+from dino_lightning.model.kept_result import KeptResult
 from dino_lightning.model.neck import Neck
-from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE, image_position_embedding
+from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE
 from dino_lightning.model.query_selection import QuerySelection
 from dino_lightning.model.timm_backbone import PREFIX, TimmBackbone
+from dino_lightning.model.token_geometry import TokenGeometry, token_geometry, valid_cells
 from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
 
 # The arguments beside its sizes that decide which numbers the same weights give; see `DINO.semantics`.
@@ -148,6 +150,7 @@ class DINO(nn.Module):
         )
         self.neck = Neck(in_channels=body.channels, hidden_dim=hidden_dim, num_levels=num_feature_levels)
         self.backbone = body
+        self._unpadded = KeptResult[TokenGeometry]()
         self.query_groups = query_groups
         if query_groups > 1:
             self.group_queries = nn.Embedding((query_groups - 1) * num_queries, hidden_dim)
@@ -218,11 +221,11 @@ class DINO(nn.Module):
                 f"A batch with image ids {list(batch.image_ids)} has label {batch.targets.highest_label}; the model "
                 f"has {self.num_classes} classes, so labels go from 0 to {self.num_classes - 1}."
             )
-        padding_mask = image_padding_mask(batch)
         levels = self.neck(self.backbone(self.normalize(batch.images)))
-        tokens, position, spatial_shapes, valid_ratios, token_mask = self._flatten(levels, padding_mask)
-        memory = self.encoder(tokens, position, spatial_shapes, valid_ratios, token_mask)
-        selected = self.query_selection(memory, spatial_shapes, valid_ratios, token_mask)
+        geometry = self._geometry(batch, levels)
+        tokens, position = flatten_levels(levels, geometry, self.level_embedding)
+        memory = self.encoder(tokens, position, geometry)
+        selected = self.query_selection(memory, geometry)
 
         queries, reference_logits, attention_mask = selected.content, selected.reference_logits, None
         count, groups = queries.shape[1], self.query_groups if self.training else 1
@@ -243,9 +246,7 @@ class DINO(nn.Module):
         if denoising is not None:
             queries = torch.cat((denoising.content, queries), dim=1)
             reference_logits = torch.cat((denoising.reference_logits, reference_logits), dim=1)
-        hidden, boxes = self.decoder(
-            queries, reference_logits, memory, spatial_shapes, valid_ratios, token_mask, attention_mask
-        )
+        hidden, boxes = self.decoder(queries, reference_logits, memory, geometry, attention_mask)
         # The label embedding takes part even when no image has boxes, so that plain DDP finds no unused parameter.
         hidden = hidden + 0.0 * self.label_embedding.weight[0, 0]
         with torch.autocast(device_type=hidden.device.type, enabled=False):
@@ -291,19 +292,23 @@ class DINO(nn.Module):
             multiple=self.denoising_multiple,
         )
 
-    def _flatten(
-        self, levels: Sequence[Tensor], padding_mask: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
-        """Tokens (B, S, D), positions (B, S, D), shapes, valid ratios (B, L, 2) and padding (B, S) of all levels."""
-        masks, ratios = [], []
-        for level in levels:
-            height, width = int(level.shape[2]), int(level.shape[3])
-            mask = F.interpolate(padding_mask[:, None].float(), size=(height, width)).bool()[:, 0]
-            valid = ~mask
-            masks.append(mask)
-            ratios.append(torch.stack((valid[:, 0].sum(1) / width, valid[:, :, 0].sum(1) / height), dim=-1))
-        tokens, positions, shapes, padding = flatten_levels(levels, masks, self.level_embedding, **self.position)
-        return tokens, positions, shapes, torch.stack(ratios, dim=1), padding
+    def _geometry(self, batch: Batch, levels: Sequence[Tensor]) -> TokenGeometry:
+        """Where the tokens of the levels lie; kept from step to step while nothing is padded and sizes are the same."""
+        shapes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
+        canvas, device = (batch.images.shape[-2], batch.images.shape[-1]), batch.images.device
+        padded = any(tuple(size) != canvas for size in batch.image_sizes)
+
+        def geometry() -> TokenGeometry:
+            # The host knows the sizes: it counts, and one small copy goes to the device.
+            cells = valid_cells(batch.image_sizes if padded else [canvas], canvas, shapes)
+            ratios = (cells / np.asarray(shapes, dtype=np.float32))[..., ::-1]
+            both = torch.from_numpy(np.stack((cells, ratios))).to(device, non_blocking=True)
+            dim = self.level_embedding.shape[1]
+            return token_geometry(shapes, both[0], both[1], padded=padded, dim=dim, **self.position)
+
+        if padded or type(batch.images) is not Tensor:  # tensors that only stand for some are not kept
+            return geometry()
+        return self._unpadded.of((), (canvas, shapes, device), geometry)
 
 
 def _by_group(values: Tensor, count: int) -> Tensor:
@@ -312,42 +317,21 @@ def _by_group(values: Tensor, count: int) -> Tensor:
     return values.reshape(layers, batch, -1, count, size).transpose(1, 2).flatten(0, 1)
 
 
-def flatten_levels(
-    levels: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    level_embedding: Tensor,
-    temperature: float = IMAGE_TEMPERATURE,
-    offset: float = 0.0,
-) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...], Tensor]:
+def flatten_levels(levels: Sequence[Tensor], geometry: TokenGeometry, level_embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Lay all feature levels end to end, from the finest to the coarsest.
 
     Args:
         levels: L maps (B, D, H, W).
-        masks: L padding masks (B, H, W) bool, True = padding.
+        geometry: where their cells lie, with their positions.
         level_embedding: (L, D), added to the positions so that a token knows its level (arXiv 2010.04159, A.4).
-        temperature: of the position embedding.
-        offset: of the cells in it.
 
     Returns:
-        Tokens (B, S, D), their positions (B, S, D), the (height, width) of each level, and the padding (B, S) bool.
+        Tokens (B, S, D) and their positions, (B, S, D), or (1, S, D) where they are those of all images.
     """
-    positions = [
-        image_position_embedding(mask, level.shape[1], temperature, offset).flatten(1, 2) + embedding
-        for level, mask, embedding in zip(levels, masks, level_embedding, strict=True)
+    assert geometry.position is not None
+    tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+    of_tokens = [
+        embedding.expand(height * width, -1)
+        for (height, width), embedding in zip(geometry.spatial_shapes, level_embedding, strict=True)
     ]
-    return (
-        torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
-        torch.cat(positions, dim=1),
-        tuple((level.shape[2], level.shape[3]) for level in levels),
-        torch.cat([mask.flatten(1) for mask in masks], dim=1),
-    )
-
-
-def image_padding_mask(batch: Batch) -> Tensor:
-    """(B, H, W) bool, True where the canvas lies outside the image."""
-    height, width = batch.images.shape[-2:]
-    device = batch.images.device
-    sizes = torch.tensor(batch.image_sizes).to(device, non_blocking=True)
-    rows = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
-    columns = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
-    return rows | columns
+    return tokens, geometry.position + torch.cat(of_tokens)

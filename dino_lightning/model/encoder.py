@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
+from dino_lightning.model.lower_precision import feed_forward
+from dino_lightning.model.token_geometry import TokenGeometry
 
 
 class EncoderLayer(nn.Module):
@@ -40,12 +39,12 @@ class EncoderLayer(nn.Module):
         position: Tensor,
         reference_points: Tensor,
         spatial_shapes: tuple[tuple[int, int], ...],
-        padding_mask: Tensor,
+        padding_mask: Tensor | None,
     ) -> Tensor:
         """(B, S, D) tokens and their positions -> (B, S, D)."""
         attended = self.self_attention(tokens + position, reference_points, tokens, spatial_shapes, padding_mask)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(tokens).relu_()))
+        hidden = feed_forward(tokens, self.linear1, self.linear2, self.dropout)
         out: Tensor = self.norm2(tokens + self.dropout(hidden))
         return out
 
@@ -87,41 +86,23 @@ class Encoder(nn.Module):
         self,
         tokens: Tensor,
         position: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
-        valid_ratios: Tensor,
-        padding_mask: Tensor,
+        geometry: TokenGeometry,
     ) -> Tensor:
         """Let every token attend to a few points of all levels, through all layers.
 
         Args:
             tokens: (B, S, D), all levels flattened, finest first.
-            position: (B, S, D), sine and level embedding.
-            spatial_shapes: (height, width) of each level.
-            valid_ratios: (B, L, 2) float32, share of width and height that is not padding.
-            padding_mask: (B, S) bool, True = padding.
+            position: (B or 1, S, D), sine and level embedding.
+            geometry: where the tokens lie.
 
         Returns:
             (B, S, D) the memory.
         """
-        reference_points = cell_centres(spatial_shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
+        reference_points = geometry.reference_points().expand(len(tokens), -1, -1, -1)
         for layer in self.layers:
-            inputs = (tokens, position, reference_points, spatial_shapes, padding_mask)
+            inputs = (tokens, position, reference_points, geometry.spatial_shapes, geometry.padding_mask)
             if self.recompute and self.training:
                 tokens = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 tokens = layer(*inputs)
         return tokens
-
-
-def cell_centres(spatial_shapes: Sequence[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
-    """(B, S, 2) float32: x and y of each cell's centre, 0-1 of the image before padding."""
-    device = valid_ratios.device
-    parts = []
-    for level, (height, width) in enumerate(spatial_shapes):
-        y = torch.arange(height, device=device) + 0.5
-        x = torch.arange(width, device=device) + 0.5
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-        valid_width = valid_ratios[:, level, 0, None] * width
-        valid_height = valid_ratios[:, level, 1, None] * height
-        parts.append(torch.stack((grid_x.flatten()[None] / valid_width, grid_y.flatten()[None] / valid_height), -1))
-    return torch.cat(parts, dim=1)

@@ -6,49 +6,17 @@ Here they are cast together, in the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
 def lower_precision(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes in on that type of device; None where it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-class KeptResult:
-    """The last result of a function of tensors that seldom change, as those of frozen layers."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[Any, ...] = ((), (), ())
-
-    def of(
-        self, inputs: Sequence[Tensor], dtype: torch.dtype, compute: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What `compute` gives for the inputs; asked again when one of them has been replaced, moved or written to.
-
-        Args:
-            inputs: all that the result depends on, beside `dtype`.
-            dtype: of the result.
-            compute: called without gradients.
-        """
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in inputs):
-            return compute()  # whether such tensors have been written to is not known
-        state = (dtype, *((t._version, t.untyped_storage()._cdata, t.device, t.dtype) for t in inputs))
-        known, known_state, result = self._kept  # one read and one write: threads may share the module
-        if state != known_state or any(one is not other for one, other in zip(inputs, known, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                result = compute()
-            self._kept = (tuple(inputs), state, result)
-        kept: tuple[Tensor, ...] = result
-        return kept
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing is kept in copies and files: their tensors are others."""
-        return {"_kept": ((), (), ())}
 
 
 def scaled_to(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,3 +44,45 @@ class _ScaledTo(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         return grad * scale, None, None
+
+
+def lowered(*weights: Tensor) -> tuple[Tensor, ...]:
+    """The weights in autocast's precision, cast by one operation, and their gradients by one.
+
+    Where autocast is off, they are what they are.
+
+    Args:
+        weights: float32, on one device.
+    """
+    dtype = lower_precision(weights[0].device.type)
+    if dtype is None or torch.compiler.is_compiling() or any(weight.dtype != torch.float32 for weight in weights):
+        return weights  # autocast itself casts what is left
+    out: tuple[Tensor, ...] = _Lowered.apply(dtype, *weights)
+    return out
+
+
+class _Lowered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _copies(weights, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        copies = iter(_copies([grad for grad in grads if grad is not None], torch.float32))
+        return (None, *(None if grad is None else next(copies) for grad in grads))
+
+
+def _copies(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dropout) -> Tensor:
+    """Two linear layers with ReLU and dropout between them: (..., D) -> (..., D)."""
+    weight1, bias1, weight2, bias2 = lowered(first.weight, first.bias, second.weight, second.bias)
+    out: Tensor = F.linear(dropout(F.linear(x, weight1, bias1).relu_()), weight2, bias2)
+    return out

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.model.encoder import cell_centres
 from dino_lightning.model.mlp import box_head
+from dino_lightning.model.token_geometry import TokenGeometry
 
 PRIOR_PROBABILITY = 0.01  # class scores start here, as in RetinaNet (arXiv 1708.02002)
 
@@ -54,25 +54,21 @@ class QuerySelection(nn.Module):
     def forward(
         self,
         memory: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
-        valid_ratios: Tensor,
-        padding_mask: Tensor,
+        geometry: TokenGeometry,
         token_indices: Tensor | None = None,
     ) -> SelectedQueries:
         """Score all tokens and take the best as proposals.
 
         Args:
             memory: (B, S, D) encoder output.
-            spatial_shapes: (height, width) of each level.
-            valid_ratios: (B, L, 2) float32.
-            padding_mask: (B, S) bool, True = padding.
+            geometry: where the tokens lie.
             token_indices: (B, Q) int64, the tokens to take instead of the best, to repeat the selection of another run.
 
         Returns:
             At most `num_queries` proposals: fewer where the image has fewer tokens.
         """
         # A token whose cell lies in the padding, or whose box would leave the image, must not become a proposal.
-        proposal_logits, usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
+        proposal_logits, usable = encoder_proposals(geometry)
         tokens = self.output_norm(self.output_projection(memory.masked_fill(~usable[..., None], 0.0)))
         count = torch.sym_min(self.content_queries.num_embeddings, tokens.shape[1])  # torch.export traces this one
         with torch.autocast(device_type=memory.device.type, enabled=False):
@@ -82,7 +78,7 @@ class QuerySelection(nn.Module):
             indices = logits.amax(-1).topk(count, dim=1).indices if token_indices is None else token_indices
 
         def selected(values: Tensor) -> Tensor:
-            return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+            return values.expand(len(indices), -1, -1).gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
 
         with torch.autocast(device_type=memory.device.type, enabled=False):
             box_logits = self.bbox_head(selected(tokens)) + selected(proposal_logits)
@@ -97,28 +93,24 @@ class QuerySelection(nn.Module):
         )
 
 
-def encoder_proposals(
-    spatial_shapes: tuple[tuple[int, int], ...], valid_ratios: Tensor, padding_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def encoder_proposals(geometry: TokenGeometry) -> tuple[Tensor, Tensor]:
     """A square box of side 0.05 * 2^level round every cell's centre (two-stage Deformable DETR, arXiv 2010.04159 A.4).
 
     Args:
-        spatial_shapes: (height, width) of each level.
-        valid_ratios: (B, L, 2) float32.
-        padding_mask: (B, S) bool, True = padding.
+        geometry: where the tokens lie.
 
     Returns:
         (B, S, 4) float32 box logits, infinite where unusable, and (B, S) bool, True for usable tokens: not
-        padding, and all four numbers strictly inside 0.01-0.99.
+        padding, and all four numbers strictly inside 0.01-0.99. B is 1 where all images share one geometry.
     """
-    centres = cell_centres(spatial_shapes, valid_ratios)
-    side = torch.cat(
-        [
-            torch.full((height * width,), 0.05 * 2.0**level, device=centres.device)
-            for level, (height, width) in enumerate(spatial_shapes)
-        ]
-    )
-    boxes = torch.cat((centres, side[None, :, None].expand(centres.shape[0], -1, 2)), dim=-1)
-    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
+    centres = geometry.centres
+    sides = [
+        centres.new_full((height * width,), 0.05 * 2.0**level)
+        for level, (height, width) in enumerate(geometry.spatial_shapes)
+    ]
+    boxes = torch.cat((centres, torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)), dim=-1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+    if geometry.padding_mask is not None:
+        usable = usable & ~geometry.padding_mask
     logits = torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], torch.inf)
     return logits, usable

@@ -13,9 +13,9 @@ from dino_lightning.model.denoising import (
     noised_targets,
     num_denoising_groups,
 )
-from dino_lightning.model.encoder import cell_centres
-from dino_lightning.model.position_encoding import image_position_embedding, query_position_embedding
+from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import encoder_proposals
+from dino_lightning.model.token_geometry import token_geometry
 from dino_lightning.structures import ModelOutput, pad_targets
 from tests.golden_recipe import golden_arrays, golden_json
 
@@ -39,24 +39,34 @@ def test_inverse_sigmoid():
 
 def test_image_position_embedding():
     golden = golden_arrays("position_embeddings.npz")
-    close(image_position_embedding(golden["mask"], 256).permute(0, 3, 1, 2), golden["pe_temperature20"])
+    valid = ~golden["mask"]
+    cells = torch.stack((valid.sum(1).amax(1), valid.sum(2).amax(1)), dim=-1).float()[:, None]
+    height, width = valid.shape[1:]
+    geometry = token_geometry(
+        [(height, width)], cells, cells.flip(-1) / cells.new_tensor([width, height]), padded=True, dim=256
+    )
+    assert torch.equal(geometry.padding_mask.view_as(valid), golden["mask"])
+    close(geometry.position.transpose(1, 2).reshape(golden["pe_temperature20"].shape), golden["pe_temperature20"])
 
 
 @pytest.mark.parametrize(("coordinates", "name"), [(4, "query_sine4"), (2, "query_sine2")])
 def test_query_position_embedding(coordinates, name):
     golden = golden_arrays("position_embeddings.npz")
-    close(query_position_embedding(golden["query_pos4"][..., :coordinates], 128), golden[name])
+    close(query_position_embedding(golden["query_pos4"][..., :coordinates], sine_divisors(128)), golden[name])
 
 
 def test_encoder_proposals_and_reference_points():
     golden = golden_arrays("encoder_proposals.npz")
     shapes = tuple((h, w) for h, w in golden["spatial_shapes"].tolist())
-    logits, usable = encoder_proposals(shapes, golden["valid_ratios"], golden["mask_flatten"])
+    ratios = golden["valid_ratios"]
+    cells = (ratios.flip(-1) * ratios.new_tensor(shapes)).round()
+    geometry = token_geometry(shapes, cells, ratios, padded=True)
+    assert torch.equal(geometry.padding_mask, golden["mask_flatten"])
+    logits, usable = encoder_proposals(geometry)
     assert torch.equal(logits.isinf(), golden["output_proposals_logit"].isinf())
     close(logits[usable], golden["output_proposals_logit"][usable])
     close(golden["memory"].masked_fill(~usable[..., None], 0.0), golden["output_memory"])
-    centres = cell_centres(shapes, golden["valid_ratios"])
-    close(centres[:, :, None] * golden["valid_ratios"][:, None], golden["reference_points"])
+    close(geometry.reference_points(), golden["reference_points"])
 
 
 def test_deformable_attention_core_with_gradients():

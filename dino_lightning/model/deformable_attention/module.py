@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.model.deformable_attention.dispatch import sample
+from dino_lightning.model.lower_precision import lowered
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -81,14 +83,45 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (B, Q, D).
         """
+        weights = lowered(
+            *self.value_proj.parameters(),
+            *self.sampling_offsets.parameters(),
+            *self.attention_weights.parameters(),
+            *self.output_proj.parameters(),
+        )
+        projected = without_padding(F.linear(value, *weights[:2]), padding_mask)
+        return self._attend(query, reference_points, projected, spatial_shapes, weights[2:])
+
+    def attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        projected: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+    ) -> Tensor:
+        """As `forward`, for values that have been through `value_proj`: (B, S, D), zero where there is padding."""
+        weights = lowered(
+            *self.sampling_offsets.parameters(), *self.attention_weights.parameters(), *self.output_proj.parameters()
+        )
+        return self._attend(query, reference_points, projected, spatial_shapes, weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        projected: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        weights: tuple[Tensor, ...],
+    ) -> Tensor:
         batch, queries, _ = query.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
-        projected = self.value_proj(value)
-        if padding_mask is not None:
-            projected = projected.masked_fill(padding_mask[..., None], 0.0)
-        projected = projected.view(batch, value.shape[1], heads, -1)
-        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        logits = self.attention_weights(query).view(batch, queries, heads, levels * points)
-        sampled = self.sample(projected, spatial_shapes, reference_points, offsets, logits)
-        out: Tensor = self.output_proj(sampled)
-        return out
+        offsets = F.linear(query, *weights[:2]).view(batch, queries, heads, levels, points, 2)
+        logits = F.linear(query, *weights[2:4]).view(batch, queries, heads, levels * points)
+        values = projected.view(batch, projected.shape[1], heads, -1)
+        sampled = self.sample(values, spatial_shapes, reference_points, offsets, logits)
+        return F.linear(sampled, *weights[4:])
+
+
+def without_padding(values: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """(B, S, X) values, zero where (B, S) `padding_mask` is True."""
+    return values if padding_mask is None else values.masked_fill(padding_mask[..., None], 0.0)
