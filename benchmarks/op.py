@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import Timing, environment, interleaved, save, table
 from dino_lightning.model.deformable_attention import dispatch, set_implementation
-from dino_lightning.model.deformable_attention.reference import gathered_deformable_attention, sampling_locations
+from dino_lightning.model.deformable_attention import gathered as on_a_cpu
+from dino_lightning.model.deformable_attention.reference import sampling_locations
 from dino_lightning.model.token_geometry import token_geometry
 
 SHAPES = ((100, 134), (50, 67), (25, 34), (13, 17))
@@ -125,9 +126,9 @@ def dispatched(inputs: Inputs) -> Tensor:
 
 
 def gathered(inputs: Inputs) -> Tensor:
-    """(B, Q, H * D), computed as on a CPU in evaluation, for any number of queries."""
+    """(B, Q, H * D), computed as on a CPU."""
     places, weights = places_and_weights(inputs)
-    return gathered_deformable_attention(inputs.value, SHAPES, places, weights)
+    return on_a_cpu.gathered(inputs.value, SHAPES, places, weights)
 
 
 def forward(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:

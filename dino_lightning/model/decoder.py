@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dino_lightning.boxes import inverse_sigmoid
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.deformable_attention.module import without_padding
-from dino_lightning.model.lower_precision import feed_forward, lower_precision, lowered
+from dino_lightning.model.feed_forward import feed_forward
+from dino_lightning.model.lower_precision import lower_precision, lowered
 from dino_lightning.model.mlp import MLP, box_head
 from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import class_head

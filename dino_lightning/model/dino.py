@@ -306,7 +306,7 @@ class DINO(nn.Module):
             dim = self.level_embedding.shape[1]
             return token_geometry(shapes, both[0], both[1], padded=padded, dim=dim, **self.position)
 
-        if padded or type(batch.images) is not Tensor:  # tensors that only stand for some are not kept
+        if padded:
             return geometry()
         return self._unpadded.of((), (canvas, shapes, device), geometry)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
-from dino_lightning.model.lower_precision import feed_forward
+from dino_lightning.model.feed_forward import feed_forward
 from dino_lightning.model.token_geometry import TokenGeometry
 
 

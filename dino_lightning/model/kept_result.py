@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 Result = TypeVar("Result")
 
@@ -32,7 +33,9 @@ class KeptResult(Generic[Result]):
         if state != known_state or any(one is not other for one, other in zip(inputs, known, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
                 result = compute()
-            self._kept = (tuple(inputs), state, result)
+            # A tensor that only stands for one, where memory is estimated, must not outlive the estimate.
+            if not is_fake(torch.empty(0)) or (inputs and all(is_fake(tensor) for tensor in inputs)):
+                self._kept = (tuple(inputs), state, result)
         kept: Result = result
         return kept
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -79,10 +78,3 @@ def _copies(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> t
     if copies:
         torch._foreach_copy_(copies, tensors)
     return copies
-
-
-def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dropout) -> Tensor:
-    """Two linear layers with ReLU and dropout between them: (..., D) -> (..., D)."""
-    weight1, bias1, weight2, bias2 = lowered(first.weight, first.bias, second.weight, second.bias)
-    out: Tensor = F.linear(dropout(F.linear(x, weight1, bias1).relu_()), weight2, bias2)
-    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -18,7 +19,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) -> (..., output_dim)."""
         for layer in self.layers[:-1]:
-            x = layer(x).relu_()
+            x = F.relu(layer(x))  # not in place: the product is a view, whose gradient would be copied
         out: Tensor = self.layers[-1](x)
         return out
 

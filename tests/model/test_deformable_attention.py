@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch, set_implementation
-from dino_lightning.model.deformable_attention.reference import deformable_attention, gathered_deformable_attention
+from dino_lightning.model.deformable_attention.gathered import gathered, softmax
+from dino_lightning.model.deformable_attention.reference import deformable_attention
 from tests.golden_recipe import golden_arrays
 
 PROJECT = Path(__file__).parents[2]
@@ -75,82 +76,90 @@ def test_a_cpu_needs_no_triton():
     assert done.stdout.splitlines() == ["[]", "triton is not installed"]
 
 
-@pytest.mark.parametrize("shapes", [((5, 7), (3, 4), (1, 1)), ((4, 4),), ((1, 9), (6, 1))], ids=str)
-def test_gathered(shapes):
-    inputs = draw(shapes, queries=11)
-    torch.testing.assert_close(gathered_deformable_attention(*inputs), deformable_attention(*inputs))
-
-
-@pytest.mark.parametrize("shapes", [((5, 7), (3, 4), (1, 1)), ((4, 4),), ((20, 20), (10, 10))], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [((5, 7), (3, 4), (1, 1)), ((4, 4),), ((1, 9), (6, 1)), ((20, 20), (10, 10))], ids=str
+)
 @pytest.mark.parametrize("queries", [1, 11, 500])
-def test_training_on_a_cpu_is_the_plain_loop(monkeypatch, shapes, queries):
+@pytest.mark.parametrize("training", [True, False])
+def test_gathered_is_the_plain_loop(shapes, queries, training):
     value, _, locations, weights = draw(shapes, queries=queries, batch=3)
-    inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    inputs = [tensor.requires_grad_(training) for tensor in (value, locations, weights)]
     grad = torch.randn((3, queries, 16), generator=torch.Generator().manual_seed(1))
-
-    def run():
-        out = deformable_attention(value, shapes, locations, weights)
-        return out.detach(), *torch.autograd.grad(out, inputs, grad)
-
-    quick = run()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for actual, expected in zip(quick, run(), strict=True):
+    results = []
+    for attend in (gathered, deformable_attention):
+        out = attend(value, shapes, locations, weights)
+        results.append([out.detach(), *(torch.autograd.grad(out, inputs, grad) if training else [])])
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_edges_are_on_the_side_that_grid_sample_puts_them():
+    """At the start samples lie on the centres of cells, where the gradient jumps: rounding decides for both alike."""
+    shapes = ((20, 33), (10, 17))
+    value, _, _, weights = draw(shapes, queries=660)
+    centres = torch.cartesian_prod(torch.arange(20) + 0.5, torch.arange(33) + 0.5).flip(-1) / torch.tensor([33, 20])
+    steps = torch.arange(8).view(1, 1, 2, 2, 2, 1) / torch.tensor([[33, 20], [17, 10]]).view(1, 1, 1, 2, 1, 2)
+    locations = (centres.view(1, 660, 1, 1, 1, 2) + steps).repeat(2, 1, 1, 1, 1, 1).requires_grad_()
+    found = [
+        torch.autograd.grad(attend(value, shapes, locations, weights).sum(), locations)[0]
+        for attend in (gathered, deformable_attention)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_of_training_on_a_cpu():
     """Against numerical ones, in float64, with places outside of the maps."""
     value, shapes, locations, weights = draw(((3, 4), (2, 2)), queries=4)
     inputs = [tensor.double().requires_grad_() for tensor in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, p, w: deformable_attention(v, shapes, p, w), inputs)
+    assert torch.autograd.gradcheck(lambda v, p, w: gathered(v, shapes, p, w), inputs)
 
 
-def test_training_without_images():
-    value, shapes, locations, weights = draw(((2, 3),), batch=0, queries=4)
-    out = deformable_attention(value.requires_grad_(), shapes, locations, weights)
-    assert torch.autograd.grad(out.sum(), value)[0].shape == value.shape
+@pytest.mark.parametrize("columns", [1, 4, 12, 16, 20])
+def test_softmax(columns):
+    logits = (torch.randn(3, 5, columns, dtype=torch.float64) * 30).requires_grad_()
+    torch.testing.assert_close(softmax(logits), logits.softmax(-1))
+    assert torch.autograd.gradcheck(softmax, logits)
 
 
-def test_gathered_golden():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_softmax_says_what_is_not_finite(bad):
+    logits = torch.tensor([[1.0, bad, 3.0], [1.0, 2.0, 3.0]])
+    torch.testing.assert_close(softmax(logits), logits.softmax(-1), equal_nan=True)
+
+
+def test_gathered_golden_with_gradients():
     golden = golden_arrays("msda.npz")
     shapes = tuple((height, width) for height, width in golden["spatial_shapes"].tolist())
-    out = gathered_deformable_attention(
-        golden["core_value"], shapes, golden["core_sampling_locations"], golden["core_attention_weights"]
-    )
+    names = ("value", "sampling_locations", "attention_weights")
+    inputs = {name: golden[f"core_{name}"].requires_grad_() for name in names}
+    out = gathered(inputs["value"], shapes, inputs["sampling_locations"], inputs["attention_weights"])
     torch.testing.assert_close(out, golden["core_output"], atol=1e-5, rtol=1e-5)
+    out.backward(golden["core_grad_output"])
+    for name in names:
+        torch.testing.assert_close(inputs[name].grad, golden[f"core_grad_{name}"], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
 def test_gathered_never_leaves_the_map(bad):
     value, shapes, locations, weights = draw(((5, 7), (3, 4)), queries=3)
     locations[0, 1] = bad
-    out = gathered_deformable_attention(value, shapes, locations, weights)
+    out = gathered(value, shapes, locations, weights)
     expected = deformable_attention(value, shapes, locations, weights)
     torch.testing.assert_close(out[1], expected[1])
     torch.testing.assert_close(out[0, ::2], expected[0, ::2])
     assert (out[0, 1] == 0).all() or out[0, 1].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 11), (2, 0)], ids=["no image", "no query"])
-def test_gathered_nothing(shape):
-    inputs = draw(((2, 3),), batch=shape[0], queries=shape[1])
-    assert gathered_deformable_attention(*inputs).shape == (*shape, 16)
-
-
-@pytest.mark.parametrize(
-    ("queries", "gradients", "gathers"), [(1999, False, False), (2000, False, True), (2000, True, False)]
-)
-def test_a_cpu_gathers_for_many_queries_without_gradients(monkeypatch, queries, gradients, gathers):
-    seen = []
-    monkeypatch.setattr(
-        dispatch,
-        "gathered_deformable_attention",
-        lambda *inputs: seen.append(1) or gathered_deformable_attention(*inputs),
-    )
+@pytest.mark.parametrize(("batch", "queries"), [(0, 11), (2, 0)], ids=["no image", "no query"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_nothing_to_attend_to(batch, queries, gradients):
     layer = MultiScaleDeformableAttention(hidden_dim=16, num_levels=1, num_heads=2, num_points=1)
+    value = torch.zeros(batch, 6, 16, requires_grad=True)
     with torch.set_grad_enabled(gradients):
-        layer(torch.zeros(1, queries, 16), torch.rand(1, queries, 1, 2), torch.zeros(1, 12, 16), ((3, 4),))
-    assert bool(seen) == gathers
+        out = layer(torch.zeros(batch, queries, 16), torch.zeros(batch, queries, 1, 2), value, ((2, 3),))
+    assert out.shape == (batch, queries, 16)
+    if gradients:
+        assert torch.autograd.grad(out.sum(), value)[0].shape == value.shape
 
 
 def test_unknown_implementation():

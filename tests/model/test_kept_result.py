@@ -8,6 +8,7 @@ from torch import nn
 
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import Backbone
+from dino_lightning.training.memory import estimated_peak
 from tests.conftest import TINY_SIZES
 from tests.model.test_dino import random_batch
 
@@ -101,3 +102,13 @@ def test_places_of_a_canvas_are_those_of_its_own_size():
             torch.testing.assert_close(fresh(random_batch(sizes, [1] * len(sizes))).pred_boxes, boxes)
     assert torch.equal(first[0], first[3])
     torch.testing.assert_close(first[4][:, 0], first[0][:, 0])
+
+
+def test_an_estimate_of_memory_leaves_nothing_behind():
+    """It runs the model on tensors that only have shapes."""
+    torch.manual_seed(0)
+    model = DINO(num_classes=3, **TINY_SIZES | {"backbone_norm": "frozen", "backbone": "resnet10"}).train()
+    batch = random_batch([(64, 64)], [2])
+    estimated_peak(model, batch)
+    model(batch).pred_boxes.sum().backward()
+    estimated_peak(model, batch)

@@ -3,9 +3,8 @@
 | where | what runs with "auto" |
 |---|---|
 | CUDA device of capability 8.0 or newer | the Triton kernel, if it passes its trial |
-| a CPU, training | plain PyTorch, gathered forward |
-| any other device | plain PyTorch, level by level |
-| CPU without gradients, many queries | plain PyTorch, one gathered sum for each head |
+| a CPU | PyTorch and SciPy, gathered, see `gathered.py` |
+| any other device, compiled or exported code | plain PyTorch, level by level, see `reference.py` |
 """
 
 from __future__ import annotations
@@ -21,17 +20,11 @@ import torch
 from torch import Tensor
 
 from dino_lightning.model.deformable_attention import fused, limits
-from dino_lightning.model.deformable_attention.reference import (
-    deformable_attention,
-    gathered_deformable_attention,
-    sampling_locations,
-)
+from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
+from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
 
 Implementation = Literal["auto", "pytorch", "triton"]
 _implementation: Implementation = "auto"
-
-# From here on one pass over memory makes up for its many small steps (measured: 320 x 320 pixels and larger).
-GATHER_QUERIES = 2000
 
 
 def set_implementation(implementation: Implementation) -> None:
@@ -105,17 +98,12 @@ def _in_pytorch(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    weights = attention_logits.float().softmax(-1).view(sampling_offsets.shape[:-1])
-    locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
-    gathers = (
-        value.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and locations.shape[1] >= GATHER_QUERIES
-    )
+    gathers = not torch.compiler.is_compiling() and can_gather(value, sampling_offsets.shape[1])
     with torch.autocast(device_type=value.device.type, enabled=False):
         # float32: locations in bfloat16 would be off by several pixels on a large image
-        attend = gathered_deformable_attention if gathers else deformable_attention
+        locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
+        weights = softmax(attention_logits.float()).view(sampling_offsets.shape[:-1])
+        attend = gathered if gathers else deformable_attention
         return attend(value.float(), spatial_shapes, locations, weights).to(value.dtype)
 
 

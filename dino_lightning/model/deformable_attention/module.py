@@ -117,7 +117,7 @@ class MultiScaleDeformableAttention(nn.Module):
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         offsets = F.linear(query, *weights[:2]).view(batch, queries, heads, levels, points, 2)
         logits = F.linear(query, *weights[2:4]).view(batch, queries, heads, levels * points)
-        values = projected.view(batch, projected.shape[1], heads, -1)
+        values = projected.view(batch, projected.shape[1], heads, projected.shape[2] // heads)
         sampled = self.sample(values, spatial_shapes, reference_points, offsets, logits)
         return F.linear(sampled, *weights[4:])
 

@@ -1,0 +1,45 @@
+"""The feed-forward network of a transformer's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dino_lightning.model.lower_precision import lower_precision, lowered
+
+
+def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dropout) -> Tensor:
+    """Two linear layers with ReLU and dropout between them: (..., D) -> (..., D).
+
+    In training, ReLU is part of the first product, where the device's library has one like that: the widest tensor of
+    the model is written once, rather than written, read and written again.
+    """
+    weights = lowered(first.weight, first.bias, second.weight, second.bias)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (dropout.training and dropout.p > 0):
+        return F.linear(dropout(F.relu(F.linear(x, *weights[:2]), inplace=True)), *weights[2:])
+    dtype = lower_precision(x.device.type)
+    rows = x.flatten(0, -2)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        out: Tensor = _FeedForward.apply(rows if dtype is None else rows.to(dtype), *weights)
+    return out.view(*x.shape[:-1], second.out_features)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        hidden = torch._addmm_activation(bias1, x, weight1.t())
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return torch.addmm(bias2, hidden, weight2.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        by_weight2, by_bias2 = grad.t() @ hidden, grad.sum(0)
+        by_hidden = grad @ weight2
+        torch.ops.aten.threshold_backward.grad_input(by_hidden, hidden, 0, grad_input=by_hidden)
+        return by_hidden @ weight1, by_hidden.t() @ x, by_hidden.sum(0), by_weight2, by_bias2
