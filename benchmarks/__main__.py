@@ -10,6 +10,7 @@ NAMES = {
     "annotations": "CPU seconds and memory of reading a file as large as COCO's",
     "op": "deformable attention alone",
     "match": "matching and losses",
+    "gpu": "everything that a GPU can say, in ten minutes",
     "step": "a whole training step, and its time by phase",
     "operations": "launches of a training step, by part",
     "sync": "operators and device synchronisations in a training step",

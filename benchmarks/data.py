@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import environment, interleaved, save, table
 from dino_lightning.data import CocoDataModule, CocoDetection
-from dino_lightning.data.transforms import resized_size
+from dino_lightning.data.sizes import resized_size
 from dino_lightning.floor_plans import write_rooms_dataset
 
 SHORT_SIDE, LONG_SIDE = 800, 1333

@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import Timing, environment, interleaved, save, table
-from dino_lightning.model.deformable_attention import dispatch, set_implementation
+from benchmarks.measure import by_events, environment, interleaved, save, table
+from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch, set_implementation
 from dino_lightning.model.deformable_attention import gathered as on_a_cpu
-from dino_lightning.model.deformable_attention.reference import sampling_locations
 from dino_lightning.model.token_geometry import token_geometry
 
 SHAPES = ((100, 134), (50, 67), (25, 34), (13, 17))
+SMALL_SHAPES = ((2, 3),)  # for Triton's interpreter
 HEADS, DIM, POINTS = 8, 32, 4
 TOKENS = sum(height * width for height, width in SHAPES)
 DECODER_QUERIES = 900 + 200
@@ -52,6 +52,7 @@ class Inputs:
     sampling_offsets: Tensor
     attention_logits: Tensor
     grad: Tensor
+    shapes: tuple[tuple[int, int], ...] = SHAPES
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -59,34 +60,69 @@ class Inputs:
         return self.value, self.sampling_offsets, self.attention_logits
 
 
-def draw(case: str, batch: int, device: str, dtype: torch.dtype) -> Inputs:
-    """Inputs of the encoder or the decoder, the same on every device."""
+def draw(
+    case: str,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    initial: bool = False,
+) -> Inputs:
+    """Inputs of the encoder or the decoder, the same on every device.
+
+    Args:
+        case: encoder or decoder.
+        batch: images.
+        device: of the tensors.
+        dtype: of all but the reference points.
+        shapes: (height, width) of each level.
+        initial: the offsets of a new model, the same for all queries, which lie on the centres of cells in the encoder.
+    """
     draws = torch.Generator().manual_seed(1)
-    queries = TOKENS if case == "encoder" else DECODER_QUERIES
+    tokens = sum(height * width for height, width in shapes)
+    queries = tokens if case == "encoder" else min(DECODER_QUERIES, tokens)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draws).to(device, dtype)
 
     if case == "encoder":
-        sizes = torch.tensor([SHAPES], dtype=torch.float32)
-        geometry = token_geometry(SHAPES, sizes, torch.ones(1, len(SHAPES), 2), padded=False)
+        sizes = torch.tensor([shapes], dtype=torch.float32)
+        geometry = token_geometry(shapes, sizes, torch.ones(1, len(shapes), 2), padded=False)
         reference = geometry.reference_points().expand(batch, -1, -1, -1).contiguous()
     else:
         boxes = torch.rand((batch, queries, 4), generator=draws) * torch.tensor([1.0, 1.0, 0.4, 0.4])
-        reference = boxes[:, :, None].expand(-1, -1, len(SHAPES), -1).contiguous()
+        reference = boxes[:, :, None].expand(-1, -1, len(shapes), -1).contiguous()
+    offsets = normal(batch, queries, HEADS, len(shapes), POINTS, 2) * SPREAD
+    if initial:
+        layer = MultiScaleDeformableAttention(
+            hidden_dim=HEADS * DIM, num_levels=len(shapes), num_heads=HEADS, num_points=POINTS
+        )
+        of_new_model = layer.sampling_offsets.bias.detach().view(offsets.shape[2:])
+        offsets = of_new_model.to(device, dtype).expand_as(offsets).contiguous()
     return Inputs(
-        value=normal(batch, TOKENS, HEADS, DIM).requires_grad_(),
+        value=normal(batch, tokens, HEADS, DIM).requires_grad_(),
         reference_points=reference.to(device),
-        sampling_offsets=(normal(batch, queries, HEADS, len(SHAPES), POINTS, 2) * SPREAD).detach().requires_grad_(),
-        attention_logits=normal(batch, queries, HEADS, len(SHAPES) * POINTS).requires_grad_(),
+        sampling_offsets=offsets.detach().requires_grad_(),
+        attention_logits=normal(batch, queries, HEADS, len(shapes) * POINTS).requires_grad_(),
         grad=normal(batch, queries, HEADS * DIM),
+        shapes=shapes,
     )
 
 
 def places_and_weights(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(B, Q, H, L, P, 2) and (B, Q, H, L, P), float32."""
     weights = inputs.attention_logits.float().softmax(-1).view(inputs.sampling_offsets.shape[:-1])
-    return sampling_locations(inputs.reference_points, inputs.sampling_offsets, SHAPES), weights
+    reference, offsets = inputs.reference_points[:, :, None, :, None].float(), inputs.sampling_offsets.float()
+    if reference.shape[-1] == 2:
+        return reference + offsets / _widths_and_heights(inputs.shapes, reference.device)[:, None], weights
+    return reference[..., :2] + offsets / POINTS * reference[..., 2:] * 0.5, weights
+
+
+@cache  # made once: a CUDA graph may not copy from the host
+def _widths_and_heights(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(L, 2) float32."""
+    return torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32, device=device)
 
 
 def stacked(inputs: Inputs) -> Tensor:
@@ -96,8 +132,8 @@ def stacked(inputs: Inputs) -> Tensor:
     batch, _, heads, dim = value.shape
     queries = places.shape[1]
     samples = []
-    maps = value.split([height * width for height, width in SHAPES], dim=1)
-    for level, (height, width) in enumerate(SHAPES):
+    maps = value.split([height * width for height, width in inputs.shapes], dim=1)
+    for level, (height, width) in enumerate(inputs.shapes):
         image = maps[level].flatten(2).transpose(1, 2).reshape(batch * heads, dim, height, width)
         grid = (2 * places[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
         samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
@@ -121,41 +157,25 @@ def kernel(inputs: Inputs) -> Tensor:
 def dispatched(inputs: Inputs) -> Tensor:
     """(B, Q, H * D), computed by the chosen implementation."""
     return dispatch.sample(
-        inputs.value, SHAPES, inputs.reference_points, inputs.sampling_offsets, inputs.attention_logits
+        inputs.value, inputs.shapes, inputs.reference_points, inputs.sampling_offsets, inputs.attention_logits
     )
 
 
 def gathered(inputs: Inputs) -> Tensor:
     """(B, Q, H * D), computed as on a CPU."""
     places, weights = places_and_weights(inputs)
-    return on_a_cpu.gathered(inputs.value, SHAPES, places, weights)
+    return on_a_cpu.gathered(inputs.value, inputs.shapes, places, weights)
 
 
 def forward(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
     """Run the forward pass; gradients are enabled, so that the path of training runs, but not computed."""
-    detached = Inputs(*(getattr(inputs, name).detach() for name in Inputs.__dataclass_fields__))
-    return attend(detached)
+    value, offsets, logits = (leaf.detach() for leaf in inputs.leaves)
+    return attend(replace(inputs, value=value, sampling_offsets=offsets, attention_logits=logits))
 
 
 def both(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
     """Run the forward and the backward pass."""
     return torch.autograd.grad(attend(inputs), inputs.leaves, inputs.grad)
-
-
-def by_events(contestants: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int) -> dict[str, Timing]:
-    """As `interleaved`, timed with CUDA events."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for number in range(rounds + 1):
-        for name, call in contestants.items():
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            if number > 0:
-                seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def largest_difference(attend: Mapping[str, Callable[[Inputs], Tensor]], inputs: Inputs) -> dict[str, float]:
@@ -181,7 +201,7 @@ def corners_inside(inputs: Inputs) -> int:
     """Number of sample corners on a map: each costs one addition for every channel in the backward pass."""
     places, _ = places_and_weights(inputs)
     count = 0
-    for level, (height, width) in enumerate(SHAPES):
+    for level, (height, width) in enumerate(inputs.shapes):
         size = torch.tensor([width, height], device=places.device)
         column, row = (places[:, :, :, level] * size - 0.5).floor().unbind(-1)
         columns = ((column >= 0) & (column < width)).int() + ((column >= -1) & (column < width - 1)).int()

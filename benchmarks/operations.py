@@ -82,7 +82,7 @@ def launches(height: int, width: int, size: int, precision: str = "bf16") -> dic
         mock.patch.object(dispatch, "_takes_kernel", lambda *_: True),
         mock.patch.object(matcher, "to_host", lambda cost: arbitrary.random(cost.shape, dtype=np.float32)),
     ):
-        step = OurStep([_as_fake(batch, fake)], "cpu", precision, compiled=False)
+        step = OurStep([_as_fake(batch, fake)], "cpu", precision)
         model, criterion = step.model, step.criterion
         for name in ("backbone", "neck", "encoder", "query_selection", "decoder"):
             count.watch(model.get_submodule(name), name.replace("_", " "))

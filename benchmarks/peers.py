@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dino_lightning.structures import Batch
 
 CLASSES, BOXES = 80, 8
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by the precision of a step
 
 
 def random_batch(height: int, width: int, size: int, device: str) -> Batch:
@@ -29,7 +30,7 @@ def random_batch(height: int, width: int, size: int, device: str) -> Batch:
     return Batch.from_images(images, targets=targets).to(device)
 
 
-def transformers_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
+def transformers_step(height: int, width: int, size: int, device: str, precision: str = "fp32") -> Callable[[], None]:
     """A training step of transformers' Deformable DETR in the size of DINO."""
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
@@ -52,7 +53,7 @@ def transformers_step(height: int, width: int, size: int, device: str) -> Callab
         if "backbone" in name and ("embedder" in name or "stages.0" in name):
             parameter.requires_grad_(False)
     pixels, labels = _normalised(height, width, size, device, "class_labels")
-    return _step(model, lambda: model(pixel_values=pixels, labels=labels).loss)
+    return _step(model, lambda: model(pixel_values=pixels, labels=labels).loss, device, precision)
 
 
 def rfdetr_base(device: str) -> Any:
@@ -67,7 +68,7 @@ def rfdetr_base(device: str) -> Any:
         return RFDETRBase(pretrain_weights=None, num_classes=CLASSES, device=device)
 
 
-def rfdetr_step(height: int, width: int, size: int, device: str) -> Callable[[], None]:
+def rfdetr_step(height: int, width: int, size: int, device: str, precision: str = "fp32") -> Callable[[], None]:
     """A training step of RF-DETR base."""
     from rfdetr.config import TrainConfig
     from rfdetr.models import build_criterion_from_config
@@ -86,7 +87,7 @@ def rfdetr_step(height: int, width: int, size: int, device: str) -> Callable[[],
         terms = criterion(model(pixels), targets)
         return sum(terms[name] * weight for name, weight in criterion.weight_dict.items() if name in terms)
 
-    return _step(model, loss)
+    return _step(model, loss, device, precision)
 
 
 def _normalised(height: int, width: int, size: int, device: str, labels: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -99,12 +100,15 @@ def _normalised(height: int, width: int, size: int, device: str, labels: str) ->
     return (batch.images.float() - 118) / 58, targets
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+def _step(model: nn.Module, loss: Callable[[], Tensor], device: str, precision: str) -> Callable[[], None]:
     """Run one step: forward, backward, gradient clipping and optimizer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    dtype = DTYPES[precision]
 
     def step() -> None:
-        loss().backward()
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
         optimizer.step()
         optimizer.zero_grad()

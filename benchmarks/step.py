@@ -4,19 +4,20 @@ Detector, losses, backward pass, clipping and optimizer on random images with ra
 the peak, memory, and the time by phase. `--against transformers` compares with the Deformable DETR of that library: two
 stages, box refinement, the same backbone, depth, width and number of queries, but no denoising queries, so its step
 does less work. `--against rfdetr` compares with RF-DETR base, another kind of detector: one level of a DINOv2-S
-backbone, 3 decoder layers, 13 groups of 300 queries; sides must be multiples of 56. `--baseline module:callable`
-compares with anything else: the callable takes height, width, batch size and device, and returns a function of no
-arguments that does one step.
+backbone, 3 decoder layers, 13 groups of 300 queries; sides must be multiples of 56. Both run in the same precision as
+ours. `--baseline module:callable` compares with anything else: the callable takes height, width, batch size and device,
+and returns a function of no arguments that does one step.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,39 +26,68 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import environment, interleaved, save, table
-from benchmarks.peers import CLASSES, random_batch, rfdetr_step, transformers_step
+from benchmarks.gpu.peaks import peaks_of
+from benchmarks.measure import Timing, environment, interleaved, save, table
+from benchmarks.peers import CLASSES, DTYPES, random_batch, rfdetr_step, transformers_step
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
 from dino_lightning.structures import Batch
 from dino_lightning.training.optim import parameter_groups
 
 PEERS = {"transformers": transformers_step, "rfdetr": rfdetr_step}
+# Names of the kernels that multiply matrices or convolve: cuBLAS's, cuDNN's, CUTLASS's, and attention's.
+PRODUCTS = re.compile(r"gemm|gemv|cutlass|xmma|nvjet|conv(?!ert)|fprop|dgrad|wgrad|fmha|flash", re.IGNORECASE)
 COCO_MIX = ((640, 852), (800, 1066), (544, 725), (1066, 800), (736, 1100), (480, 640))
 
 
 class OurStep:
-    """A training step of DINO R50 4-scale with its recipe."""
+    """A training step of DINO R50 4-scale with its recipe.
+
+    Args:
+        batches: one for each step, in turns.
+        device: "cuda" or "cpu".
+        precision: fp32, or bf16 or fp16 by autocast.
+        backend: of `torch.compile`, for the layers of encoder and decoder; None leaves them as they are.
+        num_denoising: 0 for the work of a detector without denoising queries.
+        sizes: further arguments of `DINO`.
+    """
 
     def __init__(
-        self, batches: list[Batch], device: str, precision: str, compiled: bool, num_denoising: int = 100
+        self,
+        batches: list[Batch],
+        device: str,
+        precision: str,
+        *,
+        backend: str | None = None,
+        num_denoising: int = 100,
+        sizes: Mapping[str, Any] | None = None,
     ) -> None:
         torch.manual_seed(0)
         with torch.device(device):  # made there: tensors that only have shapes cannot be moved
-            self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising).train()
-        if compiled:
-            self.model.compile_layers()
+            self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising, **(sizes or {})).train()
+        if backend is not None:
+            self.model.compile_layers(backend)
         self.criterion = Criterion()
         groups = parameter_groups(self.model, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.batches, self.device, self.number = batches, device, 0
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = DTYPES[precision]
+
+    @property
+    def images(self) -> int:
+        """In all batches."""
+        return sum(len(batch.images) for batch in self.batches)
 
     def __call__(self) -> None:
         """Run one whole training step."""
         loss = self.forward()
         loss.backward()
         self.update()
+
+    def all_batches(self) -> None:
+        """Run a step for each of the batches."""
+        for _ in self.batches:
+            self()
 
     def forward(self) -> torch.Tensor:
         """The loss of the next batch."""
@@ -158,8 +188,14 @@ def breakdown(step: OurStep, rounds: int) -> dict[str, float]:
     return {name: value / rounds for name, value in totals.items()}
 
 
-def launches(step: OurStep) -> dict[str, float]:
-    """Kernels of a step and the share of the time in which one was running (CUDA only)."""
+def launches(step: OurStep) -> dict[str, Any]:
+    """The kernels of a step (CUDA only).
+
+    Returns:
+        `kernels`, their number; `busy`, the share of the time in which one was running, while profiled, which slows the
+        host; `kernel seconds` of all, and `product seconds` of those that multiply matrices or convolve; `largest`: the
+        fifteen that take longest, by name, each [number, seconds].
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -168,8 +204,61 @@ def launches(step: OurStep) -> dict[str, float]:
         step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return {"kernels": len(kernels), "busy": sum(event.device_time for event in kernels) / 1e6 / seconds}
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    # the optimizer's own mark spans all of its kernels
+    kernels = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in kernels:
+        one = by_name[event.name]
+        one[0], one[1] = one[0] + 1, one[1] + event.device_time / 1e6
+    largest = sorted(by_name.items(), key=lambda named: -named[1][1])[:15]
+    running = sum(one[1] for one in by_name.values())
+    return {
+        "kernels": len(kernels),
+        "busy": running / seconds,
+        "kernel seconds": running,
+        "product seconds": sum(one[1] for name, one in by_name.items() if is_product(name)),
+        "largest": {name[:120]: one for name, one in largest},
+    }
+
+
+def is_product(kernel: str) -> bool:
+    """Whether a kernel of this name multiplies matrices or convolves."""
+    fused = kernel.startswith(("triton_poi", "triton_red", "triton_per"))  # named after all that is fused into them
+    return PRODUCTS.search(kernel) is not None and "elementwise" not in kernel and not fused
+
+
+def figures(step: OurStep, seconds: Timing) -> dict[str, Any]:
+    """What there is to say of a step that took so long for all of its batches: rate, phases, memory and kernels."""
+    result: dict[str, Any] = {
+        "images": step.images,
+        "steps": len(step.batches),
+        "images per second": step.images / seconds.median,
+        "seconds": seconds.as_json(),
+        "seconds by phase": breakdown(step, len(step.batches)),
+    }
+    if step.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step.all_batches()
+        return result | {"peak memory in bytes": torch.cuda.max_memory_allocated()} | launches(step)
+    return result | {"peak memory in bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def count_flops(step: OurStep) -> int:
+    """Operations of matrix products and convolutions in all batches, two for each multiply-add.
+
+    To be called last in a process: after it, PyTorch no longer takes the compiled code of the layers (seen with 2.11).
+    """
+    with FlopCounterMode(display=False) as counter:
+        step.all_batches()
+    total: int = counter.get_total_flops()
+    return total
+
+
+def rates(flops: float, images: int, seconds: float, peak_tflops: float | None = None) -> dict[str, float]:
+    """Operations by image and second, and the share of the device's peak, if it is known."""
+    found = {"flops per image": flops / images, "flops per second": flops / seconds}
+    return found | ({"share of peak": flops / seconds / (peak_tflops * 1e12)} if peak_tflops else {})
 
 
 def main() -> None:
@@ -186,7 +275,9 @@ def main() -> None:
     parser.add_argument("--baseline", help="module:callable, see above")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--peak_tflops", type=float, help="of the device in this precision, for the share of the peak")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="of the device in this precision; by default by its data sheet"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,66 +285,52 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     sizes = COCO_MIX if options.size == "coco-mix" else (tuple(int(side) for side in options.size.split("x")),)
     batches = [random_batch(height, width, options.batch_size, device) for height, width in sizes]
-    step = OurStep(batches, device, options.precision, options.compile, options.num_denoising)
-
-    def ours() -> None:
-        for _ in batches:
-            step()
-
-    contestants = {"dino_lightning": synchronized(ours, device)}
+    backend = "inductor" if options.compile else None
+    step = OurStep(batches, device, options.precision, backend=backend, num_denoising=options.num_denoising)
+    contestants = {"dino_lightning": synchronized(step.all_batches, device)}
     for name in (options.against, options.baseline):
         if name is None:
             continue
-        module, _, attribute = name.partition(":")
-        make = PEERS[name] if name in PEERS else getattr(importlib.import_module(module), attribute)
-        steps = [make(height, width, options.batch_size, device) for height, width in sizes]
+        if name in PEERS:
+            steps = [PEERS[name](*size, options.batch_size, device, options.precision) for size in sizes]
+        else:
+            module, _, attribute = name.partition(":")
+            make = getattr(importlib.import_module(module), attribute)
+            steps = [make(*size, options.batch_size, device) for size in sizes]
         contestants[name] = synchronized(lambda steps=steps: [one() for one in steps], device)  # type: ignore[misc]  # bound now, not in the next round
     timings = interleaved(contestants, rounds=options.rounds)
-
-    images = len(batches) * options.batch_size
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    flops = counter.get_total_flops()  # of matrix products and convolutions: 2 for each multiply-add
-    seconds = timings["dino_lightning"].median
-    parts = breakdown(step, len(batches))
-    result: dict[str, Any] = {
+    ours = timings["dino_lightning"]
+    if options.peak_tflops is None and device == "cuda":
+        options.peak_tflops = peaks_of(torch.cuda.get_device_name()).get(options.precision)
+    result = figures(step, ours)
+    result |= rates(count_flops(step), step.images, ours.median, options.peak_tflops)
+    result |= {
         "settings": {**vars(options), "output": None, "device": device},
-        "images per second": {name: images / timing.median for name, timing in timings.items()},
-        "ratio": {name: timing.median / seconds for name, timing in timings.items()},
+        "images per second": {name: step.images / timing.median for name, timing in timings.items()},
+        "ratio": {name: timing.median / ours.median for name, timing in timings.items()},
         "seconds": {name: timing.as_json() for name, timing in timings.items()},
-        "flops per image": flops / images,
-        "flops per second": flops / seconds,
-        "seconds by phase": parts,
     }
-    if options.peak_tflops:
-        result["share of peak"] = flops / seconds / (options.peak_tflops * 1e12)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        ours()
-        result["peak memory in bytes"] = torch.cuda.max_memory_allocated()
-        result |= launches(step)
-    else:
-        result["peak memory in bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     print(f"{options.size}, batch {options.batch_size}, {options.precision}, {device}, {options.rounds} rounds\n")
     rows = [("", "images/s", "seconds/step", "spread", "time, ours = 1")]
     for name, timing in timings.items():
-        per_step = timing.median / len(batches)
         rows.append(
             (
                 name,
-                f"{images / timing.median:.3f}",
-                f"{per_step:.3f}",
+                f"{step.images / timing.median:.3f}",
+                f"{timing.median / len(batches):.3f}",
                 f"{timing.spread:.0%}",
-                f"{timing.median / seconds:.2f}",
+                f"{timing.median / ours.median:.2f}",
             )
         )
     print(table(rows))
-    print(f"\n{flops / images / 1e12:.3f} TFLOP an image, {flops / seconds / 1e12:.3f} TFLOP/s", end="")
+    an_image, a_second = (result[f"flops per {unit}"] / 1e12 for unit in ("image", "second"))
+    print(f"\n{an_image:.3f} TFLOP an image, {a_second:.3f} TFLOP/s", end="")
     print(f", {result['share of peak']:.1%} of {options.peak_tflops} TFLOP/s" if options.peak_tflops else "")
     print(f"peak memory {result['peak memory in bytes'] / 2**30:.2f} GiB" + ("" if device == "cuda" else " (process)"))
     if "kernels" in result:
         print(f"{result['kernels']} kernels a step, busy {result['busy']:.0%} of the time (while profiled)")
+    parts = result["seconds by phase"]
     whole = sum(parts.values())
     print()
     print(table([("phase", "seconds", "share"), *((n, f"{v:.4f}", f"{v / whole:.1%}") for n, v in parts.items())]))

@@ -87,7 +87,7 @@ def main() -> None:
     batches = [random_batch(height, width, options.batch_size, "cpu")]
     results = {}
     for name in ("dino_lightning", "losses layer by layer"):
-        step = OurStep(batches, "cpu", "fp32", compiled=False)
+        step = OurStep(batches, "cpu", "fp32")
         if name != "dino_lightning":
             step.criterion = PlainCriterion()  # type: ignore[assignment]  # a stand-in
         results[name] = count(step)
