@@ -23,6 +23,7 @@ from dino_lightning.callbacks.run_loggers import unwritten
 from dino_lightning.console import without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.files import atomic_write
+from dino_lightning.model.deformable_attention import implementation_in_use
 from dino_lightning.weights.stored import OPTIONS_KEY
 
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
@@ -31,9 +32,13 @@ PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pil
 class RunRecord(lightning.Callback):
     """Writes versions, commit, data, classes and command line to a file; each start of the run adds an entry.
 
+    What computes deformable attention is added after the first batch, since a kernel is tried when it is first called.
+
     Args:
         path: the JSON file.
     """
+
+    _record: dict[str, Any] | None = None  # of the first process
 
     def __init__(self, *, path: Path) -> None:
         self.path = path
@@ -55,9 +60,23 @@ class RunRecord(lightning.Callback):
             "packages": _versions(),
             "git": _commit(Path(__file__).parent),
         }
-        record = {"starts": [*self._starts(), start], "classes": _classes(data), "data": fingerprint(data)}
+        self._record = {"starts": [*self._starts(), start], "classes": _classes(data), "data": fingerprint(data)}
+        self._write()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write which implementation of deformable attention runs, and again if it has changed: no device is asked."""
+        if self._record is None:
+            return
+        start, found = self._record["starts"][-1], implementation_in_use(trainer.strategy.root_device)
+        if start.get("deformable_attention") != found:
+            start["deformable_attention"] = found
+            self._write()
+
+    def _write(self) -> None:
         with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2, allow_nan=False))
+            temporary.write_text(json.dumps(self._record, indent=2, allow_nan=False))
 
     def _starts(self) -> list[Any]:
         """The entries of earlier starts of a resumed run."""
@@ -92,7 +111,8 @@ class SavedConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save, without the checkpoint: a new run with this configuration must not resume from it."""
         self.config = _storable(self.config)
-        self.config.ckpt_path = None
+        if "ckpt_path" in self.config:  # which is an option of commands
+            self.config.ckpt_path = None
         self._save(trainer)
 
     def on_save_checkpoint(

@@ -82,7 +82,9 @@ class Criterion(nn.Module):
             num_boxes = (mean_num_boxes(targets, boxes.device) if num_boxes is None else num_boxes).clamp(min=1.0)
             # Every layer is matched and supervised on its own (DETR's auxiliary losses), so that each refines the one
             # before; the encoder's proposals are one more layer (two-stage, arXiv 2010.04159 A.4).
-            matches = self.matcher(logits, boxes, targets, image_ids)
+            # Where the device solves, whether costs were finite is asked when the losses have been launched.
+            match = self.matcher if self.matcher.solver == "scipy" else self.matcher.begin
+            matches: Matches = match(logits, boxes, targets, image_ids)
             terms = _matched_losses(logits, boxes, targets, matches, num_boxes, self.class_loss)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
             named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
@@ -100,6 +102,7 @@ class Criterion(nn.Module):
                 for term, values in terms.items():
                     named.update({f"{term}{suffix}": values[i] for i, suffix in enumerate(names)})
                 total = total + self._weighted(terms)
+        matches.check()
         return {"loss": total, **named}
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:

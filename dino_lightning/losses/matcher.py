@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_lightning.boxes import OVERLAP_EPSILON, cxcywh_to_xyxy, paired_generalized_iou
 from dino_lightning.errors import NonFiniteError
+from dino_lightning.losses.assignment import Solver, solve_on_device, takes_device, to_host_later
 from dino_lightning.losses.focal import FOCAL_ALPHA, FOCAL_GAMMA
 from dino_lightning.structures import Targets
 
@@ -37,6 +38,10 @@ def check_weights(weights: Mapping[str, float]) -> None:
         raise ValueError(f"{', '.join(weights)} are all 0: at least one must count.")
 
 
+def _nothing_to_check() -> None:
+    """For assignments whose costs have been checked."""
+
+
 @dataclass(frozen=True)
 class Matches:
     """Which query each box got, for L layers.
@@ -44,14 +49,16 @@ class Matches:
     Attributes:
         queries: (L, B, N) int64, index of the query; 0 where there is none.
         matched: (L, B, N) bool, False for padding and for boxes in excess of the queries.
+        check: waits for what the device says of the costs, and raises `NonFiniteError` if some were not finite.
     """
 
     queries: Tensor
     matched: Tensor
+    check: Callable[[], None] = _nothing_to_check
 
 
 class HungarianMatcher(nn.Module):
-    """The assignment of least total cost, solved for every layer and image from one copy to the host.
+    """The assignment of least total cost for every layer and image, solved from one copy to the host or on the device.
 
     Args:
         cost_class: weight of the focal class cost.
@@ -60,9 +67,13 @@ class HungarianMatcher(nn.Module):
         kind: `published`, or `position_modulated`: the class cost is that of the probability times the square root of
             the generalised IoU, moved to 0-1, so that a query with a high score does not win a box that another one
             fits better (Stable-DINO, arXiv 2304.04742).
+        solver: `scipy`, on the host; `device`, a Triton kernel on a CUDA device, which needs no copy of the costs;
+            `auto`, the kernel where it passes a trial, scipy elsewhere. The kernel's sums are float32 and scipy's
+            float64: total costs are the same up to that rounding, and of assignments that cost the same either may
+            take another.
 
     Raises:
-        ValueError: there is no cost of that kind, or weights that cannot be, see `check_weights`.
+        ValueError: there is no cost of that kind or no such solver, or weights that cannot be, see `check_weights`.
     """
 
     def __init__(
@@ -72,12 +83,16 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         kind: MatchingCost = "published",
+        solver: Solver = "scipy",
     ) -> None:
         super().__init__()
         if kind not in get_args(MatchingCost):
             raise ValueError(f"matching_cost={kind!r}: choose one of {', '.join(get_args(MatchingCost))}.")
+        if solver not in get_args(Solver):
+            raise ValueError(f"matching_solver={solver!r}: choose one of {', '.join(get_args(Solver))}.")
         check_weights({"cost_class": cost_class, "cost_bbox": cost_bbox, "cost_giou": cost_giou})
         self.cost_class, self.cost_bbox, self.cost_giou, self.kind = cost_class, cost_bbox, cost_giou, kind
+        self.solver = solver
 
     @torch.no_grad()
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
@@ -152,24 +167,55 @@ class HungarianMatcher(nn.Module):
 
         Raises:
             NonFiniteError: a cost that is not a number.
+            UsageError: the solver is `device`, and its kernel cannot run here.
+        """
+        matches = self.begin(logits, boxes_cxcywh, targets, image_ids)
+        matches.check()
+        return matches
+
+    @torch.no_grad()
+    def begin(
+        self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: Sequence[int] | None = None
+    ) -> Matches:
+        """The same, but where the device solves nothing has waited for it yet: `Matches.check` does, and raises.
+
+        So whatever needs the assignments can be launched first.
         """
         layers, batch = logits.shape[:2]
         boxes_per_image = targets.labels.shape[1]
+        ids = range(batch) if image_ids is None else image_ids
         assigned = np.full((layers, batch, boxes_per_image), -1, dtype=np.int64)
         if boxes_per_image:
-            cost = to_host(self.cost(logits, boxes_cxcywh, targets))
-            bad = [image for image, n in enumerate(targets.num_boxes) if not np.isfinite(cost[:, image, :n]).all()]
-            if bad:
-                raise NonFiniteError(bad if image_ids is None else [image_ids[image] for image in bad])
+            cost = self.cost(logits, boxes_cxcywh, targets)
+            if takes_device(self.solver, cost, targets.num_boxes):
+                return _matched_on_device(cost, targets.num_boxes, ids)
+            costs = to_host(cost)
+            _refuse([not np.isfinite(costs[:, image, :n]).all() for image, n in enumerate(targets.num_boxes)], ids)
             for layer in range(layers):
                 for image, count in enumerate(targets.num_boxes):
-                    rows, columns = linear_sum_assignment(cost[layer, image, :count])
+                    rows, columns = linear_sum_assignment(costs[layer, image, :count])
                     assigned[layer, image, rows] = columns
         queries = torch.from_numpy(assigned).to(logits.device, non_blocking=True)
         return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
 
 
+def _matched_on_device(cost: Tensor, num_boxes: Sequence[int], ids: Sequence[int]) -> Matches:
+    queries, strange = solve_on_device(cost, num_boxes)
+    marks = to_host_later(strange)
+
+    def check() -> None:
+        _refuse([bool(of_layers.any()) for of_layers in marks().T], ids)
+
+    return Matches(queries=queries.clamp(min=0), matched=queries >= 0, check=check)
+
+
+def _refuse(bad: Sequence[bool], ids: Sequence[int]) -> None:
+    """Raise `NonFiniteError` if some images, in the order of the batch, are bad."""
+    if any(bad):
+        raise NonFiniteError([image_id for image_id, is_bad in zip(ids, bad, strict=True) if is_bad])
+
+
 def to_host(cost: Tensor) -> npt.NDArray[np.float32]:
-    """Copy the costs to the host: the one device synchronisation of a training step."""
+    """Copy the costs to the host: the one device synchronisation of a training step, unless the device solves."""
     array: npt.NDArray[np.float32] = cost.cpu().numpy()
     return array

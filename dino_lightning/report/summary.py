@@ -46,12 +46,14 @@ class Source:
         annotations: the annotations of the evaluated images.
         category_ids: the `category_id` of each label.
         checkpoint: path of the evaluated weights; empty if there were none.
+        deformable_attention: which implementation computed it, such as "Triton kernel"; empty if it is not known.
     """
 
     stage: str
     annotations: CocoAnnotations
     category_ids: Sequence[int]
     checkpoint: str = ""
+    deformable_attention: str = ""
 
 
 def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "stage": source.stage,
         "checkpoint": source.checkpoint,
+        "deformable_attention": source.deformable_attention,
         "annotations": str(source.annotations.path),
         "num_images": len(rows),
         "num_boxes": int(evaluation.matches.num_boxes.sum()),

@@ -3,13 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch, set_implementation
+from dino_lightning import kernel_trial
+from dino_lightning.model.deformable_attention import (
+    MultiScaleDeformableAttention,
+    dispatch,
+    implementation_in_use,
+    set_implementation,
+)
 from dino_lightning.model.deformable_attention.gathered import gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention
 from tests.golden_recipe import golden_arrays
@@ -23,6 +30,18 @@ ENCODER = ((100, 134), (50, 67), (25, 34), (13, 17))  # 800 x 1066 pixels
 def choice():
     yield
     set_implementation("auto")
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """No call has been tried in this process, and the kernel takes all of them that pass their trial."""
+    monkeypatch.setattr(dispatch, "_missing", lambda call: None)
+    monkeypatch.setattr(dispatch, "_found", {})
+    monkeypatch.setattr(kernel_trial, "_said_that_it_compiles", False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    dispatch._trouble_with.cache_clear()
+    yield
+    dispatch._trouble_with.cache_clear()
 
 
 def golden_module():
@@ -198,24 +217,111 @@ def test_an_old_device_keeps_pytorch(monkeypatch):
     assert "older than compute capability 8.0" in dispatch._missing(CALL)
 
 
-def broken_compiler(call):
-    raise OSError("no C compiler")
+class Trials:
+    """Raises or returns these, one a trial."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+
+    def __call__(self, call):
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
-@pytest.mark.parametrize("trial", [broken_compiler, lambda call: "its output is off by 7.0% of the largest"])
-def test_a_kernel_that_fails_its_trial_is_left_out_with_one_warning(monkeypatch, trial):
-    monkeypatch.setattr(dispatch, "_missing", lambda call: None)
-    monkeypatch.setattr(dispatch, "_try", trial)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
-    dispatch._trouble_with.cache_clear()
+OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 20.00 MiB")
+BUSY = OSError(5, "Input/output error")
+DRIVER = RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "reason"),
+    [
+        ([RuntimeError("Failed to find C compiler")], r"RuntimeError: Failed to find C compiler\)"),
+        (["its output is off by 7.0% of the largest"], r"its output is off by 7.0% of the largest\)"),
+        ([OUT_OF_MEMORY, OUT_OF_MEMORY], r"OutOfMemoryError: Tried to allocate 20.00 MiB; tried twice\)"),
+        ([BUSY, BUSY], r"OSError: \[Errno 5\] Input/output error; tried twice\)"),
+        ([DRIVER, "its output is off by 7.0% of the largest"], r"its output is off by 7.0% of the largest\)"),
+    ],
+)
+def test_a_kernel_that_fails_its_trial_is_left_out_with_one_warning(monkeypatch, untried, outcomes, reason):
+    trials = Trials(*outcomes)
+    monkeypatch.setattr(dispatch, "_try", trials)
+    with pytest.warns(UserWarning, match=rf"failed its trial on a device \({reason}") as warned:
+        assert dispatch._trouble_with(CALL)
+    assert len(warned) == 1 and not trials.outcomes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch._trouble_with(CALL)
+    said = implementation_in_use(torch.device("cuda", 0))
+    assert said.startswith("PyTorch (") and "\n" not in said
+
+
+@pytest.mark.parametrize("fault", [OUT_OF_MEMORY, BUSY, DRIVER], ids=lambda fault: type(fault).__name__)
+def test_a_fault_that_passes_does_not_cost_the_kernel(monkeypatch, untried, fault):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(dispatch, "_try", Trials(fault, None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch._trouble_with(CALL) is None
+    assert emptied == [True]
+    assert implementation_in_use(torch.device("cuda")) == "Triton kernel"
+
+
+def test_what_is_said_to_be_in_use(monkeypatch, untried, choice):
+    device = torch.device("cuda", 0)
+    assert implementation_in_use(torch.device("cpu")) == "PyTorch"
+    assert implementation_in_use(device) == "not known yet"
+    monkeypatch.setattr(dispatch, "_try", Trials(None))
+    dispatch._trouble_with(CALL)
+    monkeypatch.setattr(dispatch, "_missing", lambda call: f"no kernel for\n{call.value_dtype}")
+    dispatch._trouble_with(CALL._replace(value_dtype=torch.float64))
+    dispatch._trouble_with(CALL._replace(device_index=1))
+    assert implementation_in_use(device) == "Triton kernel, for some calls PyTorch (no kernel for torch.float64)"
+    assert implementation_in_use(torch.device("cuda", 1)) == "PyTorch (no kernel for torch.bfloat16)"
+    torch.use_deterministic_algorithms(True)
     try:
-        with pytest.warns(UserWarning, match=r"failed its trial on a device \((OSError: no C|its output)"):
-            assert dispatch._trouble_with(CALL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert dispatch._trouble_with(CALL)
+        assert implementation_in_use(device) == "PyTorch (deterministic algorithms were asked for)"
     finally:
-        dispatch._trouble_with.cache_clear()
+        torch.use_deterministic_algorithms(False)
+    set_implementation("pytorch")
+    assert implementation_in_use(device) == "PyTorch (as chosen)"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_who_waits_for_the_compiler_is_told_once_by_the_first_process(monkeypatch, untried, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    spoken = threading.Event()
+    say_that_it_compiles = kernel_trial.say_that_it_compiles
+
+    def say():
+        say_that_it_compiles()
+        spoken.set()
+
+    def compiles(call):
+        return None if spoken.wait(60) else "nothing was said"
+
+    monkeypatch.setattr(kernel_trial, "SECONDS_OF_SILENCE", 0.01)
+    monkeypatch.setattr(kernel_trial, "say_that_it_compiles", say)
+    monkeypatch.setattr(dispatch, "_try", compiles)
+    for coordinates in (2, 4):
+        spoken.clear()
+        assert dispatch._trouble_with(CALL._replace(coordinates=coordinates)) is None
+    out, err = capsys.readouterr()
+    expected = "Compiling kernels for this GPU: about 15 seconds the first time ...\n"
+    assert (out, err) == ("", expected if rank == "0" else "")
+
+
+def test_a_short_trial_says_nothing(monkeypatch, untried, capsys):
+    """Triton found its kernels in its cache."""
+    started = []
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: started.append(timer))
+    monkeypatch.setattr(dispatch, "_try", Trials(None))
+    assert dispatch._trouble_with(CALL) is None
+    assert [timer.finished.is_set() for timer in started] == [True]  # which it waits for before it speaks
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("mode", "said"), [(0, []), (2, [0, 2])])

@@ -56,7 +56,9 @@ def test_validate_writes_a_report_and_says_where(checkpoint, capsys):
     assert summary["num_images"] == 4
     assert summary["checkpoint"].endswith("best.ckpt")
     assert [row["file_name"] for row in summary["images"]]
-    assert (folder / "index.html").read_text().count("data:image/jpeg") == 4
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/jpeg") == 4
+    assert summary["deformable_attention"] == "PyTorch" and "; deformable attention: PyTorch; " in page
 
 
 def test_test_writes_its_own_and_compares(checkpoint, capsys):

@@ -10,15 +10,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from dino_lightning import kernel_trial
+from dino_lightning.console import shown
 from dino_lightning.model.deformable_attention import fused, limits
 from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
@@ -56,6 +55,35 @@ class Call(NamedTuple):
     levels: int
     points: int
     coordinates: int
+
+
+_found: dict[Call, str | None] = {}  # what `_trouble_with` has found
+
+
+def implementation_in_use(device: torch.device) -> str:
+    """Which implementation has computed deformable attention on a device in this process, and why where it fell back.
+
+    Args:
+        device: of the model.
+
+    Returns:
+        On one line, such as "Triton kernel", "PyTorch", or "PyTorch (the device is older than compute capability 8.0)";
+        of a CUDA device "not known yet" before the first forward pass.
+    """
+    if _implementation == "pytorch":
+        return "PyTorch (as chosen)"
+    if _implementation == "auto" and device.type != "cuda":
+        return "PyTorch"
+    if _implementation == "auto" and torch.are_deterministic_algorithms_enabled():
+        return "PyTorch (deterministic algorithms were asked for)"
+    place = (device.type, device.index or 0)
+    troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
+    if not troubles:
+        return "not known yet"
+    reasons = "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
+    if not reasons:
+        return "Triton kernel"
+    return f"Triton kernel, for some calls PyTorch ({reasons})" if None in troubles else f"PyTorch ({reasons})"
 
 
 def sample(
@@ -148,13 +176,9 @@ def _trouble(*call: object) -> str | None:
 def _trouble_with(call: Call) -> str | None:
     trouble = _missing(call)
     if trouble is not None or call.device_type == "cpu":
+        _found[call] = trouble
         return trouble
-    try:
-        # In a thread of its own: a caller's autocast, inference mode or tracing must not reach the trial.
-        with ThreadPoolExecutor(1) as pool:
-            trouble = pool.submit(_try, call).result()
-    except Exception as error:  # whatever a compiler, a driver or a device can raise
-        trouble = f"{type(error).__name__}: {error}"
+    _found[call] = trouble = kernel_trial.in_a_thread(lambda: _try(call))
     if trouble is not None and _implementation == "auto":
         warnings.warn(
             "Deformable attention runs in plain PyTorch, which is slower, since its Triton kernel failed its trial on "
@@ -166,14 +190,9 @@ def _trouble_with(call: Call) -> str | None:
 
 def _missing(call: Call) -> str | None:
     """What can be known without running anything."""
-    if call.device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "on a CPU it needs TRITON_INTERPRET=1 in the environment before the start"
-    if call.device_type not in ("cpu", "cuda"):
-        return f"there is no kernel for device type {call.device_type}"
-    if call.device_type == "cuda" and torch.version.cuda is None:
-        return "it is written for NVIDIA devices"
-    if call.device_type == "cuda" and torch.cuda.get_device_capability(call.device_index) < (8, 0):
-        return "the device is older than compute capability 8.0"
+    trouble = kernel_trial.missing(call.device_type, call.device_index)
+    if trouble is not None:
+        return trouble
     if call.dim not in limits.DIMS:
         return f"{call.dim} channels for each head are none of {', '.join(map(str, limits.DIMS))}"
     if call.levels > limits.MAX_LEVELS:
@@ -181,28 +200,12 @@ def _missing(call: Call) -> str | None:
     dtypes = {call.value_dtype, call.offsets_dtype, call.logits_dtype}
     if not dtypes <= set(limits.DTYPES):
         return f"there is no kernel for {', '.join(sorted(map(str, dtypes - set(limits.DTYPES))))}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     return None
 
 
 def _try(call: Call) -> str | None:
     """Compile and run both directions on a small example, compare with plain PyTorch; waits for the device, once."""
-    torch.cuda.set_device(call.device_index)  # of this thread: no other device is touched
-    mode = torch.cuda.get_sync_debug_mode()
-    if mode == 0:  # the default; to set it, even to what it is, warns
-        return _tried(call)
-    _set_sync_debug_mode(0)
-    try:
-        return _tried(call)
-    finally:
-        _set_sync_debug_mode(mode)
-
-
-def _set_sync_debug_mode(mode: int) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
-        torch.cuda.set_sync_debug_mode(mode)
+    return kernel_trial.allowed_to_wait(call.device_index, lambda: _tried(call))
 
 
 def _tried(call: Call) -> str | None:

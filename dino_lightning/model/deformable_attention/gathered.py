@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import sparse
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -198,6 +197,8 @@ def _scatter_rows(grad: Tensor, rows: Tensor, counts: Tensor, cells_per_map: int
 
     A product with a sparse matrix, by SciPy: PyTorch's own ways to add to rows take several times as long.
     """
+    from scipy import sparse  # here, since only training needs it: a server has no SciPy
+
     maps, queries, corners = rows.shape
     starts = torch.arange(0, rows.numel() + 1, corners, dtype=rows.dtype)
     matrix = sparse.csr_matrix(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_lightning.model.deformable_attention.dispatch import sample
-from dino_lightning.model.lower_precision import lowered
+from dino_lightning.model.lower_precision import products
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -83,14 +83,9 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (B, Q, D).
         """
-        weights = lowered(
-            *self.value_proj.parameters(),
-            *self.sampling_offsets.parameters(),
-            *self.attention_weights.parameters(),
-            *self.output_proj.parameters(),
-        )
-        projected = without_padding(F.linear(value, *weights[:2]), padding_mask)
-        return self._attend(query, reference_points, projected, spatial_shapes, weights[2:])
+        project, *others = products(self.value_proj, self.sampling_offsets, self.attention_weights, self.output_proj)
+        projected = without_padding(project(value), padding_mask)
+        return self._attend(query, reference_points, projected, spatial_shapes, others)
 
     def attend(
         self,
@@ -100,10 +95,8 @@ class MultiScaleDeformableAttention(nn.Module):
         spatial_shapes: tuple[tuple[int, int], ...],
     ) -> Tensor:
         """As `forward`, for values that have been through `value_proj`: (B, S, D), zero where there is padding."""
-        weights = lowered(
-            *self.sampling_offsets.parameters(), *self.attention_weights.parameters(), *self.output_proj.parameters()
-        )
-        return self._attend(query, reference_points, projected, spatial_shapes, weights)
+        others = products(self.sampling_offsets, self.attention_weights, self.output_proj)
+        return self._attend(query, reference_points, projected, spatial_shapes, others)
 
     def _attend(
         self,
@@ -111,15 +104,15 @@ class MultiScaleDeformableAttention(nn.Module):
         reference_points: Tensor,
         projected: Tensor,
         spatial_shapes: tuple[tuple[int, int], ...],
-        weights: tuple[Tensor, ...],
+        layers: Sequence[Callable[[Tensor], Tensor]],
     ) -> Tensor:
         batch, queries, _ = query.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
-        offsets = F.linear(query, *weights[:2]).view(batch, queries, heads, levels, points, 2)
-        logits = F.linear(query, *weights[2:4]).view(batch, queries, heads, levels * points)
+        to_offsets, to_logits, to_output = layers
+        offsets = to_offsets(query).view(batch, queries, heads, levels, points, 2)
+        logits = to_logits(query).view(batch, queries, heads, levels * points)
         values = projected.view(batch, projected.shape[1], heads, projected.shape[2] // heads)
-        sampled = self.sample(values, spatial_shapes, reference_points, offsets, logits)
-        return F.linear(sampled, *weights[4:])
+        return to_output(self.sample(values, spatial_shapes, reference_points, offsets, logits))
 
 
 def without_padding(values: Tensor, padding_mask: Tensor | None) -> Tensor:

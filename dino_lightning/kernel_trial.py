@@ -1,0 +1,104 @@
+"""What Triton kernels of several folders share: where they can run at all, and how one is tried before it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from dino_lightning.console import say
+
+SECONDS_OF_SILENCE = 2.0  # a trial that finds its kernels in Triton's cache takes less
+_said_that_it_compiles = False
+
+
+def missing(device_type: str, device_index: int) -> str | None:
+    """Why no kernel can run on a device, as far as that can be known without running one; None if one can.
+
+    Args:
+        device_type: of PyTorch, such as `cuda`; on a `cpu` Triton can only interpret.
+        device_index: of the CUDA device.
+    """
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA device, or on a CPU TRITON_INTERPRET=1 in the environment before the start"
+    if device_type not in ("cpu", "cuda"):
+        return f"there is no kernel for device type {device_type}"
+    if device_type == "cuda" and torch.version.cuda is None:
+        return "it is written for NVIDIA devices"
+    if device_type == "cuda" and torch.cuda.get_device_capability(device_index) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def in_a_thread(trial: Callable[[], str | None]) -> str | None:
+    """What a trial says is wrong, or what it raised; None if nothing.
+
+    A fault that may pass, of memory or of the files of Triton's cache, has a second chance. Who waits for the compiler
+    is told, once in a process.
+
+    Args:
+        trial: compiles and runs a kernel; runs in a thread of its own, so that a caller's autocast, inference mode or
+            tracing does not reach it.
+    """
+    watch = threading.Timer(SECONDS_OF_SILENCE, say_that_it_compiles)
+    watch.daemon = True
+    watch.start()
+    try:
+        trouble, may_pass = _once(trial)
+        if may_pass:
+            torch.cuda.empty_cache()
+            trouble, may_pass = _once(trial)
+            trouble = f"{trouble}; tried twice" if may_pass else trouble
+        return trouble
+    finally:
+        watch.cancel()
+
+
+def _once(trial: Callable[[], str | None]) -> tuple[str | None, bool]:
+    """What a trial says, or what it raises and whether that may pass."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(trial).result(), False
+    except Exception as error:  # whatever a compiler, a driver or a device can raise
+        of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # the driver's own words
+        return f"{type(error).__name__}: {error}", of_memory or isinstance(error, OSError)
+
+
+def say_that_it_compiles() -> None:
+    """Tell who waits for the compiler; once in a process."""
+    global _said_that_it_compiles
+    if not _said_that_it_compiles:
+        _said_that_it_compiles = True
+        say("Compiling kernels for this GPU: about 15 seconds the first time ...", sys.stderr)
+
+
+def allowed_to_wait(device_index: int, trial: Callable[[], str | None]) -> str | None:
+    """Run a trial that synchronises with the device, whatever the caller has made of synchronisations.
+
+    Args:
+        device_index: the CUDA device of this thread from now on; no other one is touched.
+        trial: returns what is wrong.
+    """
+    torch.cuda.set_device(device_index)
+    mode = torch.cuda.get_sync_debug_mode()
+    if mode == 0:  # the default; to set it, even to what it is, warns
+        return trial()
+    _set_sync_debug_mode(0)
+    try:
+        return trial()
+    finally:
+        _set_sync_debug_mode(mode)
+
+
+def _set_sync_debug_mode(mode: int) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
