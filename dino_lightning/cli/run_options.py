@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from dino_lightning.callbacks import (
     EMA,
@@ -19,22 +23,33 @@ from dino_lightning.callbacks import (
     BestCheckpoint,
     EarlyStop,
     GracefulCheckpoint,
+    LearningCurves,
     MetricsCsvResume,
+    PredictionImages,
+    Progress,
     RunRecord,
+    WatchProcesses,
 )
 from dino_lightning.callbacks.best import check_metric
 from dino_lightning.callbacks.run_loggers import MetricsCsv, TensorBoardIfPossible
 
 
-def ddp_strategy(*, compress_gradients: bool) -> DDPStrategy:
+def ddp_strategy(model: nn.Module, *, compress_gradients: bool) -> DDPStrategy:
     """DDP whose gradients live in the buffers that are sent: a copy less.
 
-    No static_graph: which queries are denoised, and so how often a weight is used, differs from batch to batch.
+    No static_graph: which queries are denoised, and so how often a weight is used, differs from batch to batch. Buffers
+    are sent in every step only where they change, as the running averages of batch norms do: they are equal at the
+    start, and what is kept of frozen norms would have to be computed again.
 
     Args:
-        compress_gradients: send them as bfloat16.
+        model: that trains.
+        compress_gradients: send gradients as bfloat16.
     """
-    return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=bf16_compress_hook if compress_gradients else None)
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"  # before torch 2.14
+    buffers: dict[str, Any] = {name: any(isinstance(module, _BatchNorm) for module in model.modules())}
+    hook = bf16_compress_hook if compress_gradients else None
+    return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook, **buffers)
 
 
 def loggers(run_dir: Path) -> list[Logger]:
@@ -43,6 +58,47 @@ def loggers(run_dir: Path) -> list[Logger]:
         MetricsCsv(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=1),
         TensorBoardIfPossible(save_dir=str(run_dir), name="", version="tensorboard"),
     ]
+
+
+def run_callbacks(
+    config: Mapping[str, Any],
+    options: Any,
+    run_dir: Path,
+    *,
+    fitting: bool,
+    resuming: bool,
+    stop_flag: Path | None,
+    given: Sequence[Callback],
+    extra: Sequence[Callback],
+    report: LearningCurves,
+) -> list[Callback]:
+    """The callbacks of a run, in their order, beside those of `trainer.callbacks`.
+
+    Args:
+        config: arguments of the Trainer; the user's own callbacks are among them.
+        options: of the subcommand, as parsed.
+        run_dir: of this run.
+        fitting: whether it is `fit`.
+        resuming: whether the run in this folder is continued.
+        stop_flag: a file that asks to save and stop as soon as it exists.
+        given: Lightning's own of the command line.
+        extra: of whoever started the run.
+        report: draws the learning curves.
+    """
+    # the watch first: from here on a process that dies must not be waited for
+    callbacks: list[Callback] = [WatchProcesses(), *given]
+    own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.get("callbacks")))
+    if config.get("enable_progress_bar") is not False and not own_bar:
+        callbacks.append(Progress())
+    callbacks += [*extra, *asked_for(options, fitting=fitting)]
+    callbacks += [report, PredictionImages(path=str(run_dir / "detections.png"))]
+    if config.get("logger"):
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if fitting:
+            callbacks.append(kept_metrics(run_dir, resuming=resuming))
+    if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+        callbacks += checkpoints_and_record(run_dir, options, stop_flag)
+    return callbacks
 
 
 def asked_for(options: Any, *, fitting: bool) -> list[Callback]:
@@ -54,7 +110,7 @@ def asked_for(options: Any, *, fitting: bool) -> list[Callback]:
     """
     callbacks: list[Callback] = []
     if options.auto_batch_size and fitting:
-        callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.ckpt_path))
+        callbacks.append(AutoBatchSize(global_batch=int(options.auto_batch_size), checkpoint=options.get("ckpt_path")))
     by_recipe = options.ema_decay is None and options.model.recipe != "published"
     if options.ema_decay or by_recipe:
         callbacks.append(EMA(decay=options.ema_decay, tau=options.ema_tau, evaluate=options.ema_evaluate))

@@ -10,7 +10,7 @@ from dino_lightning.boxes import inverse_sigmoid
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.deformable_attention.module import without_padding
 from dino_lightning.model.feed_forward import feed_forward
-from dino_lightning.model.lower_precision import lower_precision, lowered
+from dino_lightning.model.lower_precision import as_made, lower_precision, lowered
 from dino_lightning.model.mlp import MLP, box_head
 from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import class_head
@@ -66,7 +66,10 @@ class DecoderLayer(nn.Module):
     def _attend_to_queries(self, positioned: Tensor, queries: Tensor, bias: Tensor | None) -> Tensor:
         """What `self.self_attention` does, with queries and keys by one product, and a mask that is ready for use."""
         attention, (batch, count, dim) = self.self_attention, queries.shape
-        weight, shift, *out = lowered(
+        if type(attention) is not nn.MultiheadAttention or not as_made(attention.out_proj):  # somebody has replaced it
+            out: Tensor = attention(positioned, positioned, queries, attn_mask=bias, need_weights=False)[0]
+            return out
+        weight, shift, *to_output = lowered(
             attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
         )
         (weight_qk, weight_v), (shift_qk, shift_v) = (torch.split(x, [2 * dim, dim]) for x in (weight, shift))
@@ -82,7 +85,7 @@ class DecoderLayer(nn.Module):
             attn_mask=bias,
             dropout_p=attention.dropout if self.training else 0.0,
         )
-        return F.linear(attended.transpose(1, 2).reshape(batch, count, dim), *out)
+        return F.linear(attended.transpose(1, 2).reshape(batch, count, dim), *to_output)
 
 
 class Decoder(nn.Module):
@@ -203,6 +206,8 @@ class Decoder(nn.Module):
     def _values(self, memory: Tensor, geometry: TokenGeometry) -> tuple[Tensor, ...]:
         """(B, S, D) for each layer: what its cross-attention samples from, all by one product."""
         projections = [layer.get_submodule("cross_attention.value_proj") for layer in self.layers]
+        if not as_made(*projections):
+            return tuple(without_padding(project(memory), geometry.padding_mask) for project in projections)
         weights = lowered(*(weight for projection in projections for weight in projection.parameters()))
         values = F.linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
         return without_padding(values, geometry.padding_mask).chunk(len(projections), dim=-1)

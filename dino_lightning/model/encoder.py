@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         Returns:
             (B, S, D) the memory.
         """
-        reference_points = geometry.reference_points().expand(len(tokens), -1, -1, -1)
+        reference_points = geometry.reference_points().expand(tokens.shape[0], -1, -1, -1)
         for layer in self.layers:
             inputs = (tokens, position, reference_points, geometry.spatial_shapes, geometry.padding_mask)
             if self.recompute and self.training:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino_lightning.model.lower_precision import lower_precision, lowered
+from dino_lightning.model.lower_precision import as_made, lower_precision, lowered, products
 
 
 def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dropout) -> Tensor:
@@ -18,13 +18,16 @@ def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dro
     In training, ReLU is part of the first product, where the device's library has one like that: the widest tensor of
     the model is written once, rather than written, read and written again.
     """
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or (dropout.training and dropout.p > 0)
+    if plain or not as_made(first, second):
+        to_hidden, to_output = products(first, second)
+        return to_output(dropout(F.relu(to_hidden(x))))
     weights = lowered(first.weight, first.bias, second.weight, second.bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (dropout.training and dropout.p > 0):
-        return F.linear(dropout(F.relu(F.linear(x, *weights[:2]), inplace=True)), *weights[2:])
-    dtype = lower_precision(x.device.type)
-    rows = x.flatten(0, -2)
+    dtype = lower_precision(x.device.type) or x.dtype
+    if any(weight.dtype != dtype for weight in weights):
+        return second(F.relu(first(x)))  # type: ignore[no-any-return]  # nn.Module's call
     with torch.autocast(device_type=x.device.type, enabled=False):
-        out: Tensor = _FeedForward.apply(rows if dtype is None else rows.to(dtype), *weights)
+        out: Tensor = _FeedForward.apply(x.flatten(0, -2).to(dtype), *weights)
     return out.view(*x.shape[:-1], second.out_features)
 
 

@@ -6,11 +6,15 @@ Here they are cast together, in the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
 
 
 def lower_precision(device_type: str) -> torch.dtype | None:
@@ -43,6 +47,26 @@ class _ScaledTo(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         return grad * scale, None, None
+
+
+def as_made(*layers: nn.Module) -> bool:
+    """Whether all of them are linear layers of torch without hooks, so that their weights may be used without a call.
+
+    False for layers that adapters, pruning or quantization have replaced, or that somebody watches.
+    """
+    return all(
+        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
+    )
+
+
+def products(*layers: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    """What each of the linear layers computes; their weights are cast to autocast's precision by one operation."""
+    if not as_made(*layers):
+        return list(layers)
+    weights = lowered(*(weight for layer in layers for weight in layer.parameters()))
+    return [partial(F.linear, weight=weights[i], bias=weights[i + 1]) for i in range(0, len(weights), 2)]
 
 
 def lowered(*weights: Tensor) -> tuple[Tensor, ...]:

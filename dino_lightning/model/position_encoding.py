@@ -47,7 +47,8 @@ def image_position_embedding(
     counts = cells + 1
     if inside is not None:
         # Past the last valid row the count stays; in a column without valid cells nothing was ever counted.
-        counts = torch.minimum(counts, extent) * inside.flip(-1)
+        counted = inside.flip(-1)
+        counts, extent = torch.minimum(counts, extent) * counted, extent * counted
     angles = (counts + offset) / (extent + 1e-6) * (2 * math.pi)
     return _interleaved_sine(angles, sine_divisors(dim // 2, temperature, cells.device))
 

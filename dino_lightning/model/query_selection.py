@@ -78,7 +78,9 @@ class QuerySelection(nn.Module):
             indices = logits.amax(-1).topk(count, dim=1).indices if token_indices is None else token_indices
 
         def selected(values: Tensor) -> Tensor:
-            return values.expand(len(indices), -1, -1).gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+            return values.expand(indices.shape[0], -1, -1).gather(
+                1, indices[..., None].expand(-1, -1, values.shape[-1])
+            )
 
         with torch.autocast(device_type=memory.device.type, enabled=False):
             box_logits = self.bbox_head(selected(tokens)) + selected(proposal_logits)
@@ -108,7 +110,7 @@ def encoder_proposals(geometry: TokenGeometry) -> tuple[Tensor, Tensor]:
         centres.new_full((height * width,), 0.05 * 2.0**level)
         for level, (height, width) in enumerate(geometry.spatial_shapes)
     ]
-    boxes = torch.cat((centres, torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)), dim=-1)
+    boxes = torch.cat((centres, torch.cat(sides)[None, :, None].expand(centres.shape[0], -1, 2)), dim=-1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
     if geometry.padding_mask is not None:
         usable = usable & ~geometry.padding_mask

@@ -10,6 +10,8 @@ import textwrap
 import pytest
 import torch
 
+from dino_lightning.cli.run_options import ddp_strategy
+from dino_lightning.model import DINO
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 # Trains three steps without shuffling on eight images of one size and writes what came out.
@@ -153,3 +155,10 @@ def test_each_process_predicts_its_share_of_the_images(rooms, tmp_path):
     )
     run_in(tmp_path, [sys.executable, "share.py", str(rooms), json.dumps(TINY_SIZES)])
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[1, 3], [2, 4]]
+
+
+@pytest.mark.parametrize(("norm", "sent"), [("frozen", False), ("group", False), ("batch", True)])
+def test_buffers_are_sent_where_they_change(norm, sent):
+    model = DINO(num_classes=1, **TINY_SIZES | {"backbone_norm": norm})
+    given = ddp_strategy(model, compress_gradients=False)._ddp_kwargs
+    assert [value for name, value in given.items() if "buffers" in name] == [sent]
