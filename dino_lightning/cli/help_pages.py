@@ -1,15 +1,17 @@
-"""The pages of `fit --help`, `validate --help` and `test --help`, and docs/options.md, made from the parser.
+"""The pages of `fit --help`, `validate --help` and `test --help`, docs/options.md and the list of options.
 
-Building that parser takes seconds, as it imports PyTorch and Lightning; so the short pages are files, and a test keeps
-them in step with the parser. `python -m dino_lightning.cli.help_pages` writes them again; `--help all` asks the parser.
+They are made from the parser. Building it takes seconds, as it imports PyTorch and Lightning; so the short pages and
+the list, from which `launch` parses, are files, and a test keeps them in step with the parser. `python -m
+dino_lightning.cli.help_pages` writes them again; `--help all` asks the parser.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,8 @@ def asks_for_all(args: Sequence[str]) -> bool:
 
 def pages() -> dict[Path, str]:
     """The generated files and what they should hold, from the parser as it is now."""
+    from dino_lightning.cli.plain_options import FILE
+
     options = {action.dest: action for action in _actions()}
     fit = [
         FIT,
@@ -113,7 +117,20 @@ def pages() -> dict[Path, str]:
         HERE / PAGES["fit"]: "\n".join(fit) + "\n",
         HERE / PAGES["test"]: "\n".join(evaluate) + "\n",
         HERE.parent.parent / "docs" / "options.md": _markdown(options.values()),
+        FILE: _listing(options.values()),
     }
+
+
+def _listing(actions: Iterable[argparse.Action]) -> str:
+    """All options but --config, with those that LightningCLI adds to them."""
+    from lightning.pytorch import Trainer
+
+    from dino_lightning.cli.plain_options import listing
+
+    added = ("optimizer", "lr_scheduler", "ckpt_path", "weights_only")
+    of_lightning = [name for name in added[2:] if name in inspect.signature(Trainer.fit).parameters]
+    listed = [each for each in actions if each.dest not in ("config", *added) and not each.dest.endswith(".help")]
+    return listing(listed, [*added[:2], *of_lightning])
 
 
 def _actions() -> Iterator[argparse.Action]:

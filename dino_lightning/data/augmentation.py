@@ -22,15 +22,14 @@ from dino_lightning.data.random_geometry import (
     uniform,
 )
 from dino_lightning.data.scan_noise import blur, fade, save_as_jpeg, shade, speckle, thicken, thin
+from dino_lightning.data.sizes import Canvas, resized_size
 from dino_lightning.data.transforms import (
-    Canvas,
     LabelledImage,
     Resize,
     Transform,
     flip_horizontal,
     resize,
     resize_by_rule,
-    resized_size,
     rotate,
 )
 

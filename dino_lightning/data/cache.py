@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from dino_lightning.data.images import decode_bytes, read_bytes
-from dino_lightning.data.transforms import resized_size
+from dino_lightning.data.image_files import read_bytes
+from dino_lightning.data.images import decode_bytes
+from dino_lightning.data.sizes import resized_size
+from dino_lightning.errors import DataError
+from dino_lightning.files import unwritable
 
 HEADER = struct.Struct("<8sIIII")  # magic, stored height and width, height and width of the file
 MAGIC = b"DINOIMG1"
@@ -199,3 +202,29 @@ def _signature(path: Path) -> tuple[int, int, int]:
     """What changes when a file is written to: time of change in ns, bytes, inode."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def image_cache(
+    folder: str | None, image_size: int, max_size: int, gigabytes: float, *, stretch_to: int | None = None
+) -> ImageCache | None:
+    """The cache in a folder, or None without one.
+
+    Args:
+        folder: where it lies.
+        image_size: short side in pixels that images are kept at.
+        max_size: limit of their long side in pixels.
+        gigabytes: limit of the folder.
+        stretch_to: side in pixels of the square that they are kept as instead.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    if folder is None:
+        return None
+    try:
+        limit = int(gigabytes * 1e9)
+        return ImageCache(
+            Path(folder), image_size=image_size, max_size=max_size, max_bytes=limit, stretch_to=stretch_to
+        )
+    except OSError as error:
+        raise DataError(f"cache_dir: {unwritable(folder, error, 'folder')}") from error

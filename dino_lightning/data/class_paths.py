@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torchvision.transforms import v2
-
 FIRST_OLD = "torchvision.transforms."  # the older transforms, which know no boxes
 KNOWN_PACKAGES = ("torchvision", "albumentations", "dino_lightning")
 NO_ARGUMENT = "are not valid for transform"  # albumentations warns of wrong names, and ignores them
@@ -54,6 +52,8 @@ def class_paths(given: Any) -> Iterator[str]:
 
 def transform_types() -> tuple[type, ...]:
     """The base classes of transforms; those of albumentations only where it is installed and in use."""
+    from torchvision.transforms import v2  # takes seconds; finding class paths needs none of it
+
     albumentations = albumentations_in_use()
     more = () if albumentations is None else (albumentations.BasicTransform, albumentations.BaseCompose)
     return (v2.Transform, *more)
@@ -82,6 +82,8 @@ def _transform_class(path: object) -> type:
     if found is None:
         raise ValueError(f"transforms: there is no {name} in {module_name}.")
     if not isinstance(found, type) or not issubclass(found, transform_types()):
+        from torchvision.transforms import v2
+
         old = path.startswith(FIRST_OLD) and not path.startswith(f"{FIRST_OLD}v2.") and hasattr(v2, name)
         hint = f" Take torchvision.transforms.v2.{name}." if old else ""
         raise ValueError(

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import eq
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dino_lightning.structures import GroundTruth
+if TYPE_CHECKING:
+    from dino_lightning.structures import GroundTruth
 
 CLIP_TOLERANCE = 0.01  # pixels; coordinates rounded to two decimals overshoot the border by less
 ROUNDING = 1.0  # pixels; what programs overshoot by when they round or scale
@@ -263,6 +264,8 @@ ROW_ARRAYS = ("boxes_xyxy", "category_indices", "iscrowd", "area", "usable", "cl
 
 def ground_truth(annotations: CocoAnnotations, labels: npt.NDArray[np.int64], index: int) -> GroundTruth:
     """What evaluation compares against in image `index`: everything as annotated but degenerate boxes."""
+    from dino_lightning.structures import GroundTruth  # imports PyTorch, which reading a file does not need
+
     rows = np.arange(annotations.offsets[index], annotations.offsets[index + 1])
     rows = rows[annotations.usable[rows]]
     return GroundTruth(

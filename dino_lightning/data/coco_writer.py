@@ -15,9 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dino_lightning.data.coco import CocoAnnotations
-from dino_lightning.data.dataset import FEW_IMAGES
+from dino_lightning.data.image_files import FEW_IMAGES, open_regular
 from dino_lightning.data.image_places import check_files_exist, check_images_folder
-from dino_lightning.data.images import open_regular
 from dino_lightning.errors import DataError
 from dino_lightning.files import BLOCK
 

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from dino_lightning.data.annotation_file import CrowdRule, ReadOptions
+from dino_lightning.data.annotation_file import CrowdRule
 from dino_lightning.data.augmentation import train_transform
 from dino_lightning.data.box_formats import BoxFormat
-from dino_lightning.data.class_choice import class_choice
-from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.data.drawn_plans import MOST_DRAWN_ROOMS, WithDrawnPlans
 from dino_lightning.data.hazards import hazards
 from dino_lightning.data.label_names import ClassNames
 from dino_lightning.data.map_datasets import ImageReader, read_datasets
-from dino_lightning.data.option_checks import OF_FILES, check_options, image_cache
+from dino_lightning.data.option_checks import check_options, refuse_options_of_files
 from dino_lightning.data.own_transforms import GivenTransforms, with_own_transforms
-from dino_lightning.data.read_splits import Splits, read_splits
+from dino_lightning.data.read_splits import Splits, splits_of
 from dino_lightning.data.sampling import repeats_in_words
+from dino_lightning.data.sizes import Canvas, CanvasMode, largest_sides
 from dino_lightning.data.split_loaders import SplitLoaders
-from dino_lightning.data.splits import Given
+from dino_lightning.data.split_sets import image_caches, split_sets
 from dino_lightning.data.stored_options import check_stored, storable
 from dino_lightning.data.tables import class_table, summary
-from dino_lightning.data.transforms import Canvas, CanvasMode, eval_transform
+from dino_lightning.data.transforms import eval_transform
 from dino_lightning.data.worst_case import blank_batch, largest_canvas, most_boxes, turns
-from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
-
-MAX_ASPECT_RATIO = 8  # of images kept scaled down for stretching
 
 
 class CocoDataModule(SplitLoaders):
@@ -157,28 +152,8 @@ class CocoDataModule(SplitLoaders):
         super().__init__()
         check_stored(root, transforms)
         self.save_hyperparameters(storable(options, from_datasets=self._given is not None))
-        check_options(
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            image_size=image_size,
-            max_size=max_size,
-            fixed_size=fixed_size,
-            fixed_size_mode=fixed_size_mode,
-            pad_to_multiple=pad_to_multiple,
-            num_workers=num_workers,
-            cache_gigabytes=cache_gigabytes,
-            val_fraction=val_fraction,
-            crowd=crowd,
-            box_format=box_format,
-            on_bad_image=on_bad_image,
-            drawn_plans=drawn_plans,
-            aspect_buckets=aspect_buckets,
-            mosaic=mosaic,
-            repeat_factor_threshold=repeat_factor_threshold,
-        )
+        check_options(**options)
         canvas = None if fixed_size is None else Canvas(fixed_size, fixed_size_mode)
-        if not root and self._given is None:
-            raise DataError("root is empty; give the folder of the dataset, or . for the working directory.")
         self.root = root
         self.repeat_factor_threshold = repeat_factor_threshold
         self.mosaic = mosaic
@@ -190,22 +165,7 @@ class CocoDataModule(SplitLoaders):
         self.pad_to_multiple = pad_to_multiple
         self.aspect_buckets = aspect_buckets
 
-        given: dict[str, Given] = {
-            "root": root,
-            "train_annotations": train_annotations,
-            "train_images": train_images,
-            "val_annotations": val_annotations,
-            "val_images": val_images,
-            "test_annotations": test_annotations,
-            "test_images": test_images,
-        }
-        splits = self._given or read_splits(
-            given,
-            val_fraction=val_fraction,
-            seed=seed,
-            files_must_exist=on_bad_image == "error",
-            options=ReadOptions(crowd, box_format, class_choice(classes, merge_classes), drop_empty),
-        )
+        splits = self._given or splits_of(options)
         for note in splits.notes:
             rank_zero_info(note)
         for repair in splits.repairs:
@@ -213,10 +173,7 @@ class CocoDataModule(SplitLoaders):
         self.classes = splits.classes
         self.split_files = dict(splits.files)
 
-        if fixed_size is not None and fixed_size_mode == "pad":
-            image_size, max_size = min(image_size, fixed_size), min(max_size, fixed_size)
-        elif fixed_size is not None:
-            image_size = max_size = fixed_size
+        image_size, max_size = largest_sides(image_size, max_size, fixed_size, fixed_size_mode)
         self.image_size, self.max_size = image_size, max_size
         self.stretch_to = fixed_size if fixed_size_mode == "stretch" else None
         training = with_own_transforms(
@@ -224,27 +181,15 @@ class CocoDataModule(SplitLoaders):
         )
         # as `detect` and `predict` resize, which know of no canvas but that of stretching
         evaluation = eval_transform(image_size, max_size, canvas if self.stretch_to is not None else None)
-        # what is stretched to a square needs its short side in full
-        cached_long_side = max_size if self.stretch_to is None else MAX_ASPECT_RATIO * self.stretch_to
-        make = partial(CocoDetection, classes=self.classes, on_bad_image=on_bad_image)
-        self.train_set = make(
-            splits.train,
-            transform=training,
-            with_ground_truth=False,
-            cache=image_cache(cache_dir, image_size, cached_long_side, cache_gigabytes),
-            reader=self._readers.get("train"),
+        self.train_set, self.val_set, self.test_set = split_sets(
+            splits,
+            self._readers,
+            training=training,
+            evaluation=evaluation,
+            on_bad_image=on_bad_image,
+            caches=image_caches(cache_dir, image_size, max_size, cache_gigabytes, stretch_to=self.stretch_to),
         )
         self.drawn_plans = None if not drawn_plans else WithDrawnPlans(self.train_set, count=drawn_plans)
-        # in evaluation an image is resized once, so it is kept as it is evaluated
-        make = partial(
-            make,
-            transform=evaluation,
-            cache=image_cache(cache_dir, image_size, max_size, cache_gigabytes, stretch_to=self.stretch_to),
-        )
-        self.val_set = make(splits.val, reader=self._readers.get("val"))
-        self.test_set = None
-        if splits.test is not None:
-            self.test_set = make(splits.test, reader=self._readers.get("test"))
         if repeat_factor_threshold is not None:
             source = self.train_set.annotations
             labels = self.classes.labels_of(source)
@@ -284,9 +229,7 @@ class CocoDataModule(SplitLoaders):
             DataError: an entry of a dataset is something else; the message says which.
             ValueError: an option is out of range, or is about files.
         """
-        about_files = [name for name in options if name in OF_FILES]
-        if about_files:
-            raise ValueError(f"{about_files[0]} is about files on disk, and there are none behind from_datasets.")
+        refuse_options_of_files(options)
         datasets = {"train": train, "val": val, "test": test}
         module = cls.__new__(cls)
         module._given = read_datasets(datasets, class_names)
@@ -357,8 +300,9 @@ class CocoDataModule(SplitLoaders):
 
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""
-        return class_table(self.train_set, self.val_set)
+        return class_table(self.classes, self.train_set.annotations, self.val_set.annotations)
 
     def summary(self) -> str:
         """One line per split: what it holds and where it comes from."""
-        return summary({"train": self.train_set, "val": self.val_set, "test": self.test_set})
+        test = None if self.test_set is None else self.test_set.annotations
+        return summary({"train": self.train_set.annotations, "val": self.val_set.annotations, "test": test})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import Classes, check_classes
 from dino_lightning.data.coco import CocoAnnotations, ground_truth
+from dino_lightning.data.image_files import FEW_IMAGES, available_cores
 from dino_lightning.data.images import read_image
 from dino_lightning.data.transforms import LabelledImage, Transform
 from dino_lightning.errors import DataError
 from dino_lightning.structures import GroundTruth, Notice
 
 UNREADABLE = "unreadable"  # kind of notice
-FEW_IMAGES = 200  # read so quickly that a progress bar is of no use
 Draw = Sequence[int]  # index and seed, and in a batch of one orientation whether that is landscape
 
 
@@ -231,8 +230,3 @@ class CocoDetection(Dataset[Sample]):
         height, width = source.images[index].size
         boxes_xyxy = np.clip(source.boxes_xyxy[rows], 0, [width, height, width, height]).astype(np.float32)
         return torch.from_numpy(boxes_xyxy), torch.from_numpy(self._labels[rows])
-
-
-def available_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning.data.dataset import Sample, available_cores
+from dino_lightning.data.dataset import Sample
+from dino_lightning.data.image_files import available_cores
 from dino_lightning.data.sampling import TrainSampler
 from dino_lightning.errors import FROM_A_LOADER, DataError
 from dino_lightning.interrupts import ctrl_c_left_to_this_process

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from dino_lightning.data.box_formats import BoxFormat
-from dino_lightning.data.cache import ImageCache
-from dino_lightning.data.transforms import Canvas
-from dino_lightning.errors import DataError
-from dino_lightning.files import unwritable
+from dino_lightning.data.sizes import Canvas
 
 AT_LEAST_ONE = ("batch_size", "val_batch_size", "image_size", "max_size", "fixed_size", "pad_to_multiple")
 OF_FILES = (  # what `from_datasets` has no use for
@@ -56,27 +53,15 @@ def check_options(**options: Any) -> None:
         raise ValueError(f"repeat_factor_threshold is {threshold}; it must be more than 0 and at most 1.")
 
 
-def image_cache(
-    folder: str | None, image_size: int, max_size: int, gigabytes: float, *, stretch_to: int | None = None
-) -> ImageCache | None:
-    """The cache in a folder, or None without one.
+def refuse_options_of_files(options: Iterable[str]) -> None:
+    """Refuse options that are about files on disk, where there are datasets in their place.
 
     Args:
-        folder: where it lies.
-        image_size: short side in pixels that images are kept at.
-        max_size: limit of their long side in pixels.
-        gigabytes: limit of the folder.
-        stretch_to: side in pixels of the square that they are kept as instead.
+        options: their names.
 
     Raises:
-        DataError: the folder cannot be written to.
+        ValueError: names the first one.
     """
-    if folder is None:
-        return None
-    try:
-        limit = int(gigabytes * 1e9)
-        return ImageCache(
-            Path(folder), image_size=image_size, max_size=max_size, max_bytes=limit, stretch_to=stretch_to
-        )
-    except OSError as error:
-        raise DataError(f"cache_dir: {unwritable(folder, error, 'folder')}") from error
+    about_files = [name for name in options if name in OF_FILES]
+    if about_files:
+        raise ValueError(f"{about_files[0]} is about files on disk, and there are none behind from_datasets.")

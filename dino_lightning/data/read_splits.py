@@ -22,6 +22,9 @@ from dino_lightning.errors import DataError
 
 MOST_ALIKE = 3  # sentences of one kind about one file; more are one sentence with their number
 NAMES_SHOWN = 5  # of classes, in one sentence
+FILES = (  # the options that name files
+    "root", "train_annotations", "train_images", "val_annotations", "val_images", "test_annotations", "test_images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,24 @@ def read_splits(
             f"held out for validation (val_fraction {val_fraction}, seed {seed})."
         )
     return Splits(classes, train, val, found.get("test"), tuple(notes), tuple(repairs), files)
+
+
+def splits_of(options: Mapping[str, Any]) -> Splits:
+    """The splits that options of the data module name, all of them given by name.
+
+    Raises:
+        DataError: something is wrong with the files; the message says what, where, and how to see everything.
+        ValueError: the choice of classes contradicts itself.
+    """
+    if not options["root"]:
+        raise DataError("root is empty; give the folder of the dataset, or . for the working directory.")
+    return read_splits(
+        {name: options[name] for name in FILES},
+        val_fraction=options["val_fraction"],
+        seed=options["seed"],
+        files_must_exist=options["on_bad_image"] == "error",
+        options=read_options(options),
+    )
 
 
 def split_options(given: Mapping[str, Given]) -> dict[str, tuple[Given, str | None]]:

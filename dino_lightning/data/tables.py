@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from dino_lightning.console import aligned
-from dino_lightning.data.dataset import CocoDetection
+from dino_lightning.data.classes import Classes
+from dino_lightning.data.coco import CocoAnnotations
 
 TABLE_ROWS = 12
 
 
-def class_table(train: CocoDetection, val: CocoDetection) -> str:
+def class_table(classes: Classes, train: CocoAnnotations, val: CocoAnnotations) -> str:
     """Category id, label, name, and the number of training and validation boxes of each class."""
-    counts = zip(_boxes_per_label(train), _boxes_per_label(val), strict=True)
+    counts = zip(_boxes_per_label(classes, train), _boxes_per_label(classes, val), strict=True)
     rows = [["category_id", "label", "name", "train boxes", "val boxes"]]
     rows += [
         [str(category_id), str(label), name, str(training), str(validation)]
         for label, (category_id, name, (training, validation)) in enumerate(
-            zip(train.classes.category_ids, train.classes.names, counts, strict=True)
+            zip(classes.category_ids, classes.names, counts, strict=True)
         )
     ][:TABLE_ROWS]
-    hidden = len(train.classes) - TABLE_ROWS
+    hidden = len(classes) - TABLE_ROWS
     return aligned(rows) + (f"\n... and {hidden} more" if hidden > 0 else "")
 
 
-def summary(splits: Mapping[str, CocoDetection | None]) -> str:
+def summary(splits: Mapping[str, CocoAnnotations | None]) -> str:
     """One line per split: what it holds and where it comes from."""
     return "\n".join(
-        f"{name}: {dataset.annotations.summary} ({dataset.annotations.path})"
-        for name, dataset in splits.items()
-        if dataset is not None
+        f"{name}: {annotations.summary} ({annotations.path})"
+        for name, annotations in splits.items()
+        if annotations is not None
     )
 
 
-def _boxes_per_label(dataset: CocoDetection) -> list[int]:
-    source = dataset.annotations
-    labels = torch.from_numpy(dataset.classes.labels_of(source)[source.usable & ~source.iscrowd])
-    return [int(count) for count in torch.bincount(labels, minlength=len(dataset.classes))]
+def _boxes_per_label(classes: Classes, annotations: CocoAnnotations) -> list[int]:
+    labels = classes.labels_of(annotations)[annotations.learnable]
+    return [int(count) for count in np.bincount(labels, minlength=len(classes))]

@@ -16,7 +16,8 @@ from dino_lightning.data.augmentation import (
 )
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.own_transforms import OwnTransforms
-from dino_lightning.data.transforms import Resize, Transform, resized_size
+from dino_lightning.data.sizes import resized_size
+from dino_lightning.data.transforms import Resize, Transform
 from dino_lightning.structures import Batch
 
 Size = tuple[int, int]  # (height, width) in pixels

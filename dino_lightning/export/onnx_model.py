@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dino_lightning.data.images import ImageLike, to_pixels
-from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
+from dino_lightning.data.sizes import Canvas
+from dino_lightning.data.transforms import LabelledImage, Transform, eval_transform
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
 

@@ -17,6 +17,7 @@ NOT_SERVED = (
     "lightning", "torchmetrics", "faster-coco-eval", "jsonargparse", "scipy", "matplotlib", "jinja2", "tensorboard",
 )  # fmt: skip
 SERVER = ("starlette>=0.41", "uvicorn>=0.30")  # the extra `serve`; a job, where nothing is installed, reads it here
+ONNX_RUNTIME = "onnxruntime>=1.18"  # of the extra `export`; only a model that is served with an ONNX file needs it
 HANDLER = "inference.py"
 # Of `sagemaker_entry`: the server, with what installs the requirements in an image that lacks them.
 ENTRY_FILES = (
@@ -24,6 +25,7 @@ ENTRY_FILES = (
     HANDLER,
     "serve.py",
     "container/__init__.py",
+    "container/constraints.txt",
     "container/install.py",
     "protocol/__init__.py",
     "protocol/job.py",
@@ -45,7 +47,7 @@ SERVE_FUNCTION_CODE = """serve() {
   exec python -m sagemaker_entry.serve --install
 }
 """
-SOURCES = (".py", ".yaml", ".typed", ".jinja", ".css", ".js", ".txt")
+SOURCES = (".py", ".yaml", ".json", ".typed", ".jinja", ".css", ".js", ".txt")
 WEIGHTS = ".pt"  # that come with the package: a job may start from them, a served model has its own
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, NoReturn
 
 from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco import Problem
+from dino_lightning.data.image_files import IMAGE_SUFFIXES, is_image
 from dino_lightning.data.image_places import choose_image_folder
-from dino_lightning.data.images import IMAGE_SUFFIXES, is_image
 from dino_lightning.data.reading.image_entries import read_images
 from dino_lightning.data.reading.json_file import read_tables
 from dino_lightning.data.reading.lossless import Conversions

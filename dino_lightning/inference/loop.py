@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dino_lightning.data.dataset import available_cores
+from dino_lightning.data.image_files import available_cores
 from dino_lightning.data.images import read_image
 from dino_lightning.detections import Detections, save_page
 from dino_lightning.errors import DataError

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from dino_lightning.data.classes import Classes, class_conflicts
 from dino_lightning.data.coco import CLIP_TOLERANCE, ROUNDING, CocoAnnotations, ImageEntry
 from dino_lightning.data.findings import Case
-from dino_lightning.data.images import is_image
-from dino_lightning.data.transforms import resized_size
+from dino_lightning.data.image_files import is_image
+from dino_lightning.data.sizes import resized_size
 from dino_lightning.inspection.image_facts import ImageFacts
 from dino_lightning.inspection.near_duplicates import same_images, similar_images
 from dino_lightning.inspection.report import SplitHealth, clipped_boxes, learnable_boxes, learnable_boxes_per_image

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dino_lightning.data.dataset import available_cores
+from dino_lightning.data.image_files import available_cores
 from dino_lightning.inspection.class_shapes import rows_of_each
 from dino_lightning.inspection.pictures import Picture, picture_of_class
 from dino_lightning.inspection.report import HealthReport, SplitHealth, learnable_boxes

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from dino_lightning.data.dataset import available_cores
-from dino_lightning.data.images import EXIF_ORIENTATION, decode_bytes, open_image, read_bytes
+from dino_lightning.data.image_files import EXIF_ORIENTATION, available_cores, open_image, read_bytes
+from dino_lightning.data.images import decode_bytes
 from dino_lightning.errors import DataError
 from dino_lightning.inspection.jpeg_damage import jpeg_damage
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +11,10 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
 from dino_lightning.model.backbone import pretrained_state
 from dino_lightning.model.timm_backbone import TimmBackbone, timm_state
-from dino_lightning.weights.download import interprocess_lock, is_address, local_file
+from dino_lightning.weights.download import interprocess_lock, local_file
 from dino_lightning.weights.load_report import CLASS_PART, LoadReport, part_of
+from dino_lightning.weights.places import PRETRAINED, is_library_name
 from dino_lightning.weights.reading import LoadedWeights, is_class_entry, read_weights
-
-PRETRAINED = "pretrained"
-_TORCHVISION_NAME = re.compile(r"(?:(\w+_Weights)\.)?([A-Z][A-Z0-9_]*)")
 
 
 def start_backbone_from(model: DINO, place: str) -> LoadReport:
@@ -94,17 +91,6 @@ def load_backbone(model: DINO, found: LoadedWeights, source: str | Path) -> Load
     model.backbone.load_state_dict(own)
     notes = ("Only the backbone is loaded; the rest of the detector is new.",)
     return LoadReport(f"{source}, a {found.source}", dict(counts), notes=(*found.notes, *notes))
-
-
-def needs_download(place: str) -> bool:
-    """Whether `place` is an address or names weights of torchvision or timm, rather than a path."""
-    return is_address(place) or is_library_name(place)
-
-
-def is_library_name(place: str) -> bool:
-    """Whether `place` names weights of torchvision or timm, rather than a file."""
-    known = place == PRETRAINED or _TORCHVISION_NAME.fullmatch(place) is not None
-    return known and not is_address(place) and not Path(place).exists()
 
 
 def _weights_of(backbone: str, place: str) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.weights.backbone_loading import is_library_name, load_backbone, start_backbone_from
+from dino_lightning.weights.backbone_loading import load_backbone, start_backbone_from
 from dino_lightning.weights.foreign_layouts import PROJECTS
 from dino_lightning.weights.load_report import CLASS_PART, LoadReport, part_of
+from dino_lightning.weights.places import is_library_name
 from dino_lightning.weights.reading import CLASS_BIAS, LoadedWeights, coco_names, is_class_entry, read_weights
 from dino_lightning.weights.sizes import differences
 from dino_lightning.weights.zoo import named, weights_file

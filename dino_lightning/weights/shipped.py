@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import atomic_write
 
@@ -94,6 +92,8 @@ def write_for_shipping(checkpoint: Mapping[str, Any], path: Path) -> str:
         "global_step": 0,
         "pytorch-lightning_version": checkpoint["pytorch-lightning_version"],
     }
+    import torch  # the rest of this module does without
+
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
     return hashlib.sha256(path.read_bytes()).hexdigest()

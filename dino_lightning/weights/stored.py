@@ -198,17 +198,20 @@ def check_hyperparameters(content: Mapping[str, Any], path: str | Path, *classes
     """
     unknown = check_settings(content["hyper_parameters"], path, *classes)
     if unknown:
-        raise CheckpointError(f"{path} {in_words(unknown, content)}; install the version that it was written by.")
+        raise CheckpointError(f"{path} {_in_words(unknown, content)}.")
 
 
-def in_words(unknown: Sequence[str], content: Mapping[str, Any]) -> str:
-    """What is said about hyperparameters that this version does not have."""
-    written = content.get(VERSION_KEY)
-    by = f" ({_short(written)})" if isinstance(written, str) else ""
-    return (
-        f"has hyperparameters that dino_lightning {package_version()} does not know, as a checkpoint of a newer "
-        f"version{by} has: {', '.join(map(_short, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}"
-    )
+def _in_words(unknown: Sequence[str], content: Mapping[str, Any]) -> str:
+    """What is said about hyperparameters that this version does not have, and about what may have them."""
+    written, own = content.get(VERSION_KEY), package_version()
+    if not isinstance(written, str) or written == "unknown":
+        advice = "it is of another version, or of a subclass of yours: load it with what it was written by"
+    elif written == own:
+        advice = "this version wrote it, so they are of a subclass of yours or of changed code: load it with that"
+    else:
+        advice = f"it was written by version {_short(written)}: install that one"
+    names = f"{', '.join(map(_short, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}"
+    return f"has hyperparameters that dino_lightning {own} does not know ({names}); {advice}"
 
 
 def missing_settings(content: Mapping[str, Any], *classes: type) -> list[str]:

@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import sha256_of
 from dino_lightning.weights.download import CacheError, cache_folder, downloaded_file, is_address, local_file
-from dino_lightning.weights.foreign_layouts import Layout
 from dino_lightning.weights.shipped import SHIPPED, shipped_file
+
+if TYPE_CHECKING:
+    from dino_lightning.weights.foreign_layouts import Layout
 
 STRIDES = {4: [8, 16, 32], 5: [4, 8, 16, 32]}  # of the backbone's maps, by the number of levels
 TABLE = Path(__file__).with_name("zoo.yaml")

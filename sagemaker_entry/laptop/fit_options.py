@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dino_lightning.cli.command import no_such_option
+from dino_lightning.console import lacks_secrets, without_secrets
+from dino_lightning.data.class_paths import class_paths
+from dino_lightning.training.option_checks import flat
 from sagemaker_entry.protocol.problem import Problem
 
 GROUPS = ("--data.", "--model.", "--trainer.", "--optimizer.", "--lr_scheduler.")
@@ -91,8 +94,6 @@ def refuse_for_a_job(options: Mapping[str, Any]) -> None:
     Raises:
         Problem: there is such an option.
     """
-    from dino_lightning.data.class_paths import class_paths  # imports torchvision
-
     for name in ("ckpt_path", "wandb", "mlflow"):
         if options.get(name) is not None:
             raise Problem(f"{name} is set in the configuration, but does not go along: {REFUSED[f'--{name}']}.")
@@ -110,3 +111,22 @@ def refuse_for_a_job(options: Mapping[str, Any]) -> None:
                 raise Problem(
                     f"--{name}: {path} is of a package that the job does not have; it has {', '.join(PACKAGES)}."
                 )
+
+
+def refuse_secrets(options: Mapping[str, Any]) -> None:
+    """Refuse passwords and signatures, which everyone who may describe the job would read in its parameters.
+
+    Args:
+        options: of `fit`, as parsed.
+
+    Raises:
+        Problem: an address has some.
+    """
+    for name, value in flat(options).items():
+        hidden = without_secrets(value)
+        if hidden != value or lacks_secrets(value):
+            raise Problem(
+                f"--{name} {hidden}: everyone who may look at the job would see the password or query of this address; "
+                "put the file into S3 and give s3://BUCKET/FILE, which the job reads with its role, or give a file of "
+                "this machine, which is uploaded."
+            )

@@ -1,46 +1,31 @@
-"""The training: configuration and dataset, checked on the laptop exactly as `fit` checks them."""
+"""The training: configuration and dataset, checked on the laptop as `fit` checks them."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 import yaml
 
-from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.cli.command import expected_errors, explain
 from dino_lightning.cli.config_files import config_path
-from dino_lightning.cli.lightning_cli import parsed_options
-from dino_lightning.cli.run_options import asked_for, check_metrics
-from dino_lightning.console import lacks_secrets, without_secrets
 from dino_lightning.data.class_paths import KNOWN_PACKAGES, class_paths
-from dino_lightning.data.transforms import resized_size
-from dino_lightning.model import DINO
-from dino_lightning.training.initial_weights import PLACES, starting_option
-from dino_lightning.training.resume import flat
-from dino_lightning.weights.backbone_loading import needs_download
+from dino_lightning.weights.places import PLACES, needs_download, starting_option
 from dino_lightning.weights.shipped import SHIPPED
 from dino_lightning.weights.zoo import at_hand, zoo
-from sagemaker_entry.laptop.fit_options import refuse_for_a_job
+from sagemaker_entry.laptop.checked import Checked, DatasetOnDisk
 from sagemaker_entry.laptop.length import Length, length_of
+from sagemaker_entry.laptop.plain_checks import checked_plainly
 from sagemaker_entry.protocol.problem import Problem
+
+if TYPE_CHECKING:
+    from dino_lightning import CocoDataModule
 
 DATA_PATHS = (
     "root", "train_annotations", "train_images", "val_annotations", "val_images", "test_annotations", "test_images",
 )  # fmt: skip
-# Options of the model that decide its operations, and those of the published DINO R50 4-scale, where all have their
-# defaults: 10^12 for an image, as `counted_operations` counts them (to 1 percent): counting takes seconds.
-ARCHITECTURE = (
-    "backbone", "backbone_norm", "feature_strides", "num_feature_levels", "hidden_dim", "num_heads", "num_points",
-    "ffn_dim", "num_encoder_layers", "num_decoder_layers", "num_queries", "query_groups",
-)  # fmt: skip
-PUBLISHED_CONSTANT, PUBLISHED_PER_PIXEL = 0.0208, 5.11e-7
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,7 @@ class Training:
     config: str
     arguments: tuple[str, ...]
     weights: dict[str, Path]
-    data: CocoDataModule
+    data: CocoDataModule | DatasetOnDisk
     options: Mapping[str, Any]
     length: Length
     batch_size: int
@@ -114,22 +99,13 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         raise Problem("--data is needed: the folder of the dataset.")
     given = [f"--data.root={data}"] if data is not None else []
     try:
-        as_parsed = parsed_options(["--config", str(file), *extra, *given])
-        parsed = as_parsed.as_dict()
-        _refuse_secrets(parsed)
-        refuse_for_a_job(parsed)
-        module_options, data_options = parsed["model"], parsed["data"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the printed summary counts the repairs
-            dataset = CocoDataModule(**data_options)
-        _check_callbacks(as_parsed, dataset)
-        image_size = mean_size(dataset)
-        teraflops, parameters = forward_cost(module_options, dataset)
+        checked = _checked(["--config", str(file), *extra, *given])
     except expected_errors() as error:
         raise Problem(explain(error)) from error
     except (ValueError, TypeError) as error:
         raise Problem(str(error)) from error
-    trainer = parsed["trainer"]
+    parsed, dataset = checked.options, checked.data
+    module_options, data_options, trainer = parsed["model"], parsed["data"], parsed["trainer"]
     length = length_of(parsed)
     if not length.max_epochs and not length.max_steps:
         raise Problem(
@@ -153,83 +129,22 @@ def check_training(config: str, data: str | None, extra: Sequence[str]) -> Train
         gpus_wanted=_processes(trainer),
         backbone=module_options["backbone"],
         start=_start(module_options, source, weights),
-        image_size=image_size,
-        teraflops=teraflops,
-        parameters=parameters,
+        image_size=checked.image_size,
+        teraflops=checked.teraflops,
+        parameters=checked.parameters,
         extras=_extras_of_transforms(data_options["transforms"]),
         fetched=_fetched(module_options, source, weights),
     )
 
 
-def _check_callbacks(options: Any, data: CocoDataModule) -> None:
-    """Refuse options that `fit` checks when it makes its callbacks.
+def _checked(arguments: Sequence[str]) -> Checked:
+    """All checks that `fit` makes; those of an ordinary training, all of whose values are right, without PyTorch."""
+    checked = checked_plainly(arguments)
+    if checked is None:
+        from sagemaker_entry.laptop.fit_checks import checked_by_fit  # imports PyTorch and Lightning: seconds
 
-    Raises:
-        ValueError: a metric that does not exist, or a value out of range.
-        Problem: an accumulation that --auto_batch_size would have to choose.
-    """
-    check_metrics(options, data.class_names)
-    asked_for(options, fitting=True)
-    accumulated = options.trainer.accumulate_grad_batches
-    if options.auto_batch_size is not None and accumulated != 1:
-        raise Problem(
-            "--auto_batch_size chooses the accumulation itself: leave out "
-            f"trainer.accumulate_grad_batches={accumulated}, or set data.batch_size yourself."
-        )
-
-
-def _refuse_secrets(options: Mapping[str, Any]) -> None:
-    """Refuse passwords and signatures, which everyone who may describe the job would read in its parameters."""
-    for name, value in flat(options).items():
-        hidden = without_secrets(value)
-        if hidden != value or lacks_secrets(value):
-            raise Problem(
-                f"--{name} {hidden}: everyone who may look at the job would see the password or query of this address; "
-                "put the file into S3 and give s3://BUCKET/FILE, which the job reads with its role, or give a file of "
-                "this machine, which is uploaded."
-            )
-
-
-def mean_size(data: CocoDataModule) -> tuple[int, int]:
-    """Mean (height, width) of the training images as the model gets them, in pixels."""
-    sizes = np.array(
-        [resized_size(image.size, data.image_size, data.max_size) for image in data.train_set.annotations.images]
-    )
-    height, width = (max(32, round(float(side))) for side in sizes.mean(axis=0))
-    return height, width
-
-
-def forward_cost(model: dict[str, Any], data: CocoDataModule) -> tuple[float, int]:
-    """(10^12 floating-point operations of a forward pass of one image of average size, trainable parameters).
-
-    From a table for the published architecture; else counted on fake tensors, so that the pass needs neither memory nor
-    time; the model is a real one, because some backbones read values while they are built. A multiply-add counts as two
-    operations.
-    """
-    height, width = mean_size(data)
-    module = DINOModule(num_classes=data.num_classes, **{k: v for k, v in model.items() if k != "num_classes"})
-    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    given = {name: tuple(value) if isinstance(value := model.get(name), list) else value for name in ARCHITECTURE}
-    if all(value == _default(name) for name, value in given.items()):
-        return (PUBLISHED_CONSTANT + PUBLISHED_PER_PIXEL * height * width), parameters
-    return counted_operations(module, height, width), parameters
-
-
-def counted_operations(module: DINOModule, height: int, width: int) -> float:
-    """10^12 operations of a forward pass of one image of this size, counted; freezes the module."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # both cost seconds, with what they import
-    from torch.utils.flop_counter import FlopCounterMode
-
-    module.requires_grad_(False).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-        image = torch.zeros(3, height, width, dtype=torch.uint8)
-        module.model(Batch.from_images([image]))
-    return float(counter.get_total_flops()) / 1e12
-
-
-def _default(name: str) -> Any:
-    """The default of an option of the model: that of the published DINO R50 4-scale."""
-    return inspect.signature(DINO).parameters[name].default
+        checked = checked_by_fit(arguments)
+    return checked
 
 
 def _existing_config(config: str) -> Path:

@@ -17,7 +17,7 @@ from PIL import Image
 from dino_lightning.boxes import normalized_cxcywh_to_xyxy, xyxy_to_normalized_cxcywh
 from dino_lightning.data import CocoDataModule, Sample, collate
 from dino_lightning.data.loading import default_workers
-from dino_lightning.data.transforms import resized_size
+from dino_lightning.data.sizes import resized_size
 from dino_lightning.errors import DataError
 from dino_lightning.structures import Batch
 from tests.data.small_coco import annotation, document, write_images, write_json, write_split

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dino_lightning.data import CocoDataModule
 from dino_lightning.data.annotation_file import load_coco
 from dino_lightning.data.hazards import hazards
-from dino_lightning.data.transforms import resized_size
+from dino_lightning.data.sizes import resized_size
 from tests.data.small_coco import annotation, document, write_images, write_json
 
 

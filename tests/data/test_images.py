@@ -11,7 +11,8 @@ from PIL import Image
 
 from dino_lightning.data import read_image
 from dino_lightning.data.cache import ImageCache
-from dino_lightning.data.images import read_bytes, to_pixels
+from dino_lightning.data.image_files import read_bytes
+from dino_lightning.data.images import to_pixels
 from dino_lightning.errors import DataError
 
 GRADIENT = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)

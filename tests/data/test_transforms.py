@@ -16,8 +16,8 @@ from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 from dino_lightning.data import augmentation, eval_transform, random_geometry, train_transform
 from dino_lightning.data import scan_noise as ink
 from dino_lightning.data.random_geometry import careful_crop
+from dino_lightning.data.sizes import Canvas, resized_size
 from dino_lightning.data.transforms import (
-    Canvas,
     LabelledImage,
     crop,
     flip_horizontal,
@@ -25,7 +25,6 @@ from dino_lightning.data.transforms import (
     quarter_turns,
     resize,
     resize_pixels,
-    resized_size,
     rotate,
 )
 

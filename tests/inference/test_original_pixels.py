@@ -14,6 +14,7 @@ from torch import nn
 from dino_lightning import CocoDataModule, DINOModule, load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.structures import Batch, ModelOutput
+from dino_lightning.training.detection import take_from_data
 from tests.conftest import TINY_ARGS, TINY_SIZES
 from tests.data.small_coco import annotation, write_json
 
@@ -75,7 +76,7 @@ def test_evaluation_and_detect_agree_with_the_file(mode, sizes):
         dataset(Path(folder), sizes)
         data = CocoDataModule(root=folder, val_batch_size=2, **WIDE, **MODES[mode])
         module = finder()
-        module._take_from_data(data)
+        take_from_data(module.hparams, data)
         by_id = {}
         for batch in data.val_dataloader():
             by_id |= dict(zip(batch.image_ids, zip(module(batch), batch.image_sizes, strict=True), strict=True))

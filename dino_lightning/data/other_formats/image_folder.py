@@ -10,8 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dino_lightning.data.dataset import FEW_IMAGES, available_cores
-from dino_lightning.data.images import EXIF_ORIENTATION, open_image, open_regular
+from dino_lightning.data.image_files import EXIF_ORIENTATION, FEW_IMAGES, available_cores, open_image, open_regular
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
 from dino_lightning.files import unreadable

@@ -10,8 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dino_lightning.data.dataset import FEW_IMAGES
-from dino_lightning.data.images import is_image
+from dino_lightning.data.image_files import FEW_IMAGES, is_image
 from dino_lightning.data.other_formats.image_folder import counted, displayed_sizes, first_of, names_in
 from dino_lightning.data.other_formats.voc_file import VocFile, VocObject, read_voc_file
 from dino_lightning.data.other_formats.voc_layout import (

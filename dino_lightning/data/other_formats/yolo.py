@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dino_lightning.data.dataset import available_cores
+from dino_lightning.data.image_files import available_cores
 from dino_lightning.data.other_formats.image_folder import counted, displayed_sizes, first_of, names_in, read_text
 from dino_lightning.data.other_formats.yolo_labels import LabelledBox, parse_labels
 from dino_lightning.data.other_formats.yolo_layout import (

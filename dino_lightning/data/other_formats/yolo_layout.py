@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dino_lightning.data.images import is_image
+from dino_lightning.data.image_files import is_image
 from dino_lightning.data.other_formats.image_folder import (
     exists,
     is_inside,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from dino_lightning.data.images import is_image
+from dino_lightning.data.image_files import is_image
 
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the name of an uploaded file
 DRIVE = re.compile(r"^[A-Za-z]:")

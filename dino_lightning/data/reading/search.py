@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dino_lightning.data.images import is_image
+from dino_lightning.data.image_files import is_image
 from dino_lightning.data.reading.file_names import match_names
 from dino_lightning.data.split_files import is_file
 

@@ -3,12 +3,9 @@
 import pytest
 
 from dino_lightning import DINOModule
-from sagemaker_entry.laptop.training_config import (
-    PUBLISHED_CONSTANT,
-    PUBLISHED_PER_PIXEL,
-    check_training,
-    counted_operations,
-)
+from sagemaker_entry.laptop.fit_checks import counted_operations
+from sagemaker_entry.laptop.model_size import PUBLISHED_CONSTANT, PUBLISHED_PER_PIXEL
+from sagemaker_entry.laptop.training_config import check_training
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "convnext_tiny")]
 
