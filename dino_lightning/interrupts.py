@@ -59,6 +59,12 @@ def handle_ctrl_c() -> None:
         sys.excepthook, sys.unraisablehook = _uncaught, _unraisable
 
 
+def ctrl_c_came() -> bool:
+    """Whether Ctrl-C has come to this process, and ends it, as far as `CtrlC` handles it."""
+    handler = signal.getsignal(signal.SIGINT)
+    return isinstance(handler, CtrlC) and handler.presses > 0
+
+
 def ended(exit_code: int) -> int:
     """Note that the program's work is done: Ctrl-C must not disturb Python's own end; returns the exit code."""
     handler = signal.getsignal(signal.SIGINT)
@@ -91,7 +97,8 @@ def _unraisable(problem: Any) -> None:
 def ctrl_c_left_to_this_process() -> Iterator[None]:
     """Processes that are started inside never get Ctrl-C, which a terminal sends to all: their parent ends them.
 
-    The signal is held back here for that time, as children inherit what is held back, and never get it.
+    The signal is held back here for that time, as children inherit what is held back, and never get it, unless they
+    call `let_ctrl_c_in`.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
@@ -101,3 +108,12 @@ def ctrl_c_left_to_this_process() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_ctrl_c_in() -> None:
+    """Get Ctrl-C from here on, and at once if it came before, in a process that was started with it held back.
+
+    So a process of which Python itself still starts when Ctrl-C comes has no traceback.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -9,9 +9,7 @@ Until `install` has run, only the standard library and torch may be imported.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,13 +19,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from dino_lightning.files import remove_unfinished
 from sagemaker_entry.container.channels import data_options, read_job
-from sagemaker_entry.container.environment import Environment, failure_file, read_environment
+from sagemaker_entry.container.environment import Environment, child_environment, failure_file, read_environment
 from sagemaker_entry.container.failure import Failure, first_cause, read_records, write_failure_file
 from sagemaker_entry.container.install import install, require_torch
+from sagemaker_entry.container.stopping import StopRequested, StopSignal, kill, run_child
 from sagemaker_entry.container.worker_settings import BEST, LAST, WorkerSettings
 from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.job import PACKAGES_CHANNEL, Job
@@ -40,38 +39,6 @@ STOPPED = 143  # exit code of a process terminated by SIGTERM
 SECONDS_TO_SAVE = 100.0  # SageMaker sends SIGKILL 120 seconds after SIGTERM
 MASTER_PORT = 7777
 SECONDS_TO_MEET = 900.0  # for all training processes to start and find each other
-# Variables of another launcher, which would give the training processes a wrong rank.
-STRAY = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DINO_LIGHTNING_RUN_DIR",
-)  # fmt: skip
-STRAY_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_")
-
-
-class StopRequested(Exception):
-    """SIGTERM arrived before training began."""
-
-
-class StopSignal:
-    """Handles SIGTERM and Ctrl-C: `at` is the time of the first one, None before; `at_once` after a second Ctrl-C."""
-
-    def __init__(self) -> None:
-        self.at: float | None = None
-        self.at_once = False
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.at is None:
-            self.at = time.monotonic()
-            say(f"received {signal.Signals(number).name}: saving a checkpoint and stopping")
-        elif number == signal.SIGINT:
-            self.at_once = True
-
-    def check(self) -> None:
-        """Raise `StopRequested` if a signal has arrived."""
-        if self.at is not None:
-            raise StopRequested
 
 
 @dataclass(frozen=True)
@@ -89,7 +56,7 @@ def say(text: str) -> None:
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Run the job on this host; returns the exit code: 0, 1 after a failure, 143 after a stop."""
-    stop = StopSignal()
+    stop = StopSignal(say)
     failure_path = failure_file(environ)
     failure_path.unlink(missing_ok=True)
     if os.getpid() != 1 and failure_path.is_relative_to("/opt/ml"):
@@ -149,7 +116,7 @@ def _run(
             f"{environment.instance_type or 'unknown instance type'}, job {environment.job_name}"
         )
         wheels = environment.channels.get(PACKAGES_CHANNEL)
-        install(Path.cwd(), run=lambda command: _run_child(command, stop), wheels=wheels)
+        install(Path.cwd(), run=lambda command: run_child(command, stop), wheels=wheels)
         job = read_job(environment, arguments)
         processes = _processes(environment, job, environ)
         stop.check()
@@ -226,7 +193,9 @@ def _train(
     command += _rendezvous(environment, processes)
     command += ["--max_restarts=0", "-m", "sagemaker_entry.container.worker", str(settings_file)]
     # In its own session, so that Ctrl-C in a terminal reaches this process alone.
-    child = subprocess.Popen(command, env=child_environment(environ, environment), start_new_session=True)
+    child = subprocess.Popen(
+        command, env=child_environment(environ, environment, settings.run_dir), start_new_session=True
+    )
     started = time.monotonic()
     remote: Failure | None = None
     while child.poll() is None:
@@ -234,19 +203,21 @@ def _train(
         if stop.at is not None:
             settings.flag.touch()
             if stop.at_once:
-                _kill(child)
+                kill(child)
+                _remove_unfinished(environment.checkpoint_dir)
                 say("stopped at once; the last checkpoint that was saved is kept")
                 return Outcome(stopped=True)
             if time.monotonic() - stop.at > SECONDS_TO_SAVE:
-                _kill(child)
+                kill(child)
+                _remove_unfinished(environment.checkpoint_dir)
                 say(f"no checkpoint was saved within {SECONDS_TO_SAVE:.0f} seconds; the previous one is kept")
                 return Outcome(stopped=True)
         remote = peers.remote_failure()
         if remote is not None:
             say("another host failed; stopping this one")
-            _kill(child)
+            kill(child)
         elif not settings.met.exists() and time.monotonic() - started > patience:
-            _kill(child)
+            kill(child)
             return Outcome(failure=_never_met(environment, processes, patience))
     if settings.saved.exists():
         say(f"checkpoint of step {settings.saved.read_text()} saved; stopped on request")
@@ -260,6 +231,13 @@ def _train(
         remote = peers.wait_for_remote_failure()  # the cause lies on another host, which may yet report it
     cause = first_cause([*failures, *([remote] if remote else [])])
     return Outcome(failure=cause)
+
+
+def _remove_unfinished(run_dir: Path) -> None:
+    """Remove what the training processes were writing when they were killed."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        for suffix in (".ckpt", ".csv", ".json", ".png", ".yaml"):
+            remove_unfinished(folder, suffix)
 
 
 def _positive(environ: Mapping[str, str], name: str, default: float) -> float:
@@ -318,45 +296,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def child_environment(environ: Mapping[str, str], environment: Environment) -> dict[str, str]:
-    """The environment variables of the training processes, without those that would give them a wrong rank."""
-    kept = {k: v for k, v in environ.items() if k not in STRAY and not k.startswith(STRAY_PREFIXES)}
-    interface = environment.network_interface
-    if len(environment.hosts) > 1:
-        kept["NCCL_HOSTID"] = environment.current_host  # by their host names, all "aws", NCCL may take them for one
-    if len(environment.hosts) > 1 and interface in (name for _, name in socket.if_nameindex()):
-        kept |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-    kept["PYTHONUNBUFFERED"] = "1"
-    kept["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), kept.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
-    return kept
-
-
-def _run_child(command: Sequence[str], stop: StopSignal) -> subprocess.CompletedProcess[str]:
-    """Run a command and capture its output.
-
-    Raises:
-        StopRequested: a stop signal arrived first; the command is killed.
-    """
-    with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        while child.poll() is None:
-            time.sleep(0.1)
-            if stop.at is not None:
-                _kill(child)
-                raise StopRequested
-        output.seek(0)
-        return subprocess.CompletedProcess(list(command), child.returncode, output.read())
-
-
-def _kill(child: subprocess.Popen[Any]) -> None:
-    """Kill a process and its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _write_model(environment: Environment, *, complete: bool) -> None:

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from dino_lightning.callbacks.run_loggers import unwritten
-from dino_lightning.files import atomic_write
+from dino_lightning.errors import UserError
+from dino_lightning.files import atomic_write, unreadable, why_unreadable
 
 
 class MetricsCsvResume(lightning.Callback):
@@ -26,6 +27,9 @@ class MetricsCsvResume(lightning.Callback):
         path: the file, read at once if `resuming`.
         copy: where the copy is kept.
         resuming: whether the run is resumed from a checkpoint.
+
+    Raises:
+        UserError: the file or its copy cannot be read, or the copy not written.
     """
 
     def __init__(self, *, path: Path, copy: Path, resuming: bool) -> None:
@@ -50,6 +54,8 @@ class MetricsCsvResume(lightning.Callback):
             with atomic_write(self.copy) as temporary:
                 shutil.copyfile(self.path, temporary)
         except OSError as error:
+            if (problem := why_unreadable(self.path)) is not None:
+                raise _unread(self.path, problem) from error
             raise unwritten(self.copy, error) from error
 
     def on_load_checkpoint(
@@ -76,13 +82,20 @@ class MetricsCsvResume(lightning.Callback):
             self._keep()
 
 
+def _unread(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} {unreadable(error)}, or move it away to resume without its rows.")
+
+
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[int]]:
     """The whole rows of a metrics file, and the line numbers of those that are not."""
     if not path.is_file():
         return [], []
     rows, broken = [], []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        lines = [line.replace("\0", "\N{REPLACEMENT CHARACTER}") for line in file]
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            lines = [line.replace("\0", "\N{REPLACEMENT CHARACTER}") for line in file]
+    except OSError as error:
+        raise _unread(path, error) from error
     reader = csv.DictReader(lines)
     for row in reader:
         cut = reader.line_num == len(lines) and not lines[-1].endswith("\n")  # a number may have lost its last digits

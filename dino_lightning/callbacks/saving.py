@@ -72,6 +72,11 @@ class GracefulCheckpoint(lightning.Callback):
 
     # ------------------------------------------------------------------ signals
 
+    @property
+    def asked_by(self) -> int:
+        """The signal that asked this process to stop; 0 if none has."""
+        return self._signal
+
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Remove what a killed process left, and switch off two parts of Lightning's loop that do harm here."""
         if trainer.is_global_zero:
@@ -114,7 +119,7 @@ class GracefulCheckpoint(lightning.Callback):
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        signal.signal(signal.SIGINT, self._second_ctrl_c)
+        signal.signal(signal.SIGINT, self._stop_at_once)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
@@ -123,6 +128,19 @@ class GracefulCheckpoint(lightning.Callback):
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _stop_at_once(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, self._second_ctrl_c)
+        try:
+            self._second_ctrl_c(number, frame)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.interrupted()) from None
+
+    def interrupted(self) -> str:
+        """What to say when the run ends at once: one sentence, with how to resume."""
+        if not self.checkpoint.exists():
+            return "Interrupted before a checkpoint was saved."
+        return f"Interrupted; resume from the last checkpoint that was saved with --ckpt_path {self.checkpoint}."
 
     # ------------------------------------------------------------------ steps
 

@@ -7,6 +7,8 @@ started by its own entry point has only the files. A variable takes precedence o
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,14 @@ from sagemaker_entry.protocol.problem import Problem
 
 NO_OPTIONS = ("sagemaker_", "_tuning_")  # beginnings of hyperparameters that SageMaker and its tuner add
 CODE_CHANNELS = ("code", "sm_drivers")  # added by the SDK, not by the user
+# Variables of another launcher, which would give the training processes a wrong rank.
+STRAY = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DINO_LIGHTNING_RUN_DIR",
+)  # fmt: skip
+STRAY_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_")
+KERNELS = "kernels"  # below the run folder: what a resumed job need not compile again
+KERNEL_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,31 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
         checkpoint_dir=Path(checkpoints),
         failure_file=failure_file(environ),
     )
+
+
+def child_environment(environ: Mapping[str, str], environment: Environment, run_dir: str) -> dict[str, str]:
+    """The environment variables of the training processes, without those that would give them a wrong rank.
+
+    Args:
+        environ: the environment variables of this process.
+        environment: the job, as seen from this host.
+        run_dir: the folder of the run, where compiled kernels are kept unless `environ` names another place.
+    """
+    kept = {k: v for k, v in environ.items() if k not in STRAY and not k.startswith(STRAY_PREFIXES)}
+    interface = environment.network_interface
+    if len(environment.hosts) > 1:
+        kept["NCCL_HOSTID"] = environment.current_host  # by their host names, all "aws", NCCL may take them for one
+    if len(environment.hosts) > 1 and interface in (name for _, name in socket.if_nameindex()):
+        kept |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    for variable, folder in KERNEL_CACHES.items():
+        # Of each host its own, since SageMaker copies the folders of all hosts to one place; the processes of a host
+        # share theirs, as Triton and PyTorch replace files whole.
+        kept.setdefault(variable, str(Path(run_dir) / KERNELS / environment.current_host / folder))
+    kept["PYTHONUNBUFFERED"] = "1"
+    kept["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), kept.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
+    return kept
 
 
 def _root(environ: Mapping[str, str]) -> Path:

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from dino_lightning.cli.command import INTERRUPTED
+from dino_lightning.cli.command import CommandParser
+from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def without_effect(parser: CommandParser, options: argparse.Namespace, used: Collection[str]) -> str | None:
+    """A sentence with the options that were given although they mean nothing on this machine; None without any.
+
+    Args:
+        parser: of the command.
+        options: what it has parsed.
+        used: the options that mean something, by their names in `options`.
+    """
+    given = [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings and action.dest not in used
+        if getattr(options, action.dest, action.default) != action.default
+    ]
+    if not given:
+        return None
+    names = f"{', '.join(given[:-1])} and {given[-1]} have" if len(given) > 1 else f"{given[0]} has"
+    return f"With --local, {names} no effect: everything runs on this machine, as it is, without AWS."
 
 
 def prepare_opt_ml(
@@ -50,21 +75,40 @@ def prepare_opt_ml(
         (configuration / f"{name}.json").write_text(json.dumps(content))
 
 
-def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> int:
-    """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled; returns its exit code.
+def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> tuple[int, int | None]:
+    """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled.
 
-    Ctrl-C stops it as SageMaker would: it saves a checkpoint first, and a second one stops it at once. Then the exit
-    code is 130.
+    Ctrl-C and SIGTERM stop it as SageMaker would: it saves a checkpoint first, and a second Ctrl-C stops it at once.
+
+    Returns:
+        Its exit code, which is 0 if it had only the model left to write; and the signal that asked it to stop, or None.
     """
     kept = {name: value for name, value in environ.items() if not name.startswith("SM_")}
     variables = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "local"}
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))  # the child gets it as well
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOPPING}
     try:
-        code = subprocess.Popen([sys.executable, "-m", "sagemaker_entry.train"], env=variables).wait()
+        with ctrl_c_left_to_this_process():  # `train` lets it in again, once it has handlers
+            # In its own session: a terminal would send Ctrl-C to it as well, or, while it starts, not to it.
+            child = subprocess.Popen(
+                [sys.executable, "-m", "sagemaker_entry.train"], env=variables, start_new_session=True
+            )
+        code = _wait(child, received)
     finally:
-        signal.signal(signal.SIGINT, before)
-    return INTERRUPTED if pressed and code else code
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, received[0] if received else None
+
+
+def _wait(child: subprocess.Popen[bytes], received: Sequence[int]) -> int:
+    """Wait for a process, and pass on to it what arrives in `received` meanwhile; returns its exit code."""
+    passed_on = 0
+    while True:
+        for number in received[passed_on:]:
+            child.send_signal(number)
+            passed_on += 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=0.1)
 
 
 def _link(link: Path, target: Path) -> None:

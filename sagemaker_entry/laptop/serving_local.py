@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dino_lightning.data.images import is_image
+from dino_lightning.cli.command import INTERRUPTED
+from dino_lightning.data.image_files import is_image
 from dino_lightning.files import atomic_write
+from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from sagemaker_entry.protocol.problem import Problem
 
 SECONDS_FOR_AN_ANSWER = 600
@@ -35,7 +37,7 @@ def _command(model: Path, port: int) -> list[str]:
 
 
 def serve_locally(path: str, port: int) -> int:
-    """Serve a model on this machine until Ctrl-C; returns the exit code of the server."""
+    """Serve a model on this machine until Ctrl-C; returns the exit code: then 0 if the server had begun, else 130."""
     model = model_folder(path)
     print(
         f"The server of an endpoint on this machine, without AWS: {model}\n\n"
@@ -43,13 +45,16 @@ def serve_locally(path: str, port: int) -> int:
         "Ctrl-C ends it.\n",
         flush=True,
     )
-    child = subprocess.Popen(_command(model, port))
+    with ctrl_c_left_to_this_process():
+        child = subprocess.Popen(_command(model, port))
     try:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:  # the terminal sends it to the child as well
-                continue
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        code = child.wait()
+        if code < 0:  # before it could say so itself
+            raise
+        return INTERRUPTED if code else 0
     finally:  # after SIGTERM, which comes to this process alone
         if child.poll() is None:
             child.terminate()
@@ -77,9 +82,11 @@ def transform_locally(path: str, images: str, output: str) -> int:
     if not files:
         raise Problem(f"{images} is no folder with images.")
     environ = {**os.environ, "SAGEMAKER_BATCH": "true", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        _command(model, 0), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as child:
+    with ctrl_c_left_to_this_process():
+        server = subprocess.Popen(
+            _command(model, 0), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    with server as child:
         try:
             port = _port_once_ready(child)
             broken = 0

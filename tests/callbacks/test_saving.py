@@ -17,6 +17,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from dino_lightning.__main__ import run
 from dino_lightning.callbacks import GracefulCheckpoint
+from dino_lightning.model.deformable_attention import set_implementation
 from tests.conftest import TINY_ARGS
 
 PATIENCE = 200  # seconds, on a loaded machine
@@ -184,9 +185,14 @@ def test_the_record_has_what_the_run_was_made_with(copied, rooms):
     assert first["from_step"] == 0 and first["packages"]["torch"] and first["command"]
     assert record["classes"] == [{"label": 0, "category_id": 1, "name": "room"}]
     assert record["data"]["train"]["images"] == 8 and len(record["data"]["train"]["sha256"]) == 64
-    assert run(["fit", "--run_dir", str(copied), "--ckpt_path", "last", "--trainer.max_epochs=5"]) == 0
+    set_implementation("pytorch")
+    try:
+        assert run(["fit", "--run_dir", str(copied), "--ckpt_path", "last", "--trainer.max_epochs=5"]) == 0
+    finally:
+        set_implementation("auto")
     again = json.loads((copied / "run.json").read_text())
     assert [start["from_step"] for start in again["starts"]] == [0, 32]
+    assert [start["deformable_attention"] for start in again["starts"]] == ["PyTorch", "PyTorch (as chosen)"]
     assert again["data"] == record["data"]
 
 

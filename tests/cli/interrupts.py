@@ -1,7 +1,8 @@
 """Ctrl-C, once and twice, at the stages of every command; `python -m tests.cli.interrupts [COMMAND...]` tries all.
 
-A stage is the moment when a function is called, or when a module is imported: the command runs with a `sitecustomize`
-that waits there for the signal, which is sent from outside to its whole group of processes, as a terminal does.
+A stage is the moment when a function is called, or when a module is imported, in the first process that comes there or
+in that of a program (`program@module:function`). The command runs with a `sitecustomize` that waits there for the
+signal, which is sent from outside to its whole group of processes, as a terminal does.
 """
 
 import hashlib
@@ -23,21 +24,15 @@ import torch
 import yaml
 from PIL import Image
 
-from dino_lightning.__main__ import COMMANDS, run
+from dino_lightning.__main__ import run
 from dino_lightning.floor_plans import write_rooms_dataset
+from tests.cli.interrupted_commands import END, MATRIX
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 PATIENCE = 120  # seconds for a command to reach a stage, or to end
 GAP = 0.1  # seconds between two presses
 PROJECT = Path(__file__).parents[2]
 CONTENT = bytes(4_000_000)  # of the weights to fetch
-END = "exit"  # the command has done its work, and Python ends
-START = ("argparse", "lightning.pytorch")  # imports
-SAVE, READ = "torch.serialization:_save", "dino_lightning.data.read_files:read_files"
-MODULE = "dino_lightning.training.module:"
-STEP, CHECK = MODULE + "DINOModule.training_step", MODULE + "DINOModule.validation_step"
-LOAD, WRITE = "dino_lightning.weights.reading:read_checkpoint", "dino_lightning.files:atomic_write"
-
 # Waits at a module or a function, in the first process that comes there. `weights get` fetches from a table of its own.
 SITE = """
 import atexit
@@ -48,10 +43,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-module, _, function = os.environ["INTERRUPT_AT"].partition(":")
+program, _, place = os.environ["INTERRUPT_AT"].rpartition("@")
+module, _, function = place.partition(":")
 
 
 def wait():
+    if program and program not in sys.orig_argv:
+        return
     try:
         os.close(os.open(os.environ["INTERRUPT_FILE"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -81,15 +79,18 @@ def change(loaded):
 
 class Finder:
     def __init__(self):
-        self.asked = set()
+        self.asking = False
 
     def find_spec(self, name, path=None, target=None):
-        if name not in (module, "dino_lightning.weights.zoo") or name in self.asked:
+        if name not in (module, "dino_lightning.weights.zoo") or self.asking:
             return None
-        self.asked.add(name)
-        if not function:
+        if name == module and not function:
             wait()
-        spec = find_spec(name)
+        self.asking = True  # more than once, as some look first whether a module is there
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         execute = spec.loader.exec_module
 
         def execute_and_change(loaded):
@@ -106,98 +107,6 @@ if module in sys.modules:
     change(sys.modules[module])
 sys.meta_path.insert(0, Finder())
 """
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line, in a folder of its own, and the stages at which it is interrupted.
-
-    Attributes:
-        arguments: of `python -m`; `{rooms}`, `{checkpoint}` and `{config}` are filled in.
-        stages: `module` (it is imported) or `module:function` (it is called), in the order of time.
-        saves: the stages at which it saves a checkpoint, and says how to resume.
-    """
-
-    arguments: tuple[str, ...]
-    stages: tuple[str, ...]
-    saves: tuple[str, ...] = ()
-
-
-def own(*arguments):
-    return ("dino_lightning", *arguments)
-
-
-FIT = (
-    *own("fit", "--data.root", "{rooms}", "--run_dir", "run", *TINY_ARGS),
-    *("--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--data.batch_size=2"),
-)
-DDP = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=20")
-FIT_STAGES = (READ, MODULE + "DINOModule.__init__", STEP, CHECK, SAVE)
-DRAW = ("dino_lightning.callbacks.learning_curves:draw_curves", "dino_lightning.files:save_figure")
-CLOSING = "dino_lightning.callbacks.learning_curves:LearningCurves.table"
-EVALUATED = ("--ckpt_path", "{checkpoint}", "--run_dir", "out", "--trainer.enable_progress_bar=false")
-EVALUATION = (*START, READ, LOAD, CHECK, "dino_lightning.report:write_report", WRITE, END)
-LOCAL = ("--config", "{config}", "--data", "{rooms}", "--local", "--local-dir", "ml")
-RESULTS, FORMATS = "dino_lightning.inference.results:", "dino_lightning.export.formats:"
-DIRECTORY = "dino_lightning.export.model_directory:write_model_directory"
-LAPTOP, CONTAINER = "sagemaker_entry.laptop.", "sagemaker_entry.container."
-LAUNCHED = (START[0], LAPTOP + "training_config:check_training")
-MATRIX = {
-    "fit": Command(
-        (*FIT, "--trainer.num_sanity_val_steps=0"),
-        (*START, "torch", *FIT_STAGES, *DRAW, CLOSING, END),
-        saves=(STEP, CHECK),
-    ),
-    "fit, 2 loaders": Command((*FIT, "--data.num_workers=2"), (CHECK, STEP, SAVE), saves=(CHECK, STEP)),
-    "fit, 2 processes": Command((*FIT, *DDP), FIT_STAGES, saves=(STEP, CHECK)),
-    "validate": Command(own("validate", *EVALUATED), EVALUATION),
-    "test": Command(own("test", *EVALUATED), EVALUATION),
-    "predict": Command(
-        own("predict", "--ckpt_path", "{checkpoint}", "--images", "{rooms}/val/images", "--num_workers=1"),
-        (*START, LOAD, RESULTS + "record", "dino_lightning.inference.loop:_draw", RESULTS + "write_results",
-         RESULTS + "_JsonList.close", END),
-    ),
-    "export": Command(
-        own("export", "--ckpt_path", "{checkpoint}", "--output", "model.onnx"),
-        (*START, LOAD, FORMATS + "write_onnx", "onnx:save_model", FORMATS + "run_onnx", END),
-    ),
-    "export, directory": Command(
-        own("export", "--ckpt_path", "{checkpoint}", "--format", "directory", "--output", "model"),
-        (LOAD, DIRECTORY, SAVE, END),
-    ),
-    "convert": Command(
-        own("convert", "--weights", "{checkpoint}", "--output", "published.pth"), (*START, LOAD, SAVE, END)
-    ),
-    "inspect": Command(
-        own("inspect", "--data.root", "{rooms}"),
-        (*START, READ, "dino_lightning.inspection.image_facts:facts_of_all", "dino_lightning.inspection.page:as_html",
-         WRITE, END),
-    ),
-    "preview": Command(
-        own("preview", "--data.root", "{rooms}"),
-        (*START, READ, "dino_lightning.visualization.panels:draw_panels", "matplotlib.figure:Figure.savefig", END),
-    ),
-    "rooms": Command(
-        own("rooms", "--root", "plans", "--num_train", "300"),
-        (START[0], "numpy", "dino_lightning.floor_plans.dataset:draw_plan", "PIL.Image:Image.save", END),
-    ),
-    "weights": Command(own("weights", "get", "served"), (START[0], "dino_lightning.weights.download:_read", END)),
-    "to_coco": Command(
-        own("to_coco", "--data.root", "{rooms}", "--output", "copy"),
-        (*START, READ, "json:dump", "shutil:copyfile", END),
-    ),
-    "launch --local": Command(
-        ("sagemaker_entry.launch", *LOCAL),
-        (*LAUNCHED, LAPTOP + "dataset_pack:write_dataset", CONTAINER + "environment:read_environment",
-         CONTAINER + "channels:data_options", STEP, SAVE, DIRECTORY, END),
-        saves=(STEP,),
-    ),
-    "launch --dry-run": Command(
-        ("sagemaker_entry.launch", *LOCAL[:4], "--dry-run"),
-        (*LAUNCHED, "boto3", LAPTOP + "start:make_plan", LAPTOP + "start:planned_job", END),
-    ),
-}  # fmt: skip
-assert {name.partition(",")[0] for name in MATRIX} == {*COMMANDS, "launch --local", "launch --dry-run"}
 
 
 class SlowServer:
@@ -258,7 +167,10 @@ class Interrupts:
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(SITE)
         checkpoint = folder / "trained" / "checkpoints" / "last.ckpt"
-        self.places = {"rooms": str(rooms), "checkpoint": str(checkpoint), "config": str(config)}
+        model = folder / "model"
+        assert run(["export", "--ckpt_path", str(checkpoint), "--format", "directory", "--output", str(model)]) == 0
+        places = {"rooms": rooms, "checkpoint": checkpoint, "config": config, "model": model}
+        self.places = {name: str(path) for name, path in places.items()}
 
     def run(self, command, stage, presses):
         """Interrupt a command at a stage; None if it ended before it came there."""
@@ -316,18 +228,16 @@ def wrong_words(text, code, stage, command, presses):
         for word in ("Traceback", "Exception ignored", "rror: ", "KeyboardInterrupt")
         if word in text
     ]
-    stops = (
-        128 + signal.SIGINT,
-        -signal.SIGINT,
-        *([0] if stage == END else []),
-        *([143] if "--local" in command.arguments else []),
-    )
+    # Python ends by SIGINT if it came while text was executed, or at its very end: to a shell that is 130 as well
+    stops = (128 + signal.SIGINT, -signal.SIGINT, *([0] if stage.endswith(END) else []))
+    if stage == command.served:
+        stops = (0,) if presses == 1 else (0, 128 + signal.SIGINT)  # twice: unless it has ended within seconds
     if code not in stops:
         wrong.append(f"exit code {code}")
     sentences = sum(line.startswith(("Interrupted", "Stopped")) for line in text.splitlines())
-    if stage != END and sentences != 1:
+    if not stage.endswith(END) and sentences != (stage != command.served or code != 0):
         wrong.append(f"{sentences} sentences of an interruption")
-    if presses == 1 and stage in command.saves and "esume" not in text:
+    if stage in (command.saves if presses == 1 else command.saved) and "esume" not in text:
         wrong.append("no way to resume")
     return wrong
 
@@ -340,7 +250,9 @@ def wrong_files(home):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text())
-            elif path.suffix in (".ckpt", ".pth") and path.name != "served.pth":
+            elif path.name.endswith("served.pth"):
+                assert path.read_bytes() == CONTENT
+            elif path.suffix in (".ckpt", ".pth"):
                 torch.load(path, weights_only=True)
             elif path.suffix == ".png":
                 Image.open(path).load()
@@ -381,6 +293,7 @@ def main():
                 found = interrupts.run(command, stage, presses)
                 if found is None:
                     print(f"{name:<18} {stage:<70} {presses}  NOT REACHED", flush=True)
+                    bad += 1
                     continue
                 runs, bad = runs + 1, bad + bool(found.wrong)
                 print(
