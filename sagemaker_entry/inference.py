@@ -14,6 +14,7 @@ import base64
 import binascii
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from dino_lightning import Detections, Detector, load_detector
-from dino_lightning.data.images import decode_image, open_image
+from dino_lightning.data.image_files import open_image
+from dino_lightning.data.images import decode_image
 from dino_lightning.errors import DataError
 
 JSON = "application/json"
@@ -38,6 +40,7 @@ KEYS = ("images", "threshold")
 LIMIT_PREFIX = "DINO_LIGHTNING_"
 OK, BAD_REQUEST, NOT_ACCEPTABLE, TOO_LARGE, UNSUPPORTED_TYPE = 200, 400, 406, 413, 415
 ONNX_FILE = "model.onnx"  # of `python -m dino_lightning export`, put beside the checkpoint
+log = logging.getLogger("serve")  # the server's
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -109,9 +112,14 @@ def model_fn(model_dir: str) -> Detector:
     """
     limits()
     exported = Path(model_dir) / ONNX_FILE
-    if exported.is_file() and not torch.cuda.is_available() and find_spec("onnxruntime") is not None:
-        return load_detector(exported)
-    return load_detector(Path(model_dir) / "model.ckpt", "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if exported.is_file() and device == "cpu":
+        if find_spec("onnxruntime") is not None:
+            log.info("ONNX Runtime computes, with %s, on the CPU", ONNX_FILE)
+            return load_detector(exported)
+        log.warning("%s is there, but onnxruntime is not installed", ONNX_FILE)
+    log.info("PyTorch computes, with model.ckpt, on the %s", "GPU" if device == "cuda" else "CPU")
+    return load_detector(Path(model_dir) / "model.ckpt", device)
 
 
 def input_fn(body: bytes | bytearray | str, content_type: str) -> Request | RequestError:

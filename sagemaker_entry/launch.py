@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dino_lightning.cli.command import INTERRUPTED, TERMINATED, run_command
+from dino_lightning.cli.command import SIGNAL_EXIT_CODE, run_command
 from sagemaker_entry.laptop import serving_commands
 from sagemaker_entry.laptop.parsers import (
     COMMANDS,
@@ -73,12 +73,23 @@ def _launch(args: Sequence[str]) -> int:
     from sagemaker_entry.laptop.launch_options import LaunchOptions
     from sagemaker_entry.laptop.training_config import check_training
 
+    if options.local_dir is not None and not options.local:
+        parser.error("--local-dir is the folder of --local, which is missing.")
     wanted = LaunchOptions(**{field.name: getattr(options, field.name) for field in fields(LaunchOptions)})
+    if options.local:
+        from sagemaker_entry.laptop.local_run import without_effect
+
+        _say_if(without_effect(parser, options, ("config", "data", "trial", "local", "local_dir", "dry_run", "yes")))
     training = check_training(options.config, options.data, given)
     print(f"{training.data.summary()}\n\n{training.data.class_table()}\n", flush=True)
     if options.local:
         return _run_locally(options, training)
     return _run_on_sagemaker(options, wanted, training)
+
+
+def _say_if(text: str | None) -> None:
+    if text is not None:
+        print(f"{text}\n", flush=True)
 
 
 def _run_locally(options: argparse.Namespace, training: Training) -> int:
@@ -88,6 +99,9 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     from sagemaker_entry.laptop.trial import local_report, trial_arguments
     from sagemaker_entry.protocol.job import Job
 
+    if options.dry_run:
+        print("Dry run: options and dataset are right; nothing was run.")
+        return 0
     root = Path(options.local_dir or tempfile.mkdtemp(prefix="opt-ml-")).resolve()
     print(f"The container's entry on this machine, without AWS, with {root} for /opt/ml\n", flush=True)
     stored = root / "dataset-as-in-s3"
@@ -97,13 +111,17 @@ def _run_locally(options: argparse.Namespace, training: Training) -> int:
     arguments = trial_arguments(training) if options.trial else training.arguments
     job = Job(arguments=arguments, hosts=1, trial=options.trial, weights=names)
     prepare_opt_ml(root, stored, training.config, job, weights)
-    code = run_locally(root)
+    code, stopped_by = run_locally(root)
+    if stopped_by is not None and code:
+        print(f"\nStopped. Resume: {COMMAND} ... --local --local-dir {root}")
+    elif stopped_by is not None:
+        print(f"\nInterrupted after the end of the training; nothing is missing in {root}")
+    if stopped_by is not None:
+        return SIGNAL_EXIT_CODE + stopped_by
     if code == 0 and options.trial:
         print(f"\n{local_report(root, work_of(training))}")
     elif code == 0:
         print(f"\nThe model as a job would leave it: {root / 'model'}")
-    elif code in (INTERRUPTED, TERMINATED):
-        print(f"\nStopped. Resume: {COMMAND} ... --local --local-dir {root}")
     return code
 
 
@@ -241,7 +259,12 @@ def _clean(account: Account, options: argparse.Namespace) -> int:
 
     bucket = options.bucket or f"sagemaker-{account.region}-{account.id}"
     stored = read_and_decide(
-        account, bucket, older_than=options.older_than, resumable=options.resumable, models=options.models
+        account,
+        bucket,
+        older_than=options.older_than,
+        resumable=options.resumable,
+        models=options.models,
+        trials=options.trials,
     )
     if not stored:
         print(f"Nothing of this program lies in s3://{bucket}.")

@@ -8,6 +8,11 @@ asks GET /execution-parameters. One thread computes, one request after another, 
 
 from __future__ import annotations
 
+from dino_lightning.interrupts import ended, handle_ctrl_c
+
+if __name__ == "__main__":
+    handle_ctrl_c()  # before the imports that take time
+
 import asyncio
 import json
 import logging
@@ -230,8 +235,10 @@ def serve(model_dir: Path, host: str, port: int, environ: Mapping[str, str] = os
         server.should_exit = True
 
     served.stop = stop
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends at them, and raises them once more at its end
+    for number in (signal.SIGTERM, signal.SIGINT):  # from uvicorn's end on
         signal.signal(number, lambda *_: None)
+    # uvicorn's own handler drops at a second Ctrl-C what it is answering, with a traceback
+    server.handle_exit = lambda sig, frame: stop()  # type: ignore[method-assign]
     server.run()
     if served.failure is not None:
         raise Problem(served.failure)
@@ -275,4 +282,4 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main(sys.argv[1:])))

@@ -10,13 +10,16 @@ from typing import Any
 from dino_lightning.console import aligned
 from sagemaker_entry.laptop.account import Account, explained
 from sagemaker_entry.laptop.follow import ENDED
-from sagemaker_entry.laptop.job_list import jobs_of_project
+from sagemaker_entry.laptop.job_list import jobs_of_project, running_jobs
 from sagemaker_entry.laptop.places import PREFIX
 from sagemaker_entry.protocol.manifest import MANIFEST
 from sagemaker_entry.protocol.problem import Problem
+from sagemaker_entry.protocol.trial import TRIAL_FILE
 
 SHARED = ("datasets", "code", "weights", "packages", "drivers")  # used by many runs; each is a folder by content
 OF_A_RUN = {"config": "configurations", "checkpoints": "checkpoints", "output": "models"}
+TRIAL = "trials"  # a folder for each trial, with its measurements
+ANSWERS = "answers"  # of batch transforms: never deleted
 OTHER = "other"  # not made by `launch`, or by another version of it: never deleted
 MOST_AT_ONCE = 1000  # keys in one request of S3
 
@@ -69,9 +72,13 @@ def find_stored(account: Account, bucket: str) -> list[Stored]:
 def _group(key: str) -> tuple[str, str]:
     """The kind of an object, and the folder with which it is kept or deleted."""
     parts = key.split("/")
+    if len(parts) > 4 and parts[1] == TRIAL:
+        return TRIAL, "/".join(parts[:4]) + "/"
     if len(parts) > 3 and parts[1] in SHARED:
         return parts[1], "/".join(parts[:3]) + "/"
     if len(parts) > 4 and parts[1] == "runs" and parts[3] in OF_A_RUN:
+        if len(parts) > 6 and parts[3:5] == ["output", "transform"]:
+            return ANSWERS, "/".join(parts[:6]) + "/"
         return OF_A_RUN[parts[3]], "/".join(parts[:4]) + "/"
     return OTHER, key.rpartition("/")[0] + "/"
 
@@ -85,26 +92,29 @@ def decide(
     older_than: float,
     resumable: bool,
     models: bool,
+    trials: bool = False,
     served: Iterable[str] = (),
 ) -> list[Stored]:
     """Say of everything that is kept why it is.
 
     Args:
         stored: what lies in the bucket.
-        jobs: the descriptions of all jobs, the newest first.
+        jobs: the descriptions of all jobs, first those that run, whoever has started them; the newest first.
         bucket: the bucket.
         now: the time.
         older_than: days; what was written later is kept, because a launch on another machine may be using it.
         resumable: whether also what stopped and failed jobs need to be resumed may be deleted.
         models: whether also models may be deleted.
+        trials: whether also the measurements of trials may be deleted that plans use.
         served: S3 addresses of models that SageMaker serves.
     """
     stored = list(stored)
     with_checkpoint = {each.prefix for each in stored if any(key.endswith(".ckpt") for key in each.keys)}
-    needed: dict[str, str] = {}  # key -> why
-    seen: set[str] = set()
+    needed: dict[str, str] = {}  # folder -> why
+    read: dict[str, str] = {}  # folder -> why; all that lies below it is needed
+    seen: set[str | None] = set()
     for job in jobs:
-        checkpoints = _key((job.get("CheckpointConfig") or {}).get("S3Uri", ""), bucket)
+        checkpoints = _key((job.get("CheckpointConfig") or {}).get("S3Uri") or "", bucket)
         name, status = job["TrainingJobName"], job["TrainingJobStatus"]
         continued = checkpoints in seen  # by a newer job
         seen.add(checkpoints)
@@ -114,35 +124,62 @@ def decide(
             why = f"{name} can be resumed"
         else:
             continue
-        for key in _used_by(job, bucket):
-            needed.setdefault(key, why)
-    needed |= {_key(uri, bucket): "SageMaker serves it" for uri in served}
-    return [replace(each, kept=_why_kept(each, needed, now, older_than, models)) for each in stored]
+        for uris, folders in ((_inputs(job), read), (_outputs(job), needed)):
+            for key in (_key(uri, bucket) for uri in uris):
+                if key is not None:
+                    folders.setdefault(key, why)
+    needed |= {key: "SageMaker serves it" for uri in served if (key := _key(uri, bucket)) is not None}
+    choosable = {"models": "a model; --models deletes it"} if not models else {}
+    reasons = {each.prefix: choosable.get(each.kind) for each in stored}
+    if not trials:
+        reasons |= dict.fromkeys(_measurements(stored), "measured for plans; --trials deletes it")
+    return [replace(each, kept=_why_kept(each, needed, read, now, older_than, reasons[each.prefix])) for each in stored]
 
 
-def _used_by(job: Mapping[str, Any], bucket: str) -> list[str]:
-    channels = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in job.get("InputDataConfig", [])]
+def _measurements(stored: Iterable[Stored]) -> list[str]:
+    """The folders of the trials that plans use: the newest with measurements of those that have measured the same."""
+    newest: dict[str, Stored] = {}
+    for each in stored:
+        if each.kind == TRIAL and any(key.endswith(f"/{TRIAL_FILE}") for key in each.keys):
+            measured = each.prefix.rsplit("/", 2)[0]
+            newest[measured] = max(newest.get(measured, each), each, key=lambda trial: trial.newest)
+    return [each.prefix for each in newest.values()]
+
+
+def _inputs(job: Mapping[str, Any]) -> list[str]:
+    """The S3 addresses that a job reads; others may have file systems."""
+    sources = [channel.get("DataSource", {}).get("S3DataSource") or {} for channel in job.get("InputDataConfig", [])]
+    return [source["S3Uri"] for source in sources if source.get("S3Uri")]
+
+
+def _outputs(job: Mapping[str, Any]) -> list[str]:
     own = [job.get("OutputDataConfig", {}).get("S3OutputPath"), (job.get("CheckpointConfig") or {}).get("S3Uri")]
-    return [_key(uri, bucket) for uri in (*channels, *own) if uri]
+    return [uri for uri in own if uri]
 
 
-def _key(uri: str, bucket: str) -> str:
-    """A place in the bucket as a folder, with a last slash; "" for a place elsewhere."""
-    start = f"s3://{bucket}/"
-    return uri.removeprefix(start).rstrip("/") + "/" if uri.startswith(start) else ""
+def _key(uri: str, bucket: str) -> str | None:
+    """A place in the bucket as a folder, with a last slash; "" for all of it, None for a place elsewhere."""
+    start, folder = f"s3://{bucket}/", f"{uri.rstrip('/')}/"
+    return folder.removeprefix(start) if folder.startswith(start) else None
 
 
 def _why_kept(
-    each: Stored, needed: Mapping[str, str], now: datetime.datetime, older_than: float, models: bool
+    each: Stored,
+    needed: Mapping[str, str],
+    read: Mapping[str, str],
+    now: datetime.datetime,
+    older_than: float,
+    otherwise: str | None,
 ) -> str | None:
-    if each.kind == OTHER:
-        return "not of this program"
-    using = next((why for key, why in needed.items() if key.startswith(each.prefix)), None)
+    if each.kind in (OTHER, ANSWERS):
+        return "not of this program" if each.kind == OTHER else "answers of a transform"
+    using = next((why for key, why in (*read.items(), *needed.items()) if key.startswith(each.prefix)), None)
+    using = using or next((why for key, why in read.items() if each.prefix.startswith(key)), None)
     if using is not None:
         return using
     if now - each.newest < datetime.timedelta(days=older_than):
         return f"newer than {older_than:g} days"
-    return "a model; --models deletes it" if each.kind == "models" and not models else None
+    return otherwise
 
 
 def served_models(sagemaker: Any) -> list[str]:
@@ -162,7 +199,9 @@ def served_models(sagemaker: Any) -> list[str]:
     return places
 
 
-def read_and_decide(account: Account, bucket: str, *, older_than: float, resumable: bool, models: bool) -> list[Stored]:
+def read_and_decide(
+    account: Account, bucket: str, *, older_than: float, resumable: bool, models: bool, trials: bool
+) -> list[Stored]:
     """What lies in the bucket, and of each part whether and why it is kept. Arguments as `decide`.
 
     Raises:
@@ -172,12 +211,13 @@ def read_and_decide(account: Account, bucket: str, *, older_than: float, resumab
     stored = find_stored(account, bucket)  # before the jobs: what is uploaded meanwhile is not in the list
     return decide(
         stored,
-        list(jobs_of_project(sagemaker)) if stored else [],
+        [*running_jobs(sagemaker), *jobs_of_project(sagemaker)] if stored else [],
         bucket,
         datetime.datetime.now(datetime.timezone.utc),
         older_than=older_than,
         resumable=resumable,
         models=models,
+        trials=trials,
         served=served_models(sagemaker) if stored and models else [],
     )
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from dino_lightning.data.images import open_image, open_regular
+from dino_lightning.data.image_files import open_image, open_regular
 from dino_lightning.errors import DataError
 from sagemaker_entry.protocol.problem import Problem
 

@@ -16,20 +16,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dino_lightning import CocoDataModule
 from dino_lightning.data.annotation_file import raise_first_error
 from dino_lightning.data.coco_writer import coco_document
 from dino_lightning.data.read_files import read_files
 from dino_lightning.data.split_files import SplitFiles
 from dino_lightning.errors import DataError
 from dino_lightning.files import sha256_of
+from sagemaker_entry.laptop.checked import DatasetOnDisk
 from sagemaker_entry.laptop.dataset_checks import check_are_images, check_places, folders_of
 from sagemaker_entry.protocol.manifest import MANIFEST, Manifest, StoredFile
 from sagemaker_entry.protocol.problem import Problem
+
+if TYPE_CHECKING:
+    from dino_lightning import CocoDataModule
 
 SHARD_BYTES = 150_000_000
 
@@ -76,7 +79,7 @@ class LocalDataset:
         return sum(file.size for file in self.manifest.files)
 
 
-def read_dataset(data: CocoDataModule) -> LocalDataset:
+def read_dataset(data: CocoDataModule | DatasetOnDisk) -> LocalDataset:
     """List a dataset's files and compute their checksums; reads every image once.
 
     Annotations that are not one COCO file for each split are written as such for the upload.
@@ -143,7 +146,7 @@ def _places(files: SplitFiles) -> list[Path]:
     return [files.images, files.annotations.parent, *(place for each in files.also for place in _places(each))]
 
 
-def _written_as_coco(data: CocoDataModule, folder: Path) -> dict[str, Path]:
+def _written_as_coco(data: CocoDataModule | DatasetOnDisk, folder: Path) -> dict[str, Path]:
     """Annotations of the splits that are not one COCO file each: of YOLO, of several files, of a part of a file.
 
     They are read without the options that choose and convert, which the job applies to what it reads.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dino_lightning import CocoDataModule
+from typing import TYPE_CHECKING
+
+from sagemaker_entry.laptop.checked import DatasetOnDisk
 from sagemaker_entry.laptop.submit import VOLUME_GB, has_own_disk
 from sagemaker_entry.protocol.problem import Problem
 
+if TYPE_CHECKING:
+    from dino_lightning import CocoDataModule
+
 FILE, FAST_FILE = "File", "FastFile"
 INPUT_MODES = (FILE, FAST_FILE)
-# GB of the NVMe disks of one instance, together; SageMaker puts /opt/ml and /tmp there. AWS's instance pages, 2026-11.
+# GB of the NVMe disks of one instance, together, as EC2 says of the types without "ml."; a test compares. SageMaker
+# puts /opt/ml and /tmp there. How much of those of g6e, p4 and p5 a job gets was not seen, so they are not in it.
 NVME_GB = {
     "ml.g4dn.xlarge": 125, "ml.g4dn.2xlarge": 225, "ml.g4dn.4xlarge": 225, "ml.g4dn.8xlarge": 900,
     "ml.g4dn.12xlarge": 900, "ml.g4dn.16xlarge": 900,
@@ -20,7 +26,7 @@ NVME_GB = {
 FOR_THE_REST_GB = 10.0  # packages, weights, checkpoints and the model
 
 
-def dataset_gb(data: CocoDataModule) -> float:
+def dataset_gb(data: CocoDataModule | DatasetOnDisk) -> float:
     """GB of all images of a dataset, which is what its shards take."""
     sets = [dataset.annotations for dataset in (data.train_set, data.val_set, data.test_set) if dataset is not None]
     paths = {source.image_path(index) for source in sets for index in range(len(source.images))}

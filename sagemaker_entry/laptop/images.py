@@ -13,6 +13,7 @@ from sagemaker_entry.laptop.account import DENIED, Account, error_code
 from sagemaker_entry.protocol.problem import Problem
 
 TABLE_DATE = "2026-11"  # of the image lists of sagemaker 3.27, from which accounts and tags are
+TABLE_SDK = "3.27"  # these lists say nothing of Python, CUDA and patches: those are from AWS's pages, or not known
 DEFAULT_TORCH = "2.10"
 CUDA_13_DRIVER = 580  # NVIDIA's oldest driver for CUDA 13
 TOO_OLD_FOR_CUDA_13 = ("V100", "P100", "K80")  # CUDA 13 has no code for GPUs before Turing
@@ -25,24 +26,25 @@ class TrainingImage:
     Attributes:
         repository: of the registry.
         tag: of the image for GPUs.
-        python: its Python.
+        python: its Python, or None where it was not looked up.
         cuda: its CUDA's major version, or None where it was not looked up.
         patched_until: the day after which AWS mends nothing in it, or None where it was not looked up.
     """
 
     repository: str
     tag: str
-    python: str
+    python: str | None
     cuda: int | None
     patched_until: datetime.date | None = None
 
 
 IMAGES = {
-    "2.8": TrainingImage("pytorch-training", "2.8-gpu-py312", "3.12", 12),
+    "2.8": TrainingImage("pytorch-training", "2.8-gpu-py312", "3.12", 12, datetime.date(2026, 8, 6)),
     "2.10": TrainingImage("pytorch-training", "2.10-gpu-py313", "3.13", 13, datetime.date(2027, 1, 21)),
     "2.11": TrainingImage("pytorch", "2.11-cu130-amzn2023-sagemaker", "3.12", 13, datetime.date(2027, 4, 30)),
     "2.12": TrainingImage("pytorch", "2.12-cu130-amzn2023-sagemaker", "3.12", 13, datetime.date(2027, 7, 2)),
     "2.13": TrainingImage("pytorch", "2.13-cu133-amzn2023-sagemaker", "3.12", 13, datetime.date(2027, 7, 20)),
+    "2.14": TrainingImage("pytorch", "2.14-cu133-amzn2023-sagemaker", None, 13),
 }
 USUAL_ACCOUNT = "763104351884"
 USUAL_REGIONS = (
@@ -110,9 +112,20 @@ def image_notes(address: str, gpu: str, today: datetime.date) -> list[str]:
 
 
 def image_python(address: str) -> str | None:
-    """The Python of an image of the table, such as "3.12"; None for another image."""
-    found = (image for image in IMAGES.values() if address.endswith(f"/{image.repository}:{image.tag}"))
-    return next((image.python for image in found), None)
+    """The Python of an image of the table, such as "3.12"; None for another image.
+
+    Raises:
+        Problem: the image is of the table, but its Python is not known.
+    """
+    for version, image in IMAGES.items():
+        if address.endswith(f"/{image.repository}:{image.tag}"):
+            if image.python is None:
+                raise Problem(
+                    f"The Python of AWS's image of PyTorch {version} is not known here, and --network-isolation sends "
+                    "packages for one Python along; choose another --torch."
+                )
+            return image.python
+    return None
 
 
 def check_address(address: str, region: str) -> None:

@@ -60,24 +60,11 @@ def fetch(account: Account, job: str, target: Path) -> Path:
     uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts")
     if status not in ENDED or not uri:
         raise Problem(f"{job} is {status}; it has no model yet.")
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    s3 = account.client("s3")
     target.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         archive = workplace / "model.tar.gz"
-        try:
-            with explained(f"read {uri} (s3:GetObject)"):
-                size = s3.head_object(Bucket=bucket, Key=key)["ContentLength"]
-                with tqdm(total=size, desc="downloading", unit="B", unit_scale=True, disable=None, delay=1) as progress:
-                    s3.download_file(bucket, key, str(archive), Callback=progress.update)
-        except Problem as problem:
-            cause = problem.__cause__
-            if isinstance(cause, ClientError) and error_code(cause) in ("404", "NoSuchKey"):
-                raise Problem(
-                    f"{job} left no model at {uri}: it ended before its first evaluation, or was deleted."
-                ) from problem
-            raise
+        download(account, job, uri, archive)
         unpacked = workplace / "model"
         unpacked.mkdir()
         extract_safely(archive, unpacked)
@@ -85,6 +72,34 @@ def fetch(account: Account, job: str, target: Path) -> Path:
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return target
+
+
+def download(account: Account, job: str, uri: str, target: Path) -> None:
+    """Download the model of a job.
+
+    Args:
+        account: the job's account.
+        job: the job's name, for the error.
+        uri: the S3 address of its model.tar.gz.
+        target: the file to write.
+
+    Raises:
+        Problem: there is nothing, or AWS refused.
+    """
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    s3 = account.client("s3")
+    try:
+        with explained(f"read {uri} (s3:GetObject)"):
+            size = s3.head_object(Bucket=bucket, Key=key)["ContentLength"]
+            with tqdm(total=size, desc="downloading", unit="B", unit_scale=True, disable=None, delay=1) as progress:
+                s3.download_file(bucket, key, str(target), Callback=progress.update)
+    except Problem as problem:
+        cause = problem.__cause__
+        if isinstance(cause, ClientError) and error_code(cause) in ("404", "NoSuchKey"):
+            raise Problem(
+                f"{job} left no model at {uri}: it ended before its first evaluation, or was deleted."
+            ) from problem
+        raise
 
 
 def resume_request(description: dict[str, Any], now: datetime) -> dict[str, Any]:

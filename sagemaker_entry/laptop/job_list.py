@@ -10,8 +10,9 @@ from typing import Any
 from dino_lightning.console import aligned
 from sagemaker_entry.laptop.account import Account, explained
 from sagemaker_entry.laptop.follow import describe, dollars, hourly_price, running_seconds
-from sagemaker_entry.laptop.places import JOB_NAMES, RUNS
+from sagemaker_entry.laptop.places import JOB_NAMES, RUNS, TRIALS
 
+RUNNING = ("InProgress", "Stopping")  # what AWS calls them
 METRICS = {"AP": ("best:AP", "val:AP"), "F1": ("best:F1", "val:F1")}  # the second of jobs before there was the first
 
 
@@ -30,8 +31,23 @@ def jobs_of_project(sagemaker: Any) -> Iterator[dict[str, Any]]:
                 if not entry["TrainingJobName"].startswith(JOB_NAMES):
                     continue
                 description = describe(sagemaker, entry["TrainingJobName"])
-                if RUNS in description.get("OutputDataConfig", {}).get("S3OutputPath", ""):
+                output = description.get("OutputDataConfig", {}).get("S3OutputPath", "")
+                if RUNS in output or f"{TRIALS}/" in output:
                     yield description
+
+
+def running_jobs(sagemaker: Any) -> Iterator[dict[str, Any]]:
+    """The descriptions of all jobs that run in the account and region, whoever has started them.
+
+    Raises:
+        Problem: AWS refused.
+    """
+    for status in RUNNING:
+        with explained("list the running training jobs (sagemaker:ListTrainingJobs)"):
+            pages = sagemaker.get_paginator("list_training_jobs").paginate(StatusEquals=status)
+            names = [entry["TrainingJobName"] for page in pages for entry in page["TrainingJobSummaries"]]
+        for name in names:
+            yield describe(sagemaker, name)
 
 
 def list_jobs(account: Account, limit: int) -> str:

@@ -49,9 +49,7 @@ def launch_parser() -> CommandParser:
         "--spot", action="store_true", help="spot instances: 30 to 60 %% of the price, with interruptions"
     )
     where.add_argument("--image", help="container image in ECR; by default AWS's PyTorch training image")
-    where.add_argument(
-        "--torch", help="PyTorch version of AWS's image: 2.8 (CUDA 12), 2.10 (default), 2.11, 2.12, 2.13"
-    )
+    where.add_argument("--torch", help="PyTorch version of AWS's image: 2.8 (CUDA 12), 2.10 (default), 2.11 to 2.14")
     money = parser.add_argument_group("limits")
     money.add_argument("--max-cost", type=float, metavar="DOLLARS", help="stop the job before it costs more, on demand")
     money.add_argument(
@@ -106,6 +104,7 @@ def account_parser(command: str) -> CommandParser:
     )
     parser.add_argument("--resumable", action="store_true", help="also what stopped and failed jobs need to be resumed")
     parser.add_argument("--models", action="store_true", help="also the models that jobs have left")
+    parser.add_argument("--trials", action="store_true", help="also the measurements of trials that plans use")
     parser.add_argument("--dry-run", action="store_true", help="show what would be deleted, and delete nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask before deleting")
     return parser

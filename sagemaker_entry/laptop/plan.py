@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.trial import Measured
 
 MAX_RUN_LIMIT = 5 * 24 * 3600  # SageMaker's default limit
+COLUMNS = 80  # of the paragraphs below the plan
 PRICE_UNKNOWN = "price unknown without an account that may ask for it (pricing:GetProducts)"
 
 
@@ -201,16 +203,18 @@ class Plan:
     def explanation(self) -> Sequence[str]:
         """How the time and the prices were obtained, as lines of text."""
         instance = self.compute.instance
-        prices = (f"  Prices: {self.price_source}.", "") if self.compute.price is not None else ("",)
+        prices = [f"Prices: {self.price_source}."] if self.compute.price is not None else []
         if self.measured is not None:
-            return (f"  The time follows from what a trial measured: {self.measured.origin()}.", *prices)
-        peak = TERAFLOPS.get(instance.gpu, UNKNOWN_TERAFLOPS)
-        shares = " / ".join(f"{share:.0%}" for share in SHARES)
-        return (
-            "  The time is an ESTIMATE, not a measurement (best / likely / worst): "
-            f"{self.work.teraflops * TRAINING_FACTOR:.2f} teraflop of",
-            f"  training per image at {shares} of the {instance.gpu}'s {peak:.0f} (from data sheets), gradients",
-            f"  between hosts at {instance.network:g} Gb/s, the evaluations, and {START_SECONDS / 60:.0f} minutes",
-            "  to start. A few dozen steps on the real instances measure it: --trial.",
-            *prices,
-        )
+            time = f"The time follows from what a trial measured: {self.measured.origin()}."
+        else:
+            peak = TERAFLOPS.get(instance.gpu, UNKNOWN_TERAFLOPS)
+            shares = " / ".join(f"{share:.0%}" for share in SHARES)
+            time = (
+                "The time is an ESTIMATE, not a measurement (best / likely / worst): "
+                f"{self.work.teraflops * TRAINING_FACTOR:.2f} teraflop of training per image at {shares} of the "
+                f"{instance.gpu}'s {peak:.0f} (from data sheets), gradients between hosts at {instance.network:g} "
+                f"Gb/s, the evaluations, and {START_SECONDS / 60:.0f} minutes to start. A few dozen steps on the real "
+                "instances measure it: --trial."
+            )
+        wrap = textwrap.TextWrapper(COLUMNS, "  ", "  ", break_long_words=False, break_on_hyphens=False).wrap
+        return [*wrap(time), *(line for text in prices for line in wrap(text)), ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -15,33 +15,52 @@ from sagemaker_entry.laptop.follow import describe
 from sagemaker_entry.laptop.places import COMMAND
 from sagemaker_entry.laptop.preflight import live_price
 from sagemaker_entry.laptop.serving_requests import VARIANT, Resources, TrainedModel
+from sagemaker_entry.laptop.tags import tags_of_serving
 from sagemaker_entry.protocol.instances import INSTANCES, PRICES_DATE
 from sagemaker_entry.protocol.problem import Problem
 
 LONGEST_NAME = 63
-DOLLARS_PER_GB_SECOND = 0.00002  # of serverless inference in us-east-1; a constant, not looked up
+DOLLARS_PER_GB_SECOND = 0.00002  # of serverless inference in us-east-1, from memory: AWS's own list was not read
 REQUESTS_PER_MINUTE = 60  # for each instance, at which autoscaling adds another
 PAUSE = 15.0  # seconds between two looks at the state
 PRICE_PAGE = "https://aws.amazon.com/sagemaker/pricing/"
 
 
-def trained_model(account: Account, job: str) -> TrainedModel:
+def trained_model(account: Account, job: str, tags: Sequence[str] = ()) -> TrainedModel:
     """The model of a job that has ended.
 
+    Args:
+        account: the job's account.
+        job: the job's name.
+        tags: of what serves the model, beside those that the user gave the job; as --tags takes them.
+
     Raises:
-        Problem: there is no such job, or it has no model.
+        Problem: there is no such job, it has no model, or AWS would refuse the tags.
     """
-    found = describe(account.client("sagemaker"), job)
+    sagemaker = account.client("sagemaker")
+    found = describe(sagemaker, job)
     artifact = found.get("ModelArtifacts", {}).get("S3ModelArtifacts")
     status = found["TrainingJobStatus"]
     if status not in ("Completed", "Stopped") or not artifact:
         raise Problem(f"{job} is {status}; it has no model to serve.")
     output = found["OutputDataConfig"]["S3OutputPath"].rstrip("/")
-    return TrainedModel(job, artifact, found["RoleArn"], output, found.get("VpcConfig"))
+    with explained(f"read the tags of {job} (sagemaker:ListTags)"):
+        of_job = sagemaker.list_tags(ResourceArn=found["TrainingJobArn"])["Tags"]
+    return TrainedModel(
+        job=job,
+        artifact=artifact,
+        role=found["RoleArn"],
+        output=output,
+        vpc=found.get("VpcConfig"),
+        tags=tags_of_serving(job, of_job, tags),
+        kms_key=found["OutputDataConfig"].get("KmsKeyId") or None,
+    )
 
 
 def hourly_price(account: Account, resources: Resources, use: str) -> tuple[float | None, str]:
     """Dollars an hour of all instances, None where it is not known, and where the price is from.
+
+    The table's prices are those of training, which hosting and transforms need not cost: they are told, not used.
 
     Args:
         account: for the live price.
@@ -54,8 +73,9 @@ def hourly_price(account: Account, resources: Resources, use: str) -> tuple[floa
         return price * resources.count, f"AWS price list, {account.region}, read just now"
     known = INSTANCES.get(name)
     if known is None or known.price is None:
-        return None, f"not known here, see {PRICE_PAGE}"
-    return known.price * resources.count, f"of training in {known.region}, {PRICES_DATE}; see {PRICE_PAGE} for yours"
+        return None, f"see {PRICE_PAGE}"
+    training = f"${known.price * resources.count:.2f} an hour in {known.region} ({PRICES_DATE})"
+    return None, f"training on it costs {training}; with permission for pricing:GetProducts it is read; {PRICE_PAGE}"
 
 
 def create_endpoint(account: Account, requests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -232,6 +252,32 @@ def delete_endpoint(account: Account, name: str, config: str, models: list[str])
         sagemaker.delete_endpoint_config(EndpointConfigName=config)
     for model in models:
         delete_model(account, model)
+
+
+def other_buckets(model: TrainedModel, role: str, images: str, output: str) -> str | None:
+    """What the role needs in buckets that are not the job's, one sentence for each; None where there are none.
+
+    Args:
+        model: the model of the job.
+        role: the ARN of the role that the transform has.
+        images: the S3 address of the images.
+        output: the S3 address of the answers.
+    """
+    own, name = bucket_of(model.output), role.rpartition("/")[2]
+    needed = (("images are read from", images, "s3:GetObject and s3:ListBucket"),
+              ("answers are written to", output, "s3:PutObject"))  # fmt: skip
+    sentences = [
+        f"The {what} the bucket {bucket_of(uri)}, which is not the job's: there, {name} needs {actions}, see "
+        "docs/sagemaker.md."
+        for what, uri, actions in needed
+        if bucket_of(uri) != own
+    ]
+    return "\n".join(sentences) or None
+
+
+def bucket_of(uri: str) -> str:
+    """The bucket of an S3 address."""
+    return uri.removeprefix("s3://").partition("/")[0]
 
 
 def count_images(account: Account, uri: str) -> int:

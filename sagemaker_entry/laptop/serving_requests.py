@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sagemaker_entry.laptop.images import IMAGES
 
 VARIANT = "model"
 CODE = "/opt/ml/model/code"
+BATCH_VARIABLE = "SAGEMAKER_BATCH"  # as `sagemaker_entry.serve` reads it
 GPU_FAMILIES = ("g4dn", "g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en")
 # Drivers of the hosts: by default they are too old for images of CUDA 13. The second is the newest that transform has.
 ENDPOINT_HOST = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580
@@ -32,6 +33,8 @@ class TrainedModel:
         role: the ARN of the role that the job had.
         output: the S3 address that its results lie below.
         vpc: subnets and security groups of the job, if it had any.
+        tags: of all that is made to serve it.
+        kms_key: the key that encrypts the job's results, if the job was given one.
     """
 
     job: str
@@ -39,6 +42,8 @@ class TrainedModel:
     role: str
     output: str
     vpc: Mapping[str, Any] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    kms_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ def is_awss(image: str) -> bool:
     return any(image.endswith(ending) or image.endswith(for_cpu(ending)) for ending in known)
 
 
-def model_request(name: str, model: TrainedModel, image: str, role: str) -> dict[str, Any]:
+def model_request(name: str, model: TrainedModel, image: str, role: str, *, batch: bool = False) -> dict[str, Any]:
     """The request CreateModel.
 
     CreateModel takes no entry point: SageMaker starts the image with the word `serve`. AWS's training images hand that
-    word to their bash, which learns from the file in BASH_ENV what it means.
+    word to their bash, which learns from the file in BASH_ENV what it means. In batch transform the server is told so:
+    there, any status but 200 for one broken image ends the job. SageMaker's SDK sets that variable in its local mode.
     """
-    environment = {"PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONUNBUFFERED": "1", **({BATCH_VARIABLE: "true"} if batch else {})}
     if is_awss(image):
         environment["BASH_ENV"] = f"{CODE}/serve.sh"
     request: dict[str, Any] = {
@@ -143,4 +149,4 @@ def transform_request(
 
 
 def _tags(model: TrainedModel) -> list[dict[str, str]]:
-    return [{"Key": "project", "Value": "dino-lightning"}, {"Key": "trained-by", "Value": model.job}]
+    return [{"Key": key, "Value": value} for key, value in model.tags.items()]

@@ -19,7 +19,7 @@ from sagemaker_entry.laptop.follow import PRICE_TAG
 from sagemaker_entry.laptop.images import check_address, image_address, image_notes, image_python, look_up
 from sagemaker_entry.laptop.isolation import check_isolation
 from sagemaker_entry.laptop.launch_options import LaunchOptions
-from sagemaker_entry.laptop.places import PREFIX
+from sagemaker_entry.laptop.places import PREFIX, TRIALS
 from sagemaker_entry.laptop.plan import Plan, choose_limits
 from sagemaker_entry.laptop.preflight import check_bucket, known_instances, make_bucket, resolve_role
 from sagemaker_entry.laptop.quota import check_quota
@@ -48,7 +48,6 @@ from sagemaker_entry.protocol.job import (
 from sagemaker_entry.protocol.problem import Problem
 
 PACKAGES = f"{PREFIX}/packages"
-TRIALS = f"{PREFIX}/trials"  # what trials have measured, by what was measured
 DRIVERS = f"{PREFIX}/drivers"  # the SDK's start scripts
 Say = Callable[[str], None]
 
@@ -308,9 +307,9 @@ def _uploaded(options: LaunchOptions, training: Training, plan: Plan, account: A
         + (f"{sent.bytes_sent / 1e6:,.1f} MB sent." if sent.bytes_sent else "there already, 0 bytes sent.")
     )
     extras = (*training.extras, *([] if options.mlflow is None else ["mlflow"]))
-    python = image_python(plan.image)
+    python = image_python(plan.image) if options.network_isolation else None
     packages = ""
-    if options.network_isolation and python is not None:
+    if python is not None:
         say(f"Packages for Python {python}, as wheels: downloaded here once, then uploaded once.")
         wheels = wheelhouse(requirements(training.backbone, extras), python)
         packages = upload_folder(s3, wheels, bucket, PACKAGES, owner, key)

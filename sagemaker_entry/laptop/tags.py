@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sagemaker_entry.protocol.problem import Problem
 
@@ -11,6 +11,7 @@ LONGEST_KEY, LONGEST_VALUE = 128, 256  # characters
 MOST_TAGS = 50  # on one resource, with those of the launcher
 MARKS = "_.:/=+-@"
 TAKEN = ("config", "run", "dollars-per-hour", "resumes")  # keys that the launcher reads again itself
+TRAINED_BY = "trained-by"  # of endpoints and transforms: the job of their model
 OWN_TAGS = len(TAKEN) + 1  # and "project", which a user may set
 
 
@@ -38,6 +39,25 @@ def user_tags(texts: Sequence[str]) -> dict[str, str]:
     return tags
 
 
+def tags_of_serving(job: str, of_job: Sequence[Mapping[str, str]], texts: Sequence[str]) -> dict[str, str]:
+    """The tags of an endpoint or a transform: the user's of the training job, and those of --tags, which win.
+
+    Args:
+        job: the name of the training job.
+        of_job: its tags, as AWS lists them.
+        texts: the values of --tags.
+
+    Raises:
+        Problem: as `user_tags`, or together they are more than AWS takes.
+    """
+    kept = {tag["Key"]: tag["Value"] for tag in of_job}
+    kept = {key: value for key, value in kept.items() if key not in TAKEN and not key.lower().startswith("aws:")}
+    tags = {"project": "dino-lightning", **kept, **user_tags(texts), TRAINED_BY: tag_value(job)}
+    if len(tags) > MOST_TAGS:
+        raise Problem(f"--tags: with those of {job} they are {len(tags)} tags; AWS takes {MOST_TAGS}, so give fewer.")
+    return tags
+
+
 def tag_value(text: str) -> str:
     """A text of the launcher, such as a file's name, as the value of a tag: what AWS does not take becomes a hyphen."""
     return "".join(char if _taken(char) else "-" for char in text)[:LONGEST_VALUE]
@@ -52,7 +72,7 @@ def _check(key: str, value: str) -> None:
     """Refuse what AWS would refuse, and what would change the meaning of the launcher's own tags."""
     if key.lower().startswith("aws:"):
         raise Problem(f"--tags: {key} begins with aws:, which AWS keeps for itself.")
-    if key in TAKEN:
+    if key in (*TAKEN, TRAINED_BY):
         raise Problem(f"--tags: {key} is a tag that launch sets and reads itself; choose another key.")
     for name, text, most in (("key", key, LONGEST_KEY), ("value", value, LONGEST_VALUE)):
         if len(text) > most:

@@ -2,11 +2,33 @@
 
 import functools
 import re
+import sys
+import unicodedata
 
 import botocore.session
 from botocore.validate import ParamValidator
 
-CLASSES = {r"\p{L}": "a-zA-Z", r"\p{Z}": " ", r"\p{N}": "0-9"}  # which Python's expressions lack
+CLASS = re.compile(r"\\p\{(\w)\}")  # a major category of Unicode, which Python's expressions lack
+
+
+@functools.cache
+def members(category):
+    """What stands for \\p{category} within the brackets of an expression: ranges of all characters of the category."""
+    ranges, first = [], None
+    for code in range(sys.maxunicode + 2):
+        inside = code <= sys.maxunicode and unicodedata.category(chr(code)).startswith(category)
+        if inside and first is None:
+            first = code
+        elif not inside and first is not None:
+            ranges.append(f"{re.escape(chr(first))}-{re.escape(chr(code - 1))}")
+            first = None
+    return "".join(ranges)
+
+
+@functools.cache
+def expression(pattern):
+    """A pattern of AWS's as an expression of Python's."""
+    return re.compile(CLASS.sub(lambda found: members(found[1]), pattern), re.DOTALL)
 
 
 @functools.cache
@@ -39,8 +61,5 @@ def _of(value, shape, place):
         yield f"{place}: {value!r} is not within {about.get('min')} to {about.get('max')}"
     if "enum" in about and value not in about["enum"]:
         yield f"{place}: {value!r} is none of {about['enum'][:8]}"
-    pattern = about.get("pattern", ".*")
-    for unknown, known in CLASSES.items():
-        pattern = pattern.replace(unknown, known)
-    if shape.type_name == "string" and not re.fullmatch(pattern, value, re.DOTALL):
-        yield f"{place}: {value!r} does not match {pattern}"
+    if shape.type_name == "string" and not expression(about.get("pattern", ".*")).fullmatch(value):
+        yield f"{place}: {value!r} does not match {about['pattern']}"

@@ -446,7 +446,7 @@ def broken_dataset(folder, rooms):
         ({"--subnets": "vpc-1", "--security-groups": "sg-1a"}, ["'vpc-1' is no id"]),
         ({"--max-wait-hours": "3"}, ["add --spot"]),
         ({"--image": "foo bar"}, ["'foo bar' is no address of an image in ECR"]),
-        ({"--torch": "2.14"}, ["--torch 2.14: the table has images of PyTorch"]),
+        ({"--torch": "2.15"}, ["--torch 2.15: the table has images of PyTorch"]),
         ({"--kms-key": "my key"}, ["no id, alias or ARN of a KMS key"]),
         ({"--tags": "aws:team=x"}, ["--tags: aws:team begins with aws:"]),
         (
@@ -583,10 +583,29 @@ def test_a_local_run_needs_none_of_the_packages_of_aws(rooms, tiny_config, tmp_p
 import sys
 for name in ("boto3", "botocore", "sagemaker"): sys.modules[name] = None
 from sagemaker_entry.laptop import local_run
-local_run.run_locally = lambda root: 7
+local_run.run_locally = lambda root: (7, None)
 from sagemaker_entry import launch
 sys.exit(launch.main(sys.argv[1:]))
 """
     options = ["--config", tiny_config, "--data", rooms, "--local", "--local-dir", tmp_path, *more]
     done = subprocess.run([sys.executable, "-c", code, *map(str, options)], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
+
+
+def test_a_local_run_names_the_options_without_effect_once(no_account, rooms, tiny_config, capsys):
+    plain = ["--config", tiny_config, "--data", rooms, "--local", "--dry-run", "--yes", "--model.lr=0.001"]
+    code, out, _ = run(capsys, *plain)
+    assert code == 0 and "no effect" not in out
+    assert "Dry run: options and dataset are right; nothing was run." in out
+    account = ["--role", "r", "--bucket", "mine", "--spot", "--kms-key", "k", "--tags", "a=1", "--keep-alive", "5"]
+    code, out, err = run(capsys, *plain, *account)
+    assert code == 1 and "--keep-alive keeps on-demand instances, and --spot takes others" in err
+    code, out, _ = run(capsys, *plain, *account[:-2], "--input-mode", "FastFile", "--gpus", "4", "--detach")
+    assert code == 0 and out.count("no effect") == 1
+    names = "--gpus, --spot, --bucket, --kms-key, --tags, --input-mode and --detach"
+    assert f"With --local, --role, {names} have no effect: " in out
+
+
+def test_a_folder_for_a_local_run_needs_the_local_run(capsys):
+    code, _, err = run(capsys, "--config", CONFIG, "--local-dir", "here")
+    assert code == 2 and "--local-dir is the folder of --local, which is missing." in err

@@ -7,8 +7,10 @@ import json
 import random
 import socket
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 
 import psutil
 import pytest
@@ -233,6 +235,20 @@ def test_the_bash_of_awss_training_images_learns_what_serve_means(model_dir, tmp
         check=True,
     )
     assert done.stdout == f"{model_dir / 'code'} -m sagemaker_entry.serve --install []\n"
+
+
+def test_the_code_of_a_model_installs_its_packages_in_the_tested_versions(model_dir, tmp_path):
+    """As at the start of an endpoint, with the files of the model alone; an installer that shows what it is given."""
+    shows = 'for word in "$@"; do case "$word" in *.txt) cat "$word";; esac; done'
+    (tmp_path / "uv").write_text(f"#!/bin/sh\n{shows}\nexit 3\n")
+    (tmp_path / "uv").chmod(0o755)
+    command = [sys.executable, "-m", "sagemaker_entry.serve", "serve", "--install", "--model", str(tmp_path)]
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(model_dir / "code")}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "uv could not install the requirements" in done.stderr
+    given = done.stdout.splitlines()
+    assert {"starlette>=0.41", "uvicorn==0.54.0", f"torch=={version('torch')}"} <= set(given)
 
 
 # ------------------------------------------------------------------ many requests at once

@@ -1,68 +1,40 @@
 """deploy, transform and delete-endpoint: the requests that AWS would get, and the same server on this machine."""
 
+import io
 import json
-import re
+import shutil
 import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from botocore.session import get_session
-from botocore.validate import ParamValidator
 from PIL import Image
 
-from sagemaker_entry import launch
-from sagemaker_entry.laptop import serving, serving_commands, serving_requests
+from dino_lightning.export.package_code import ONNX_RUNTIME
+from sagemaker_entry import launch, serve
+from sagemaker_entry.laptop import serving, serving_commands, serving_onnx, serving_requests
 from sagemaker_entry.laptop.images import IMAGES, image_address
 from sagemaker_entry.laptop.serving_requests import Resources, TrainedModel
+from sagemaker_entry.laptop.tags import tags_of_serving
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.served import Server
+from tests.sagemaker_entry.service_model import violations
 from tests.sagemaker_entry.stubs import JOB, REGION, StubbedAccount, description
 
 ROLE = "arn:aws:iam::123456789012:role/dino-trainer"
 OWN = "123456789012.dkr.ecr.us-east-1.amazonaws.com/dino-serve:1"
-MODEL = TrainedModel(JOB, "s3://b/runs/model.tar.gz", ROLE, "s3://b/runs")
-SERVICE = get_session().get_service_model("sagemaker")
-
-
-def problems(operation, request):
-    """What AWS would refuse in a request: wrong types, enums, patterns and lengths."""
-    shape = SERVICE.operation_model(operation).input_shape
-    report = ParamValidator().validate(request, shape)
-    found = [report.generate_report()] if report.has_errors() else []
-
-    def walk(value, shape, place):
-        if shape.type_name == "structure":
-            for name, part in value.items():
-                walk(part, shape.members[name], f"{place}.{name}")
-        elif shape.type_name == "list":
-            limits = shape.metadata
-            if not limits.get("min", 0) <= len(value) <= limits.get("max", 10**9):
-                found.append(f"{place}: {len(value)} entries")
-            for part in value:
-                walk(part, shape.member, place)
-        elif shape.type_name == "map":
-            for name, part in value.items():
-                walk(name, shape.key, place)
-                walk(part, shape.value, place)
-        elif shape.type_name == "string":
-            pattern = shape.metadata.get("pattern", "")
-            if pattern and r"\p{" not in pattern and not re.fullmatch(pattern, value):
-                found.append(f"{place}: {value!r} is not {pattern}")
-            if getattr(shape, "enum", None) and value not in shape.enum:
-                found.append(f"{place}: {value!r} is none of {shape.enum}")
-            if not shape.metadata.get("min", 0) <= len(value) <= shape.metadata.get("max", 10**9):
-                found.append(f"{place}: {len(value)} characters")
-        elif shape.type_name in ("integer", "float"):
-            limits = shape.metadata
-            found.extend([f"{place}: {value}"] * (not limits.get("min", 0) <= value <= limits.get("max", 10**12)))
-
-    walk(request, shape, operation)
-    return found
+MODEL = TrainedModel(
+    JOB, "s3://b/runs/model.tar.gz", ROLE, "s3://b/runs", tags=tags_of_serving(JOB, [], ["team=vision"])
+)
 
 
 def test_the_check_of_requests_sees_what_is_wrong():
     request = serving_requests.endpoint_config_request("a_b", MODEL, "m", Resources("ml.none.xlarge"))
-    assert len(problems("CreateEndpointConfig", request)) == 2
+    assert len(violations("CreateEndpointConfig", request)) == 2
+    tagged = replace(MODEL, tags={"Größe": "10 m²", "a;b": "1"})
+    assert len(violations("CreateEndpoint", serving_requests.endpoint_request("e", tagged, "c"))) == 1
 
 
 @pytest.mark.parametrize("vpc", [None, {"Subnets": ["subnet-1"], "SecurityGroupIds": ["sg-1"]}])
@@ -77,18 +49,18 @@ def test_the_check_of_requests_sees_what_is_wrong():
     ],
 )
 def test_all_requests_are_such_as_aws_takes(vpc, image, resources):
-    model = TrainedModel(JOB, MODEL.artifact, ROLE, MODEL.output, vpc)
+    model = replace(MODEL, vpc=vpc)
     name = serving_commands._names("dino-" + "x" * 58)
     made = serving_requests.model_request(name, model, image, ROLE)
-    assert problems("CreateModel", made) == []
+    assert violations("CreateModel", made) == []
     environment = made["PrimaryContainer"]["Environment"]
     assert ("BASH_ENV" in environment) == (image != OWN)
     assert (
-        problems("CreateEndpointConfig", serving_requests.endpoint_config_request(name, model, name, resources)) == []
+        violations("CreateEndpointConfig", serving_requests.endpoint_config_request(name, model, name, resources)) == []
     )
-    assert problems("CreateEndpoint", serving_requests.endpoint_request(name, model, name)) == []
+    assert violations("CreateEndpoint", serving_requests.endpoint_request(name, model, name)) == []
     transform = serving_requests.transform_request(name, name, model, "s3://plans/images/", "s3://b/out/", resources)
-    assert problems("CreateTransformJob", transform) == []
+    assert violations("CreateTransformJob", transform) == []
     assert transform["MaxPayloadInMB"] * transform["MaxConcurrentTransforms"] <= 100  # AWS's rule
 
 
@@ -120,6 +92,14 @@ def finished(**more):
     )
 
 
+def add_model(stub, *tags):
+    """The answers about a job with a model, and with these tags of the user's beside those of the launcher."""
+    stub.add_response("describe_training_job", finished())
+    own = [("project", "dino-lightning"), ("run", "r1"), ("dollars-per-hour", "3.0300"), ("aws:x", "1")]
+    listed = [{"Key": key, "Value": value} for key, value in (*own, *tags)]
+    stub.add_response("list_tags", {"Tags": listed}, {"ResourceArn": finished()["TrainingJobArn"]})
+
+
 def arn(kind, name="x"):
     return f"arn:aws:sagemaker:{REGION}:123456789012:{kind}/{name}"
 
@@ -134,7 +114,7 @@ def of_endpoint(status, **more):
 
 def test_deploy_says_the_price_creates_waits_and_shows_how_to_ask(account, capsys):
     stub = account.stub("sagemaker")
-    stub.add_response("describe_training_job", finished())
+    add_model(stub)
     stub.add_response("create_model", {"ModelArn": arn("model")})
     stub.add_response("create_endpoint_config", {"EndpointConfigArn": arn("endpoint-config")})
     stub.add_response("create_endpoint", {"EndpointArn": arn("endpoint")})
@@ -145,7 +125,7 @@ def test_deploy_says_the_price_creates_waits_and_shows_how_to_ask(account, capsy
     scaling.add_response("put_scaling_policy", {"PolicyARN": "arn"})
     assert launch.main(["deploy", JOB, "--autoscale", "1-3", "--yes"]) == 0
     said = capsys.readouterr().out
-    assert "1 x ml.g5.xlarge: $1.41 an hour until it is deleted" in said
+    assert "1 x ml.g5.xlarge: a price that is not known here (training on it costs $1.41 an hour in us-east-1" in said
     assert "4 of ml.g5.xlarge for endpoint usage, 3 needed" in said
     assert "not tried on AWS" in said
     assert "--- InService after" in said
@@ -153,8 +133,41 @@ def test_deploy_says_the_price_creates_waits_and_shows_how_to_ask(account, capsy
     account.assert_all_asked()
 
 
+@pytest.mark.parametrize(
+    ("command", "usage", "words"),
+    [
+        (
+            ["deploy", JOB, "--instances", "2"],
+            "USE1-Host:ml.g5.xlarge",
+            "2 x ml.g5.xlarge: $2.82 an hour until it is deleted",
+        ),
+        (
+            ["transform", JOB, "s3://plans/in/"],
+            "USE1-Tsform:ml.g5.xlarge",
+            "1 files on 1 x ml.g5.xlarge: $1.41 an hour while",
+        ),
+    ],
+)
+def test_the_price_is_that_of_hosting_or_of_transforms_where_aws_tells_it(account, capsys, command, usage, words):
+    account._stubs.pop("pricing"), account._clients.pop("pricing")
+    product = {"terms": {"OnDemand": {"t": {"priceDimensions": {"d": {"pricePerUnit": {"USD": "1.408"}}}}}}}
+    asked = {
+        "ServiceCode": "AmazonSageMaker",
+        "Filters": [{"Type": "TERM_MATCH", "Field": "usagetype", "Value": usage}],
+    }
+    account.stub("pricing").add_response("get_products", {"PriceList": [json.dumps(product)]}, asked)
+    account.stub("s3").add_response("list_objects_v2", {"Contents": [{"Key": "in/a.png"}]})
+    add_model(account.stub("sagemaker"))
+    code, (said, errors) = launch.main([*command, "--dry-run"]), capsys.readouterr()
+    assert (code, errors) == (0, "")
+    assert words in said and "(AWS price list, us-east-1, read just now)" in said
+    environment = json.loads(said[said.index("{\n") :])["model"]["PrimaryContainer"]["Environment"]
+    assert environment.get("SAGEMAKER_BATCH") == ("true" if command[0] == "transform" else None)
+    assert serving_requests.BATCH_VARIABLE == serve.BATCH_VARIABLE
+
+
 def test_a_dry_run_of_deploy_creates_nothing_and_shows_the_requests(account, capsys):
-    account.stub("sagemaker").add_response("describe_training_job", finished())
+    add_model(account.stub("sagemaker"))
     assert launch.main(["deploy", JOB, "--dry-run"]) == 0
     said = capsys.readouterr().out
     requests = json.loads(said[said.index("{") :])
@@ -162,9 +175,30 @@ def test_a_dry_run_of_deploy_creates_nothing_and_shows_the_requests(account, cap
     account.assert_all_asked()
 
 
+@pytest.mark.parametrize("command", [["deploy", JOB], ["transform", JOB, "s3://plans/images/"]])
+def test_the_tags_of_the_job_and_of_the_command_reach_all_that_is_made(account, capsys, command):
+    add_model(account.stub("sagemaker"), ("team", "vision"), ("cost-center", "42"))
+    account.stub("s3").add_response("list_objects_v2", {"Contents": [{"Key": "images/a.png"}]})
+    assert launch.main([*command, "--tags", "stage=test,cost-center=43", "--tags", "Größe=10 m", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    requests = json.loads(said[said.index("{\n") :])
+    assert set(requests) == {"model", *(["transform"] if "transform" in command else ["endpoint_config", "endpoint"])}
+    for request in requests.values():
+        assert {tag["Key"]: tag["Value"] for tag in request["Tags"]} == {
+            "project": "dino-lightning", "trained-by": JOB, "team": "vision", "cost-center": "43", "stage": "test",
+            "Größe": "10 m",
+        }  # fmt: skip
+
+
+def test_more_tags_than_aws_takes_are_refused(account, capsys):
+    add_model(account.stub("sagemaker"), *((f"k{number}", "v") for number in range(45)))
+    assert launch.main(["deploy", JOB, "--tags", "a=1,b=2,c=3,d=4", "--dry-run"]) == 1
+    assert f"with those of {JOB} they are 51 tags; AWS takes 50" in capsys.readouterr().err
+
+
 def test_what_was_made_is_deleted_where_the_endpoint_is_refused(account, capsys):
     stub = account.stub("sagemaker")
-    stub.add_response("describe_training_job", finished())
+    add_model(stub)
     stub.add_response("create_model", {"ModelArn": arn("model")})
     stub.add_response("create_endpoint_config", {"EndpointConfigArn": arn("endpoint-config")})
     stub.add_client_error("create_endpoint", "ValidationException", "Cannot create already existing endpoint")
@@ -177,7 +211,7 @@ def test_what_was_made_is_deleted_where_the_endpoint_is_refused(account, capsys)
 
 def test_a_failed_endpoint_says_why_and_how_to_delete_it(account, capsys):
     stub = account.stub("sagemaker")
-    stub.add_response("describe_training_job", finished())
+    add_model(stub)
     stub.add_response("create_model", {"ModelArn": arn("model")})
     stub.add_response("create_endpoint_config", {"EndpointConfigArn": arn("endpoint-config")})
     stub.add_response("create_endpoint", {"EndpointArn": arn("endpoint")})
@@ -190,7 +224,7 @@ def test_a_failed_endpoint_says_why_and_how_to_delete_it(account, capsys):
 
 def test_transform_counts_the_images_waits_and_deletes_its_model(account, capsys):
     stub = account.stub("sagemaker")
-    stub.add_response("describe_training_job", finished())
+    add_model(stub)
     account.stub("s3").add_response(
         "list_objects_v2", {"Contents": [{"Key": key} for key in ("images/", "images/a.png", "images/b/c.png")]}
     )
@@ -206,9 +240,40 @@ def test_transform_counts_the_images_waits_and_deletes_its_model(account, capsys
     stub.add_response("delete_model", {})
     assert launch.main(["transform", JOB, "s3://plans/images/", "--yes"]) == 0
     said = capsys.readouterr().out
-    assert "2 files on 1 x ml.g5.xlarge: $1.41 an hour" in said
+    assert "2 files on 1 x ml.g5.xlarge: a price that is not known here" in said
     assert "s3://b/runs/transform/dino-rooms" in said
+    assert (
+        "read from the bucket plans, which is not the job's: there, dino-trainer needs s3:GetObject and s3:List" in said
+    )
+    assert "answers are written" not in said
     account.assert_all_asked()
+
+
+def test_buckets_that_are_not_the_jobs_are_named():
+    assert serving.other_buckets(MODEL, ROLE, "s3://b/images/", "s3://b/out/") is None
+    said = serving.other_buckets(MODEL, ROLE, "s3://b/images/", "s3://theirs/out/")
+    assert said == (
+        "The answers are written to the bucket theirs, which is not the job's: there, dino-trainer needs "
+        "s3:PutObject, see docs/sagemaker.md."
+    )
+
+
+def test_the_policy_allows_what_serving_asks_and_is_not_too_long():
+    text = (Path(launch.__file__).parents[1] / "docs" / "iam" / "launch.json").read_text()
+    policy = json.loads(text)
+    allowed = {action for each in policy["Statement"] for action in _listed(each["Action"])}
+    assert {
+        "sagemaker:AddTags", "sagemaker:ListTags", "iam:CreateServiceLinkedRole", "cloudwatch:PutMetricAlarm",
+        "application-autoscaling:RegisterScalableTarget", "s3:PutObject",
+    } <= allowed  # fmt: skip
+    (linked,) = (each for each in policy["Statement"] if "iam:CreateServiceLinkedRole" in each["Action"])
+    assert "application-autoscaling" in linked["Condition"]["StringLike"]["iam:AWSServiceName"]  # and no other role
+    filled = text.replace("REGION", "ap-southeast-1").replace("ACCOUNT", "123456789012")
+    assert len("".join(filled.split())) <= 6144  # what AWS takes, white space apart
+
+
+def _listed(value):
+    return [value] if isinstance(value, str) else value
 
 
 def test_delete_endpoint_deletes_what_belongs_to_it_after_a_question(account, capsys, monkeypatch):
@@ -251,6 +316,10 @@ def test_an_endpoint_that_is_not_there_is_said(account, capsys):
         (["--autoscale", "2-4"], "--instances 1 is not within"),
         (["--instances", "0"], "must be at least 1"),
         (["--endpoint", "a_b"], "is no name"),
+        (["--memory", "2048"], "--memory is that of --serverless"),
+        (["--onnx", "--instance-type", "g5.xlarge"], "--onnx is for CPUs, and ml.g5.xlarge has a GPU"),
+        (["--tags", "team"], "'team' is no tag"),
+        (["--tags", "trained-by=me"], "trained-by is a tag that launch sets"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_aws_is_asked(account, capsys, options, words):
@@ -264,7 +333,99 @@ def test_a_job_without_a_model_has_nothing_to_serve(account):
         serving.trained_model(account, JOB)
 
 
+# ------------------------------------------------------------------ with ONNX Runtime
+
+
+def test_a_dry_run_with_onnx_says_what_runs_and_takes_a_cpu(account, capsys):
+    add_model(account.stub("sagemaker"))
+    assert launch.main(["deploy", JOB, "--onnx", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 x ml.c6i.xlarge: a price that is not known here (see https://" in said
+    assert "ONNX Runtime computes on the CPU, with model.onnx" in said and "onnxruntime is added" in said
+    requests = json.loads(said[said.index("{\n") :])
+    assert "InferenceAmiVersion" not in requests["endpoint_config"]["ProductionVariants"][0]
+    container = requests["model"]["PrimaryContainer"]
+    assert container["ModelDataUrl"] == f"s3://b/runs/{JOB}/onnx/<content>/model.tar.gz"
+    assert "-cpu-" in container["Image"]
+
+
+def test_without_the_packages_to_export_with_nothing_is_asked_or_created(account, capsys, monkeypatch):
+    add_model(account.stub("sagemaker"))
+    monkeypatch.setattr(serving_onnx, "find_spec", lambda name: None if name == "onnxscript" else True)
+    assert launch.main(["deploy", JOB, "--onnx", "--yes"]) == 1
+    assert "--onnx needs onnxscript: python -m pip install 'dino-lightning[export]'." in capsys.readouterr().err
+
+
+def archive_of(folder):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(folder, arcname=".")
+    return packed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_model_with_onnx_is_uploaded_and_its_server_runs_it(aws, account, model_dir, rooms, tmp_path, capsys):
+    """Real archives in a local S3; the rest of the account tells what the test says."""
+    s3 = aws("s3")
+    s3.create_bucket(Bucket="mine")
+    s3.put_object(Bucket="mine", Key="runs/j/model.tar.gz", Body=archive_of(model_dir))
+    account._clients["s3"] = s3
+    model = replace(MODEL, artifact="s3://mine/runs/j/model.tar.gz", output="s3://mine/runs")
+    made = serving_onnx.upload_with_onnx(account, model, print)
+    said = capsys.readouterr().out
+    assert "model.onnx is exported from model.ckpt on this machine, and compared with it:" in said
+    bucket, _, key = made.artifact.removeprefix("s3://").partition("/")
+    assert key.startswith(f"runs/{JOB}/onnx/") and key.endswith("/model.tar.gz")
+    folder = tmp_path / "model"
+    with tarfile.open(fileobj=io.BytesIO(s3.get_object(Bucket=bucket, Key=key)["Body"].read())) as tar:
+        tar.extractall(folder, filter="data")
+    requirements = (folder / "code" / "requirements.txt").read_text().splitlines()
+    before = (model_dir / "code" / "requirements.txt").read_text().splitlines()
+    assert requirements == [*before, ONNX_RUNTIME] and not any("onnx" in line for line in before)
+    picture = (rooms / "val" / "images" / "000001.png").read_bytes()
+    answers = []
+    for place in (folder, model_dir):
+        with Server(place, CUDA_VISIBLE_DEVICES="").ready() as server:
+            answers.append(server.ask(picture))
+            which = "ONNX Runtime computes, with model.onnx" if place == folder else "PyTorch computes, with model.ckpt"
+            assert f"{which}, on the CPU" in server.log
+    (status, onnx), (_, torchs) = answers
+    assert status == 200
+    found, expected = ({d["name"] for d in each["predictions"][0]["detections"]} for each in (onnx, torchs))
+    assert found == expected
+    # what was made once is taken as it is
+    again = replace(model, artifact=made.artifact)
+    assert serving_onnx.upload_with_onnx(account, again, print) == again
+    assert "model.onnx is in the model already" in capsys.readouterr().out
+
+
+def test_what_no_job_has_written_is_not_repacked(tmp_path):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "model.onnx").touch()
+    archive = tmp_path / "model.tar.gz"
+    archive.write_bytes(archive_of(tmp_path / "given"))
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(Problem, match=r"has no code/requirements\.txt: it was not written by a job"):
+        serving_onnx.with_onnx(archive, tmp_path / "scratch", print)
+
+
 # ------------------------------------------------------------------ on this machine
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["deploy", "--role", "r", "--tags", "a=1"], "With --local, --role and --tags have no effect"),
+        (["transform", "plans", "--instances", "2"], "With --local, --instances has no effect"),
+        (["deploy", "--port", "0"], ""),
+        (["transform", "plans", "--output", "found"], ""),
+    ],
+)
+def test_options_without_effect_here_are_named_once(model_dir, capsys, command, words):
+    assert launch.main([command[0], str(model_dir), *command[1:], "--local", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"Dry run: nothing was started. The model is {model_dir}." in said
+    assert said.count("no effect") == bool(words) and words in said
 
 
 @pytest.mark.slow
@@ -283,6 +444,20 @@ def test_transform_of_a_folder_here_writes_an_answer_for_each_image(model_dir, r
         assert (answer["predictions"][0]["width"], answer["predictions"][0]["height"]) == image.size
     assert launch.main(["deploy", str(plans), "--local"]) == 1
     assert "holds no model.ckpt" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_transform_here_with_onnx_exports_once(model_dir, rooms, tmp_path, capfd):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    shutil.copyfile(rooms / "val" / "images" / "000001.png", plans / "one.png")
+    for words in ("exported from model.ckpt on this machine", "is in the model already"):
+        assert launch.main(["transform", str(folder), str(plans), "--local", "--onnx"]) == 0
+        said = capfd.readouterr().out
+        assert words in said and "1 of 1 images answered" in said
+        assert (folder / "model.onnx").is_file()
 
 
 @pytest.mark.slow

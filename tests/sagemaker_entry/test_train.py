@@ -21,12 +21,12 @@ from dino_lightning import load_detector
 from dino_lightning.floor_plans import write_rooms_dataset
 from sagemaker_entry import launch
 from sagemaker_entry.container.callbacks import ProgressLines
-from sagemaker_entry.container.environment import read_environment
+from sagemaker_entry.container.environment import STRAY, child_environment, read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
 from sagemaker_entry.laptop.local_run import prepare_opt_ml
 from sagemaker_entry.protocol.job import Job
 from sagemaker_entry.protocol.trial import TRIAL_FILE, read_measured
-from sagemaker_entry.train import STRAY, child_environment, write_model
+from sagemaker_entry.train import write_model
 from tests.sagemaker_entry.conftest import TINY_CONFIG
 
 PROJECT = Path(launch.__file__).parent.parent
@@ -332,7 +332,10 @@ def test_a_job_of_the_tuner_in_an_image_of_its_own(tmp_path, rooms):
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_named(tmp_path, rooms):
     prepare_opt_ml(tmp_path, rooms, config(max_epochs=500), Job(hosts=1, gpus_per_host=0), {})
-    container = Container(tmp_path)
+    kernel = tmp_path / "checkpoints" / "kernels" / "algo-1" / "triton" / "K" / "forward.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("{}")  # of a start before this one, which saved no checkpoint
+    container = Container(tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "mine"))
     container.wait_for("epoch=1 epochs=500")
     workers = [
         process
@@ -340,7 +343,11 @@ def test_a_process_that_is_killed_is_named(tmp_path, rooms):
         if "sagemaker_entry.container.worker" in process.cmdline()
         and "sagemaker_entry.container.torchrun" not in process.cmdline()
     ]
+    given = workers[-1].environ()
     workers[-1].kill()
+    assert given["TRITON_CACHE_DIR"] == str(kernel.parents[1])
+    assert given["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    assert "resuming" not in container.text and kernel.read_text() == "{}"
     assert container.wait(60) == 1
     assert "killed (SIGKILL)" in container.failure
     assert "out of memory" in container.failure
@@ -350,11 +357,23 @@ def test_stray_rank_variables_do_not_reach_the_training(tmp_path):
     stray = {"RANK": "3", "NODE_RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "x", "SLURM_NTASKS": "4", "KEPT": "yes"}
     environ = {**stray, "SM_INPUT_DIR": str(tmp_path / "input"), "SM_HOSTS": '["algo-1", "algo-2"]',
                "SM_CURRENT_HOST": "algo-1", "SM_NETWORK_INTERFACE_NAME": "lo"}  # fmt: skip
-    child = child_environment(environ, read_environment(environ))
+    child = child_environment(environ, read_environment(environ), str(tmp_path))
     assert not (set(stray) - {"KEPT"}) & set(child)
     assert child["KEPT"] == "yes"
     assert child["NCCL_HOSTID"] == "algo-1"  # the host names are all "aws"
     assert child["NCCL_SOCKET_IFNAME"] == child["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_each_host_keeps_its_compiled_kernels_in_a_folder_of_its_own(tmp_path):
+    """SageMaker copies the checkpoint folders of all hosts to one place."""
+    hosts = {"SM_INPUT_DIR": str(tmp_path / "input"), "SM_HOSTS": '["algo-1", "algo-2"]'}
+    for host in ("algo-1", "algo-2"):
+        environ = {**hosts, "SM_CURRENT_HOST": host}
+        child = child_environment(environ, read_environment(environ), str(tmp_path))
+        assert child["TRITON_CACHE_DIR"] == str(tmp_path / "kernels" / host / "triton")
+        assert child["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kernels" / host / "inductor")
+        given = {**environ, "TRITON_CACHE_DIR": "/cache"}
+        assert child_environment(given, read_environment(given), str(tmp_path))["TRITON_CACHE_DIR"] == "/cache"
 
 
 def test_the_first_cause_is_told_not_what_follows_from_it():

@@ -66,7 +66,10 @@ def test_a_stall_is_said_once_and_its_end_too(account, watch):
     assert watch.check(after(68)) == "Checkpoints arrive in S3 again."
 
 
-@pytest.mark.parametrize(("arrived", "name"), [(None, ""), (31, "last.ckpt.sagemaker-uploading"), (31, "metrics.csv")])
+@pytest.mark.parametrize(
+    ("arrived", "name"),
+    [(None, ""), (31, "last.ckpt.sagemaker-uploading"), (31, "metrics.csv"), (31, "kernels/algo-1/triton/K/it.json")],
+)
 def test_other_files_are_no_checkpoint(account, watch, arrived, name):
     watch.read(FINISHED.format(1), after(10))
     listed(account.stub("s3"), arrived, name)

@@ -1,13 +1,25 @@
 """AWS's training images: the table against the SDK's lists, and images of the user's own."""
 
 import datetime
+import importlib.metadata
 import importlib.resources
+import importlib.util
 import json
 
 import pytest
 
+from sagemaker_entry import launch
 from sagemaker_entry.laptop.account import Account
-from sagemaker_entry.laptop.images import ACCOUNTS, IMAGES, check_address, image_address, image_notes, look_up
+from sagemaker_entry.laptop.images import (
+    ACCOUNTS,
+    IMAGES,
+    TABLE_SDK,
+    check_address,
+    image_address,
+    image_notes,
+    image_python,
+    look_up,
+)
 from sagemaker_entry.protocol.problem import Problem
 
 OWN = "123456789012.dkr.ecr.us-east-1.amazonaws.com/mine:1"
@@ -31,6 +43,31 @@ def test_the_table_says_what_the_installed_sdk_says(version):
         assert listed["registries"].get(region, account) == account, region
 
 
+def test_the_table_lacks_no_newer_image_of_its_sdk():
+    sdk = importlib.metadata.version("sagemaker") if importlib.util.find_spec("sagemaker") else "none"
+    if not sdk.startswith(f"{TABLE_SDK}."):
+        pytest.skip(f"the table is of sagemaker {TABLE_SDK}; installed is {sdk}")
+    folder = importlib.resources.files("sagemaker.core") / "image_uri_config"
+    listed = [
+        version
+        for name in ("pytorch.json", "pytorch-amzn2023.json")
+        for version in json.loads((folder / name).read_text())["training"]["versions"]
+    ]
+    numbers = {tuple(map(int, version.split(".")[:2])) for version in listed}
+    newest = {number for number in numbers if number >= (2, 8)} - {(2, 9)}  # AWS has patched 2.9 until 2026-10
+    assert newest == {tuple(map(int, version.split("."))) for version in IMAGES}
+
+
+def test_packages_are_not_sent_along_for_a_python_that_is_not_known(no_account, rooms, tiny_config, capsys):
+    assert image_python(image_address("us-east-1", "2.13")) == "3.12"
+    assert image_python(OWN) is None
+    options = ["--config", str(tiny_config), "--data", str(rooms), "--dry-run", "--torch", "2.14"]
+    assert launch.main([*options, "--network-isolation"]) == 1
+    assert "The Python of AWS's image of PyTorch 2.14 is not known here" in capsys.readouterr().err
+    assert launch.main(options) == 0
+    assert "/pytorch:2.14-cu133-amzn2023-sagemaker" in capsys.readouterr().out
+
+
 def test_addresses_in_all_partitions():
     assert image_address("us-east-1") == "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.10-gpu-py313"
     assert image_address("us-gov-west-1", "2.13") == (
@@ -49,7 +86,9 @@ def test_what_speaks_against_an_image_is_said():
     today = datetime.date(2026, 11, 29)
     (driver,) = image_notes(image_address("us-east-1", "2.10"), "A10G", today)
     assert "driver of 580" in driver and "--torch 2.8" in driver
-    assert image_notes(image_address("us-east-1", "2.8"), "A10G", today) == []
+    assert image_notes(image_address("us-east-1", "2.8"), "A10G", datetime.date(2026, 8, 6)) == []
+    (patches,) = image_notes(image_address("us-east-1", "2.8"), "A10G", today)
+    assert "patched the image 2.8-gpu-py312 until 2026-08-06 only; --torch 2.10 is patched" in patches
     (old,) = image_notes(image_address("us-east-1", "2.11"), "V100", today)
     assert "does not know the V100" in old
     late = image_notes(image_address("us-east-1", "2.10"), "A10G", datetime.date(2027, 2, 1))

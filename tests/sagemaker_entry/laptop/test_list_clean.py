@@ -2,17 +2,19 @@
 
 import datetime
 import json
+import re
 
 import pytest
 
 from sagemaker_entry import launch
 from sagemaker_entry.laptop.clean import Stored, decide
-from sagemaker_entry.laptop.job_list import list_jobs
+from sagemaker_entry.laptop.job_list import list_jobs, running_jobs
 from sagemaker_entry.protocol.problem import Problem
 from tests.sagemaker_entry.stubs import JOB, NOW, add_price, description
 
 BUCKET = "sagemaker-us-east-1-123456789012"
 OLD = NOW - datetime.timedelta(days=10)
+KERNEL = "kernels/algo-1/triton/K/forward.json"  # compiled by a job; deleted with its checkpoints
 
 
 def job(name="dino-rooms-2gpu-1", status="Completed", run="r1", dataset="d1", **more):
@@ -43,7 +45,7 @@ THERE = [
     stored("datasets", "datasets/d2/"),
     stored("code", "code/c1/", "source.tar.gz"),
     stored("drivers", "drivers/x1/"),
-    stored("checkpoints", "runs/r1/checkpoints/", "checkpoints/last.ckpt"),
+    stored("checkpoints", "runs/r1/checkpoints/", "checkpoints/last.ckpt", KERNEL),
     stored("models", "runs/r1/output/", "job/output/model.tar.gz"),
     stored("other", "somebody/else/"),
 ]
@@ -73,7 +75,7 @@ def test_what_a_job_could_be_resumed_with_is_kept_unless_given_up(status):
 
 def test_a_job_without_a_checkpoint_cannot_be_resumed_and_needs_nothing():
     there = [each for each in THERE if each.kind != "checkpoints"]
-    marker = stored("checkpoints", "runs/r1/checkpoints/", "checkpoints/last.ckpt.sagemaker-uploading")
+    marker = stored("checkpoints", "runs/r1/checkpoints/", "checkpoints/last.ckpt.sagemaker-uploading", KERNEL)
     assert place("datasets/d1")[0] in deleted([job(status="Failed")], [*there, marker])
 
 
@@ -90,6 +92,54 @@ def test_models_are_kept_unless_asked_and_never_one_that_is_served():
     assert model in deleted([job()], models=True)
     served = [f"s3://{BUCKET}/dino-lightning/runs/r1/output/job/output/model.tar.gz"]
     assert model not in deleted([job()], models=True, served=served)
+
+
+TRIAL_JOB = "dino-trial-rooms-2gpu-20261124100000"
+TRIALS = [
+    stored("trials", "trials/k1/t1/", "config/job.json", "checkpoints/trial.json"),
+    stored("trials", "trials/k1/t2/", "checkpoints/trial.json", newest=OLD + datetime.timedelta(hours=1)),
+    stored("trials", "trials/k2/t3/", "output/job/output/model.tar.gz"),  # it has measured nothing
+]
+
+
+def trial_job(name, run, **more):
+    place = f"s3://{BUCKET}/dino-lightning/trials/{run}"
+    return {
+        **job(name, **more),
+        "OutputDataConfig": {"S3OutputPath": f"{place}/output/"},
+        "CheckpointConfig": {"S3Uri": f"{place}/checkpoints/"},
+    }
+
+
+def test_of_trials_that_measured_the_same_the_newest_is_kept_for_plans():
+    assert deleted([], TRIALS) == place("trials/k1/t1", "trials/k2/t3")
+    assert deleted([], TRIALS, trials=True) == place("trials/k1/t1", "trials/k1/t2", "trials/k2/t3")
+
+
+def test_nothing_that_a_running_trial_uses_is_deleted():
+    running = trial_job("dino-trial-rooms-2gpu-1", "k2/t3", status="InProgress")
+    everything = {"resumable": True, "models": True, "trials": True, "older_than": 0}
+    left = deleted([running], [*THERE, *TRIALS], **everything)
+    assert left == place("datasets/d2", "runs/r1/checkpoints", "runs/r1/output", "trials/k1/t1", "trials/k1/t2")
+
+
+def test_nothing_that_anybodys_running_job_reads_is_deleted():
+    """A tuning job of any name, jobs that read a whole folder or a file system, and one that writes to the bucket."""
+    everything = {"resumable": True, "models": True, "trials": True, "older_than": 0}
+    theirs = {**job("tuner-001-abc", status="InProgress"), "CheckpointConfig": None, "OutputDataConfig": {}}
+    assert deleted([theirs], **everything) == place("datasets/d2", "runs/r1/checkpoints", "runs/r1/output")
+    for folder in ("dino-lightning/datasets", "dino-lightning/", ""):
+        channel = {"DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/{folder}"}}}
+        left = deleted([{**theirs, "InputDataConfig": [channel]}], **everything)
+        assert place("datasets/d2")[0] not in left and (bool(left) == (folder == "dino-lightning/datasets"))
+    system = {"DataSource": {"FileSystemDataSource": {"FileSystemId": "fs-1"}}}
+    writes = {"InputDataConfig": [system], "OutputDataConfig": {"S3OutputPath": f"s3://{BUCKET}/"}}
+    assert place("datasets/d1")[0] in deleted([{**theirs, **writes}], **everything)
+
+
+def test_answers_of_transforms_are_kept_with_or_without_their_model():
+    there = [THERE[5], stored("answers", "runs/r1/output/transform/t/", "a.png.out")]
+    assert deleted([], there, models=True, older_than=0) == place("runs/r1/output")
 
 
 def test_what_is_new_and_what_is_not_ours_is_kept():
@@ -123,7 +173,7 @@ def test_clean_shows_asks_and_deletes_what_no_job_needs(filled, capsys, monkeypa
     assert launch.main([*arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "datasets" in printed and "a model; --models deletes it" in printed
-    assert "Dry run: 0.0 MB in 6 objects would be deleted." in printed
+    assert "Dry run: 0.0 MB in 7 objects would be deleted." in printed
     assert launch.main(["clean"]) == 0  # all of it is new
     assert "newer than 1 days" in capsys.readouterr().out
     assert launch.main(arguments) == 1
@@ -135,13 +185,41 @@ def test_clean_shows_asks_and_deletes_what_no_job_needs(filled, capsys, monkeypa
     assert keys(filled) == before
     calls.clear()
     assert launch.main([*arguments, "--yes"]) == 0
-    assert "Deleted 0.0 MB in 6 objects." in capsys.readouterr().out
+    assert "Deleted 0.0 MB in 7 objects." in capsys.readouterr().out
     assert keys(filled) == ["dino-lightning/runs/r1/output/job/output/model.tar.gz", "dino-lightning/somebody/else/x"]
     (request,) = [parameters for operation, parameters in calls if operation == "DeleteObjects"]
     sent = [entry["Key"] for entry in request["Delete"]["Objects"]]
     assert sent.index("dino-lightning/datasets/d1/manifest.json") < sent.index(
         "dino-lightning/datasets/d1/shards/1.tar"
     )
+
+
+def test_clean_knows_trials_and_running_jobs_of_other_names(filled, aws, capsys):
+    """A trial that runs, and a job named by somebody else; AWS here completes jobs at once, so it is told otherwise."""
+    for each in (*TRIALS, stored("answers", "runs/r1/output/transform/t/", "a.png.out")):
+        for key in each.keys:
+            filled.put_object(Bucket=BUCKET, Key=key, Body=b"0123456789")
+    assert launch.main(["clean", "--older-than", "0", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"trials +1 +.* measured for plans; --trials deletes it", printed)
+    assert re.search(r"trials +2 +.* to be deleted", printed)
+    assert re.search(r"answers +1 +.* answers of a transform", printed)
+    launch.main(["clean", "--older-than", "0", "--yes", "--trials"])
+    assert not [key for key in keys(filled) if "/trials/" in key]
+
+
+def test_the_running_jobs_are_asked_for_whatever_their_names(account):
+    stub = account.stub("sagemaker")
+    for status, names in (("InProgress", [JOB, "theirs"]), ("Stopping", ["tuner-1"])):
+        summaries = [
+            {"TrainingJobName": name, "TrainingJobArn": description()["TrainingJobArn"], "CreationTime": NOW,
+             "TrainingJobStatus": status} for name in names
+        ]  # fmt: skip
+        stub.add_response("list_training_jobs", {"TrainingJobSummaries": summaries}, {"StatusEquals": status})
+        for name in names:
+            stub.add_response("describe_training_job", job(name, status), {"TrainingJobName": name})
+    found = [each["TrainingJobName"] for each in running_jobs(account.client("sagemaker"))]
+    assert found == [JOB, "theirs", "tuner-1"]
 
 
 def test_clean_of_an_empty_bucket(aws, capsys):
@@ -158,7 +236,7 @@ def test_where_the_jobs_cannot_be_listed_nothing_is_deleted(account):
 
 def test_the_list_of_jobs(account):
     stub = account.stub("sagemaker")
-    names = [JOB, "dino-of-somebody-else", "not-dino-1"]
+    names = [JOB, "dino-of-somebody-else", TRIAL_JOB, "not-dino-1"]
     summaries = [
         {
             "TrainingJobName": name,
@@ -179,9 +257,12 @@ def test_the_list_of_jobs(account):
     add_price(stub, "4.0000")
     theirs = {**description(), "OutputDataConfig": {"S3OutputPath": "s3://b/theirs/"}}
     stub.add_response("describe_training_job", theirs)
-    heads, row, note = list_jobs(account, 20).splitlines()
+    stub.add_response("describe_training_job", trial_job(TRIAL_JOB, "k1/t1", **ended))
+    add_price(stub, "4.0000")
+    heads, row, trial, note = list_jobs(account, 20).splitlines()
     assert heads.split() == ["job", "state", "started", "(UTC)", "hours", "cost", "AP", "F1"]
     assert row.split() == [JOB, "Completed", "2026-11-24", "12:00", "1.5", "$6.00", "0.500", "0.600"]
+    assert trial.split() == [TRIAL_JOB, "Completed", "2026-11-24", "12:00", "1.5", "$6.00", "-", "-"]
     assert "best of all evaluations" in note
 
 
@@ -198,3 +279,6 @@ def test_the_policy_allows_what_is_asked():
     text = (launch.Path(clean.__file__).parents[2] / "docs" / "iam" / "launch.json").read_text()
     allowed = {action for each in json.loads(text)["Statement"] for action in each["Action"]}
     assert {"sagemaker:ListTrainingJobs", "sagemaker:ListModels", "s3:DeleteObject"} <= allowed
+    (everywhere,) = (each for each in json.loads(text)["Statement"] if "sagemaker:DescribeModel" in each["Action"])
+    assert "sagemaker:DescribeTrainingJob" in everywhere["Action"]  # of running jobs of any name
+    assert "arn:aws:sagemaker:REGION:ACCOUNT:training-job/*" in everywhere["Resource"]

@@ -3,22 +3,25 @@
 import inspect
 import itertools
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import botocore.session
 import pytest
 
 from dino_lightning import DINOModule
 from sagemaker_entry.laptop import tags
 from sagemaker_entry.laptop.compute import choose_compute
-from sagemaker_entry.laptop.disk import check_disk
+from sagemaker_entry.laptop.disk import NVME_GB, check_disk
 from sagemaker_entry.laptop.launch_options import LaunchOptions
 from sagemaker_entry.laptop.plan import Limits
 from sagemaker_entry.laptop.quota import check_quota
 from sagemaker_entry.laptop.submit import JobSpec, as_request
 from sagemaker_entry.laptop.tags import user_tags
+from sagemaker_entry.protocol.instances import INSTANCES
 from sagemaker_entry.protocol.problem import Problem
-from tests.sagemaker_entry.service_model import violations
+from tests.sagemaker_entry.service_model import expression, violations
 
 CHANNELS = {"training": "s3://b/d/", "config": "s3://b/c/", "weights": "s3://b/w/", "packages": "s3://b/p"}
 
@@ -121,6 +124,27 @@ def test_a_dataset_that_does_not_fit_is_refused(size, mode, advice):
         check_disk("ml.g5.2xlarge", size, mode)
 
 
+def test_disks_gpus_memory_and_network_are_those_of_ec2(aws):
+    """Against the answers of EC2 that moto has recorded; without "ml." the types are the same machines."""
+    names = sorted({name.removeprefix("ml.") for name in (*INSTANCES, *NVME_GB)})
+    found = {
+        each["InstanceType"]: each for each in aws("ec2").describe_instance_types(InstanceTypes=names)["InstanceTypes"]
+    }
+    assert sorted(found) == names
+    for name, size in NVME_GB.items():
+        assert found[name.removeprefix("ml.")]["InstanceStorageInfo"]["TotalSizeInGB"] == size, name
+    for name, instance in INSTANCES.items():
+        real = found[name.removeprefix("ml.")]
+        (gpu,) = real["GpuInfo"]["Gpus"]
+        assert (gpu["Count"], gpu["Name"]) == (instance.gpus, instance.gpu), name
+        assert abs(gpu["MemoryInfo"]["SizeInMiB"] * 2**20 / 1e9 - instance.gpu_memory) < 8, (
+            name
+        )  # GB, or GiB of the A100s
+        assert real["MemoryInfo"]["SizeInMiB"] == instance.memory * 1024, name
+        cards = [card["BaselineBandwidthInGbps"] for card in real["NetworkInfo"]["NetworkCards"]]
+        assert instance.network in (cards[0], sum(cards)), name
+
+
 # ------------------------------------------------------------------ tuning
 
 
@@ -184,6 +208,22 @@ def test_tags_that_aws_would_refuse(texts, words):
     with pytest.raises(Problem) as caught:
         LaunchOptions(tags=tuple(texts))
     assert str(caught.value).startswith("--tags: ") and words in str(caught.value)
+
+
+def test_the_characters_of_tags_are_those_of_awss_pattern():
+    """Every character that there is: what is refused here is what AWS refuses, and nothing else is."""
+    pattern = botocore.session.get_session().get_service_model("sagemaker").shape_for("TagKey").metadata["pattern"]
+    allowed = expression(pattern)
+    wrong = [code for code in range(sys.maxunicode + 1) if tags._taken(chr(code)) != bool(allowed.fullmatch(chr(code)))]
+    assert wrong == []
+    assert allowed.fullmatch("Größe 10 m²") and not allowed.fullmatch("a;b") and not allowed.fullmatch("a\tb")
+
+
+def test_tags_of_any_script_make_a_request_of_the_right_form():
+    given = user_tags(["Größe=10 m²,チーム=視覚,отдел=a.b:c/d=e+f-g@h"])
+    sent = {**request(), "Tags": [{"Key": key, "Value": value} for key, value in given.items()]}
+    assert violations("CreateTrainingJob", sent) == []
+    assert violations("CreateTrainingJob", {**sent, "Tags": [{"Key": "チーム!", "Value": "x"}]})
 
 
 def test_as_many_tags_as_fit_beside_those_of_a_resumed_job():
