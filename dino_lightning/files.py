@@ -82,6 +82,23 @@ def unreadable(error: OSError) -> str:
     return f"{reason}: change its permissions" if isinstance(error, PermissionError) else reason
 
 
+def why_unreadable(path: str | Path) -> OSError | None:
+    """The system's error where a file or folder is there and cannot be read; None where it can, or is not there."""
+    place = Path(path)
+    try:
+        place.lstat()
+    except OSError:  # not there, or in a folder that cannot be entered: nothing is known of it
+        return None
+    try:
+        if place.is_dir():
+            next(place.iterdir(), None)
+        else:
+            place.open("rb").close()
+    except OSError as error:
+        return error
+    return None
+
+
 def remove_unfinished(folder: Path, suffix: str) -> None:
     """Remove what a process that was killed in `atomic_write` has left in a folder of files with this suffix."""
     for left in folder.glob(f"tmp-*{suffix}-????????{suffix}"):

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dino_lightning.cli.checkpoints import LAST, checkpoint_to_resume, model_file, read_whole_checkpoint
+from dino_lightning.cli.class_options import explain_class_error, kind
 from dino_lightning.cli.config_files import with_packaged_configs
+from dino_lightning.cli.options_of_weights import place_of_weights, with_options_of_weights
 from dino_lightning.cli.run_folder import new_folder, shared_run_dir
 from dino_lightning.cli.run_options import add_own_options
 from dino_lightning.cli.stored_options import (
     arguments_of_model,
     arguments_of_weights,
-    model_options,
     run_folder_of,
     stored_arguments,
 )
@@ -28,14 +28,13 @@ from dino_lightning.console import lacks_secrets, say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
-from dino_lightning.training.resume import flat
+from dino_lightning.training.option_checks import flat
 from dino_lightning.weights.stored import check_checkpoint, check_settings
-from dino_lightning.weights.zoo import needed_options
 
 DEFAULT_SEED = 42
 
 
-def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
+def prepare(subcommand: str, args: list[str], *, make_folder: bool = True) -> tuple[list[str], Path]:
     """Find the run's folder and checkpoint, and put before the user's arguments what they may leave out.
 
     Later arguments win over earlier ones, so whatever the user says wins.
@@ -43,6 +42,7 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
     Args:
         subcommand: `fit`, `validate` or `test`.
         args: its options.
+        make_folder: whether a new folder for the run is made at once.
 
     Returns:
         The options for the parser, and the folder of the run.
@@ -74,38 +74,9 @@ def prepare(subcommand: str, args: list[str]) -> tuple[list[str], Path]:
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
         args = [*sizes_for_device(), *args]
     elif subcommand != "fit" and not _has_option(args, "--help", "-h"):
-        args = [*arguments_of_weights(_place_of_weights(args)), *args]
+        args = [*arguments_of_weights(place_of_weights(args)), *args]
     args = with_options_of_weights(with_packaged_configs(args))
-    return args, folder or new_folder()
-
-
-def with_options_of_weights(args: Sequence[str]) -> list[str]:
-    """The options that weights of a name need, put before those of the user, which win over them."""
-    return [*model_options(needed_options(_place_of_weights(args))), *args]
-
-
-def _place_of_weights(args: Sequence[str]) -> str | None:
-    """What the arguments and their configuration files say for `model.weights`."""
-    place: str | None = None
-    for previous, arg in zip(["", *args], args, strict=False):
-        name, equals, value = arg.partition("=")
-        if not equals:
-            name, value = previous, arg
-        if name == "--model.weights":
-            place = None if value == "null" else value
-        elif name in ("--config", "-c"):
-            place = _weights_in(Path(value), place)
-    return place
-
-
-def _weights_in(config: Path, before: str | None) -> str | None:
-    """`model.weights` of a configuration file; what it was before where the file does not say. The parser judges it."""
-    try:
-        model = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("model") or {}
-        found = model.get("weights", before)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return before
-    return found if isinstance(found, str) else None
+    return args, folder or new_folder(make=make_folder)
 
 
 def refuse_redacted_addresses(options: Mapping[str, Any]) -> None:
@@ -155,10 +126,12 @@ def explain_argument_error(message: str) -> str:
         return f"--{required[1]} is needed: the folder of the dataset."
     if absent := re.fullmatch(r'Parser key "config": File does not exist: (.*)', message):
         return f"--config: {absent[1]} does not exist."
+    if (about_class := explain_class_error(message)) is not None:
+        return about_class
     key = re.match(r'Parser key "([\w.]+)": ', message)
     value = re.search(r".*(?:Got value|Given value): (.*)$", message)  # the last is the whole one
     kinds = " or ".join(
-        dict.fromkeys(_kind(name) for name in re.findall(r"<class '(\w+)'>", message.partition("Given value type")[0]))
+        dict.fromkeys(kind(name) for name in re.findall(r"<class '(\w+)'>", message.partition("Given value type")[0]))
     )
     if key and value and kinds:
         return f"--{key[1]} {value[1]}: this must be {kinds}."
@@ -173,13 +146,6 @@ def explain_argument_error(message: str) -> str:
             listed = f" Options of {group}: {names}." if group and siblings else f" Options: {names}." if names else ""
             return f"There is no option --{name}.{hint}{listed}"
     return message
-
-
-def _kind(name: str) -> str:
-    """A Python type in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    words |= {"list": "a list", "dict": "a mapping"}
-    return words.get(name, name)
 
 
 def fit_parser() -> LightningArgumentParser:

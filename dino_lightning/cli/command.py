@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from dino_lightning.console import say, without_secrets
 from dino_lightning.errors import FROM_A_LOADER, UsageError, UserError
-from dino_lightning.files import FULL, reason_of, unwritable
+from dino_lightning.files import FULL, reason_of, unreadable, unwritable, why_unreadable
 from dino_lightning.interrupts import CtrlC
 
 PROGRAM = "python -m dino_lightning"
@@ -119,7 +119,8 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
 
     Args:
         action: does the work and returns the exit code.
-        interrupted: what to say after Ctrl-C and SIGTERM; empty for nothing.
+        interrupted: what to say after Ctrl-C and SIGTERM where the `KeyboardInterrupt` says nothing itself; empty for
+            nothing.
 
     Returns:
         The exit code of the action; 1 for bad input, 2 for a wrong option, 130 after Ctrl-C, 143 after SIGTERM.
@@ -134,16 +135,15 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
         except OSError as error:
             if error.filename is None and error.errno not in FULL:
                 raise
-            name = "a file could not be written" if error.filename is None else error.filename
-            print(without_secrets(f"error: {name}: {reason_of(error)}.{_advice(error)}"), file=sys.stderr)
+            print(without_secrets(f"error: {_what_failed(error)}"), file=sys.stderr)
             return BAD_INPUT
         except (KeyboardInterrupt, Terminated) as stop:
-            _say_interrupted(interrupted(), ctrl_c)
+            _say_interrupted(str(stop) or interrupted(), ctrl_c)
             return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
         except (SystemExit, RuntimeError) as stop:
             # Lightning ends an interrupted run by exit(1), and PyTorch's writer fails at the file that it was writing.
             if isinstance(stop.__context__, (KeyboardInterrupt, Terminated)):
-                _say_interrupted(interrupted(), ctrl_c)
+                _say_interrupted(str(stop.__context__) or interrupted(), ctrl_c)
                 return TERMINATED if isinstance(stop.__context__, Terminated) else INTERRUPTED
             if not ctrl_c.presses:
                 raise
@@ -155,30 +155,48 @@ def run_command(action: Callable[[], int], *, interrupted: Callable[[], str] = l
         return INTERRUPTED
 
 
-def _advice(error: OSError) -> str:
-    """What to do about a file, opened for a purpose not known here, after a blank; empty where that is clear."""
+def _what_failed(error: OSError) -> str:
+    """The sentence about a file that was opened for a purpose not known here."""
+    name = "a file could not be written" if error.filename is None else str(error.filename)
     if error.errno in FULL:
-        return " Free some space, and try again."
+        return f"{name}: {reason_of(error)}. Free some space, and try again."
+    problem = None if error.filename is None else why_unreadable(name)
+    if problem is not None:
+        return f"{name} {unreadable(problem)}."
     if isinstance(error, PermissionError):
-        return " Change the permissions of it or of its folder, or give another."
-    return ""
+        return f"{name}: {reason_of(error)}. Change the permissions of it or of its folder, or give another."
+    return f"{name}: {reason_of(error)}."
 
 
 @contextmanager
 def writing(path: str | Path, option: str) -> Iterator[None]:
     """Name the output that the user gave, and the option, where it cannot be written.
 
+    An input that is read inside and cannot be is named instead: what the system's error is about is looked at again.
+
     Args:
-        path: the file or folder; all system errors inside are taken to be about it.
+        path: the file or folder; system errors about it, about what is beside or in it, or about no file, are its own.
         option: by which it was named.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or an input cannot be read.
     """
     try:
         yield
     except OSError as error:
-        raise UsageError(unwritable(path, error, option)) from error
+        raise UsageError(_sentence(path, error, option)) from error
+
+
+def _sentence(path: str | Path, error: OSError, option: str) -> str:
+    """What to say about an error while an output is written."""
+    if error.filename is None or error.errno in FULL:
+        return unwritable(path, error, option)
+    named, output = Path(os.fsdecode(error.filename)), Path(path).absolute()
+    problem = why_unreadable(named)
+    if problem is not None:
+        return f"{named} {unreadable(problem)}."
+    beside = output.parent in named.absolute().parents or named.absolute() in output.parents
+    return unwritable(path, error, option) if beside else f"{named}: {reason_of(error)}."
 
 
 def _say_interrupted(text: str, ctrl_c: CtrlC) -> None:

@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> int:
         else:
             output = _file(options.output, checkpoint, ".onnx" if options.format == "onnx" else ".pt2")
             with writing(output, "--output"):
-                _export_file(checkpoint, output, options.format, preprocessing, options.opset)
+                export_file(checkpoint, output, options.format, preprocessing, options.opset)
         print(output)
         return 0
 
@@ -98,7 +98,22 @@ def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
     return output
 
 
-def _export_file(checkpoint: Path, output: Path, kind: str, preprocessing: str, opset: int) -> None:
+def export_file(
+    checkpoint: Path, output: Path, kind: str = "onnx", preprocessing: str = "inside", opset: int = OPSETS[0]
+) -> None:
+    """Write a checkpoint as a file that others can run, compare the two, and print how far they agree.
+
+    Args:
+        checkpoint: one of ours.
+        output: the file; written only if it agrees with the checkpoint.
+        kind: "onnx" or "torch".
+        preprocessing: "inside" or "outside", see `export`.
+        opset: the ONNX operator set, of `OPSETS`.
+
+    Raises:
+        UsageError: they do not agree.
+        CheckpointError: not a checkpoint of ours.
+    """
     from dino_lightning.export.check import compare_with_module, table  # imports PyTorch
     from dino_lightning.export.formats import describe_module, run_onnx, run_torch, write_onnx, write_torch
     from dino_lightning.inference.detector import load_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,20 +11,18 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dino_lightning.callbacks import (
     AtomicCheckpointIO,
+    GracefulCheckpoint,
     LearningCurves,
     OutOfMemoryReporter,
-    PredictionImages,
-    Progress,
     SavedConfig,
     StoppedOnRequest,
-    WatchProcesses,
 )
-from dino_lightning.callbacks.rank_watchdog import watch_first_process
+from dino_lightning.callbacks.rank_watchdog import hold_back_ctrl_c_in_new_processes, watch_first_process
 from dino_lightning.cli import run_folder
 from dino_lightning.cli.arguments import (
     DEFAULT_SEED,
@@ -31,45 +30,35 @@ from dino_lightning.cli.arguments import (
     prepare,
     refuse_redacted_addresses,
     take_option,
-    with_options_of_weights,
 )
 from dino_lightning.cli.checkpoints import raise_if_restoring
-from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, expected_errors, writing
+from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, Terminated, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.help_pages import asks_for_all
+from dino_lightning.cli.introduction import introduce, load_weights
 from dino_lightning.cli.option_checks import check_options
+from dino_lightning.cli.options_of_weights import with_options_of_weights
 from dino_lightning.cli.own_loggers import all_loggers, refuse_options_of_fit
-from dino_lightning.cli.quiet import metrics_table, parameter_line, quiet
-from dino_lightning.cli.run_folder import ONLY_ON_COMMAND_LINE
+from dino_lightning.cli.plain_options import ONLY_ON_COMMAND_LINE
+from dino_lightning.cli.quiet import quiet
+from dino_lightning.cli.results import metrics_table, save_report, show_classes, show_places
 from dino_lightning.cli.run_options import (
     add_own_options,
     as_list,
-    asked_for,
     check_metrics,
-    checkpoints_and_record,
     ddp_strategy,
-    kept_metrics,
+    run_callbacks,
 )
 from dino_lightning.cli.stored_options import FROM_DATA, options_text, other_sizes
 from dino_lightning.cli.user_optimizer import use_own_optimizer
 from dino_lightning.console import say, without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
-from dino_lightning.report import (
-    Source,
-    as_text,
-    dominating_error,
-    find_report,
-    load_report,
-    write_report,
-)
-from dino_lightning.training.initial_weights import detector_weights
+from dino_lightning.report import dominating_error, find_report, load_report
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
-from dino_lightning.training.precision import check_precision, default_precision
-from dino_lightning.training.recipe import advice_on_few_steps, choose_recipe, describe, planned_steps
+from dino_lightning.training.precision import settled_precision
 from dino_lightning.training.resume import changed_options
-from dino_lightning.weights.loading import load_initial_weights
 
 
 class Commands(LightningCLI):
@@ -124,11 +113,16 @@ class Commands(LightningCLI):
         except ArgumentError as error:
             raise ArgumentError(None, explain_argument_error(str(error))) from error
         for name in ONLY_ON_COMMAND_LINE:
-            if self.config[self.config.subcommand][name]:
+            if self._given[name]:
                 raise ArgumentError(
                     None, f"{name} is an option of the command line (--{name}), not of a configuration."
                 )
-        check_options(self.config[self.config.subcommand])
+        check_options(self._given)
+
+    @property
+    def _given(self) -> Any:
+        """The options as parsed: of the subcommand, or without one all there are."""
+        return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
 
     def _add_instantiators(self) -> None:
         """Keep the stored hyperparameters plain (Lightning would add the names of its own helpers to them)."""
@@ -163,60 +157,50 @@ class Commands(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Ask again for addresses that were stored without their secrets; settle the precision, by the device."""
-        refuse_redacted_addresses(self.config[self.config.subcommand].as_dict())
-        trainer = self.config[self.config.subcommand].trainer
-        check_precision(trainer.precision)
-        best = default_precision(trainer.accelerator)
-        if trainer.precision is None:
-            trainer.precision = best
-        elif trainer.precision == "bf16-mixed" and best == "16-mixed":
-            say("This GPU does not compute in bfloat16: using precision 16-mixed instead of bf16-mixed.")
-            trainer.precision = best
+        refuse_redacted_addresses(self._given.as_dict())
+        trainer = self._given.trainer
+        trainer.precision = settled_precision(trainer.precision, trainer.accelerator)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         """The Trainer with this run's loggers, checkpoints and pictures, unless the user has others."""
-        options = self.config[self.subcommand]
-        if self.held is not None and self.subcommand != "fit":
+        options, fitting = self._given, self.subcommand in ("fit", None)
+        if self.held is not None and not fitting:
             self.run_dir = run_folder.hold_evaluation(self.run_dir, options.as_dict(), self.held)
         self.save_config_kwargs["folder"] = self.run_dir
         check_metrics(options, getattr(self.datamodule, "class_names", ()))
         self.report.best_by = options.best_by
         if config.get("strategy") == "ddp":
-            config["strategy"] = ddp_strategy(compress_gradients=options.compress_gradients)
-        config["logger"] = all_loggers(self.run_dir, config.get("logger"), options, fitting=self.subcommand == "fit")
+            config["strategy"] = ddp_strategy(self.model, compress_gradients=options.compress_gradients)
+        config["logger"] = all_loggers(self.run_dir, config.get("logger"), options, fitting=fitting)
         config["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("enable_model_summary") is None:
             config["enable_model_summary"] = False  # `parameter_line` says it in one line
-        own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(config.get("callbacks")))
-        if config.get("enable_progress_bar") is not False and not own_bar:
-            callbacks = [*callbacks, Progress()]
-        fitting = self.subcommand == "fit"
-        # the watch first: from here on a process that dies must not be waited for
-        callbacks = [WatchProcesses(), *callbacks, *self.extra_callbacks, *asked_for(options, fitting=fitting)]
-        callbacks += [self.report, PredictionImages(path=str(self.run_dir / "detections.png"))]
-        if config.get("logger"):
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
-            if fitting:
-                callbacks.append(kept_metrics(self.run_dir, resuming=self._resuming()))
-        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-            callbacks += checkpoints_and_record(self.run_dir, options, self.stop_flag)
-        return super()._instantiate_trainer(config, callbacks)
+        own = run_callbacks(
+            config,
+            options,
+            self.run_dir,
+            fitting=fitting,
+            resuming=self._resuming(),
+            stop_flag=self.stop_flag,
+            given=callbacks,
+            extra=self.extra_callbacks,
+            report=self.report,
+        )
+        trainer = super()._instantiate_trainer(config, own)
+        hold_back_ctrl_c_in_new_processes(trainer)
+        return trainer
 
     def _resuming(self) -> bool:
         """Whether the run in this folder is continued."""
-        return run_folder.resumes_in(self.run_dir, self.config[self.subcommand].ckpt_path)
+        return run_folder.resumes_in(self.run_dir, self._given.get("ckpt_path"))
 
     def before_fit(self) -> None:
         """Print the dataset and, of a resumed run, the options that changed since its checkpoint."""
         if self.held is not None and not self._resuming():
             run_folder.clear(self.run_dir)  # not earlier: the options are parsed, and the dataset is read
-        self._introduce()
         assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
-        say(f"{parameter_line(self.model)}\n")
-        for sentence in self.datamodule.hazards(self.model.model.query_selection.content_queries.num_embeddings):
-            say(f"{sentence}\n")
-        self._tell_the_length()
+        introduce(self.model, self.datamodule, self.trainer)
         if self.config.fit.ckpt_path is not None:
             self.model.has_weights = True  # the Trainer tells so only after the module is set up
             before = options_of(Path(self.config.fit.ckpt_path))
@@ -224,58 +208,29 @@ class Commands(LightningCLI):
             if changes:
                 say("Changed since the checkpoint was written:\n  " + "\n  ".join(changes) + "\n")
 
-    def _tell_the_length(self) -> None:
-        """How many steps the run takes, which recipe follows from that, and whether they are too few."""
-        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
-        steps = planned_steps(self.trainer, self.datamodule)
-        if steps is None:
-            return
-        images, epochs = self.datamodule.images_per_epoch, self.trainer.max_epochs
-        times = f" x {epochs} epochs" if epochs is not None and epochs > 0 else ""
-        say(f"{images:,} images{times}: {steps:,} optimizer steps.")
-        name = self.model.hparams["recipe"]
-        recipe = choose_recipe(name, steps).with_choices(self.model.hparams)
-        say(describe(name, recipe, steps))
-        whole = detector_weights(self.model.hparams, self.datamodule.class_names) is not None
-        if not whole and (advice := advice_on_few_steps(steps, epochs)) is not None:
-            say(advice)
-        say("")
-
-    def _introduce(self) -> None:
-        data = self.datamodule
-        assert isinstance(data, CocoDataModule)
-        say(f"{data.summary()}\n\n{data.class_table()}\n")
-
     def after_fit(self) -> None:
         """Show what came out and where it is."""
-        checkpoints = self.run_dir / "checkpoints"
-        say(f"\n{self.report.table()}\n")
         assert isinstance(self.model, DINOModule)
+        say(f"\n{self.report.table()}\n")
         if self.model.evaluation is not None:
             say(f"Last epoch: {dominating_error(self.model.evaluation, threshold=self.model.score_threshold)}\n")
-        places = [
-            ("best checkpoint", checkpoints / "best.ckpt"),
-            ("last checkpoint", checkpoints / "last.ckpt"),
-            ("metrics", self.run_dir / "metrics.csv"),
-            ("learning curves", self.report.curves_path),
-            ("detections", self.run_dir / "detections.png"),
-            ("configuration", self.run_dir / "config.yaml"),
-            ("record", self.run_dir / "run.json"),
-        ]
-        for name, path in places:
-            if path.exists():
-                say(f"{name:<16} {path}")
-        if (checkpoints / "best.ckpt").exists():
-            say(f"\nLook closer:  {self.program} validate --ckpt_path {checkpoints / 'best.ckpt'}")
-        if (self.run_dir / "tensorboard").is_dir():
-            say(f"Watch losses: tensorboard --logdir {self.run_dir}")
+        show_places(self.run_dir, self.report.curves_path, self.program)
+        if self.stop_flag is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._end_if_interrupted()
+
+    def _end_if_interrupted(self) -> None:
+        """A signal that came too late to stop the training ends the command all the same: what follows must not run."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning, not declared
+            if isinstance(callback, GracefulCheckpoint) and callback.asked_by:
+                kind = KeyboardInterrupt if callback.asked_by == signal.SIGINT else Terminated
+                raise kind("Interrupted after the end of the training; all its results are there.")
 
     def before_validate(self) -> None:
         """Load weights that are not a checkpoint of ours, and read what to compare with before it takes hours."""
-        options = self.config[self.config.subcommand]
+        options = self._given
+        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
         if options.ckpt_path is None:
-            self._load_weights()
-        assert isinstance(self.datamodule, CocoDataModule)
+            load_weights(self.model, self.datamodule)
         if (sentence := other_sizes(options.ckpt_path, options.model.weights, self.datamodule)) is not None:
             say(f"{sentence}\n")
         if options.against is None:
@@ -285,59 +240,23 @@ class Commands(LightningCLI):
         path = find_report(Path(options.against), self.config.subcommand)
         self._other_run = (str(path), load_report(path))
 
-    def _load_weights(self) -> None:
-        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
-        weights = self.model.places["weights"]
-        if weights is None:
-            raise UsageError("There is nothing to evaluate: give a checkpoint with --ckpt_path, or --model.weights.")
-        loaded = load_initial_weights(self.model.model, weights, self.datamodule.class_names)
-        if loaded.score_threshold is not None:
-            self.model.score_threshold = loaded.score_threshold
-        say(f"{loaded}\n")
-
     def before_test(self) -> None:
         """As before validation."""
         self.before_validate()
 
     def after_validate(self) -> None:
         """Show the metrics, the classes one by one, and write the report."""
+        assert isinstance(self.model, DINOModule) and isinstance(self.datamodule, CocoDataModule)
         say(f"\n{metrics_table(self.trainer.callback_metrics)}\n")
-        self._show_classes()
-        self._write_report()
+        show_classes(self.model.class_results)
+        subcommand = self.config.subcommand
+        if self.config[subcommand].report:
+            checkpoint = str(self.config[subcommand].ckpt_path or "")
+            save_report(self.model, self.datamodule, subcommand, checkpoint, self.run_dir, against=self._other_run)
 
     def after_test(self) -> None:
         """As after validation."""
         self.after_validate()
-
-    def _write_report(self) -> None:
-        """On the first process: it alone has seen all images."""
-        subcommand = self.config.subcommand
-        data, model = self.datamodule, self.model
-        assert isinstance(model, DINOModule) and isinstance(data, CocoDataModule)
-        if model.evaluation is None or not self.config[subcommand].report:
-            return
-        dataset = data.test_set if subcommand == "test" and data.test_set is not None else data.val_set
-        checkpoint = str(self.config[subcommand].ckpt_path or "")
-        folder = self.run_dir / "report"
-        with writing(folder, "--run_dir"):
-            summary = write_report(
-                model.evaluation,
-                Source(subcommand, dataset.annotations, data.category_ids, checkpoint),
-                folder,
-                threshold=model.score_threshold,
-                against=self._other_run,
-            )
-        say(f"\n{as_text(summary)}\nreport           {folder / 'index.html'}")
-
-    def _show_classes(self) -> None:
-        assert isinstance(self.model, DINOModule)
-        rows = self.model.class_results
-        say(f"{'class':<24}{'boxes':>8}{'AP':>8}{'AP50':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'threshold':>11}")
-        for row in rows:
-            say(
-                f"{row.name[:23]:<24}{row.num_boxes:>8}{row.ap:>8.3f}{row.ap50:>8.3f}{row.f1:>8.3f}"
-                f"{row.precision:>11.3f}{row.recall:>8.3f}{row.threshold:>11.3f}"
-            )
 
 
 def run_subcommand(

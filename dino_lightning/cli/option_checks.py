@@ -18,6 +18,9 @@ def check_options(options: Any) -> None:
     Raises:
         argparse.ArgumentError: names the first one.
     """
+    for group in ("data", "model", "trainer"):
+        if options.get(group) is None:
+            raise ArgumentError(None, f"{group}: has no options in the configuration; give some, or remove the line.")
     seed = options.get("seed_everything")
     if seed is not None and not 0 <= seed <= LARGEST_SEED:
         raise ArgumentError(None, f"--seed_everything is {seed}; it must be from 0 to {LARGEST_SEED}.")

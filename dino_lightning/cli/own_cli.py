@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from dino_lightning.cli.by_hand import RunTrainer, prepare_by_hand
 from dino_lightning.cli.command import run_command
 from dino_lightning.cli.lightning_cli import Commands, execute, run_subcommand
+from dino_lightning.cli.quiet import quiet
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
@@ -25,11 +27,15 @@ class DINOCLI(Commands):
         datamodule_class: `CocoDataModule` or a subclass.
         args: a command and its options; by default those that the script was started with. Then what the user can
             correct ends the script with one sentence and an exit code; otherwise it is raised.
+        run: false to make model, data module and Trainer of options without a command, and run nothing: that is for
+            `cli.trainer.fit(cli.model, datamodule=cli.datamodule)`, and no folder or file is made before. `before_fit`
+            and `after_fit` are not called, and what a command prints at the end is not printed. `--ckpt_path` is no
+            option then: a checkpoint is given to the Trainer, and the run has a folder of its own.
         **options: `trainer_defaults` and `seed_everything_default` of `LightningCLI`.
 
     Attributes:
         config: the options, as parsed.
-        trainer: the Trainer, when it has run.
+        trainer: the Trainer, when it has run, or is made.
         model: the module.
         datamodule: the data module.
 
@@ -43,18 +49,38 @@ class DINOCLI(Commands):
         datamodule_class: type[CocoDataModule] = CocoDataModule,
         *,
         args: Sequence[str] | None = None,
+        run: bool = True,
         **options: Any,
     ) -> None:
         self.classes = (model_class, datamodule_class)
         self.options = options
         self.program = f"python {sys.argv[0]}"
         start = partial(Commands.__init__, self)
+        if not run:
+            self.options = {**options, "run": False, "trainer_class": RunTrainer}
+            if args is None:
+                _exit_if_failed(run_command(lambda: self._make(sys.argv[1:])))
+            else:
+                self._make(args)
+            return
         if args is not None:
             execute(*_command(args), start=start)
             return
-        code = run_command(lambda: run_subcommand(*_command(sys.argv[1:]), start=start, program=self.program))
-        if code:
-            sys.exit(code)
+        given = sys.argv[1:]
+        _exit_if_failed(run_command(lambda: run_subcommand(*_command(given), start=start, program=self.program)))
+
+    def _make(self, args: Sequence[str]) -> int:
+        """Make model, data module and Trainer; returns the exit code."""
+        with quiet("fit"):
+            Commands.__init__(self, *prepare_by_hand(args, list(self.subcommands())))
+        assert isinstance(self.trainer, RunTrainer)
+        self.trainer.run_dir = self.run_dir
+        return 0
+
+
+def _exit_if_failed(code: int) -> None:
+    if code:
+        sys.exit(code)
 
 
 def _command(args: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from dino_lightning.cli.command import plain_warnings
-from dino_lightning.training.module import DINOModule
 
 RANK_ZERO_LOG = "lightning.pytorch.utilities.rank_zero"  # the logger of Lightning's messages
 
@@ -55,27 +53,6 @@ def quiet(subcommand: str) -> Iterator[None]:
             yield
     finally:
         log.removeFilter(_is_wanted)
-
-
-def parameter_line(module: DINOModule) -> str:
-    """The size of the model in one line, in place of Lightning's table."""
-    total = sum(parameter.numel() for parameter in module.model.parameters())
-    trainable = sum(parameter.numel() for parameter in module.model.parameters() if parameter.requires_grad)
-    return f"DINO: {total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trainable"
-
-
-def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Three metrics a line, in place of Lightning's table; those of single classes are left out.
-
-    Args:
-        metrics: numbers by name; -1 stands for nothing to measure and is shown as a dash.
-    """
-    names = [name for name in metrics if name.partition("/dataloader_idx_")[0].count("/") == 1]
-    width = max((18, *(len(name) + 1 for name in names)))
-    cells = [
-        f"{name:<{width}}{'-' if float(metrics[name]) == -1 else f'{float(metrics[name]):.3f}':>6}" for name in names
-    ]
-    return "\n".join("  ".join(cells[start : start + 3]) for start in range(0, len(cells), 3))
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

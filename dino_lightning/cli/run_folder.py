@@ -21,7 +21,6 @@ from dino_lightning.errors import UsageError
 from dino_lightning.files import locked, unwritable
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes that Lightning starts their run's folder
-ONLY_ON_COMMAND_LINE = ("run_dir", "overwrite")  # they are needed before a configuration file is read
 LOCK = ".run.lock"
 CONFIG = "config.yaml"
 CONFIG_HEADER = "# lightning.pytorch=="  # how Lightning's parser begins the file
@@ -40,13 +39,17 @@ OF_A_RUN = (
 EVALUATED = ("root", "val_annotations", "val_images", "test_annotations", "test_images", "val_fraction", "seed")
 
 _names_agreed_on = itertools.count()
+_names_given: set[Path] = set()  # of folders that may not be made yet
 
 
-def new_folder() -> Path:
+def new_folder(*, make: bool = True) -> Path:
     """A folder in `RUNS` named by the time, made at once so that no other run has it; one for all processes of a job.
 
     The processes that torchrun starts learn it from the first one. Others than the first write nothing, so under
     another launcher it does no harm that theirs may be named a second later.
+
+    Args:
+        make: false for a folder that the run may never need; the number of the process in its name makes it its own.
     """
     key = f"dino_lightning/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_names_agreed_on)}"
     store = _store_of_torchrun()
@@ -55,6 +58,12 @@ def new_folder() -> Path:
     name = _now()
     for number in itertools.count(1):
         folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        if not make:
+            folder = folder.with_name(f"{folder.name}-p{os.getpid()}")
+            if folder.exists() or folder in _names_given:
+                continue
+            _names_given.add(folder)
+            break
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -137,11 +146,30 @@ def hold(folder: Path, checkpoint: str | None, held: ExitStack, *, overwrite: bo
         raise UsageError(f"--overwrite would remove {checkpoint}, which --ckpt_path resumes: leave out one of the two.")
     if not (folder / LOCK).exists():  # else the run may be going on, which says more
         _refuse(folder, checkpoint, overwrite=overwrite)
-    if not _lock(folder, held):
-        raise UsageError(f"{folder}: another run is writing there; wait for its end, or give another --run_dir.")
+    hold_again(folder, held)
     _refuse(folder, checkpoint, overwrite=overwrite)
     if not _left_by_a_run(folder):
         held.callback(_remove_failed_start, folder)
+
+
+def hold_again(folder: Path, held: ExitStack) -> None:
+    """Lock a folder, whatever is in it, until `held` is closed. On the first process only.
+
+    Raises:
+        UsageError: another run is writing there, or it cannot be written.
+    """
+    if _writes() and not _lock(folder, held):
+        raise UsageError(f"{folder}: another run is writing there; wait for its end, or give another --run_dir.")
+
+
+def refuse_results(folder: Path) -> None:
+    """Refuse a folder that a new training must not have; nothing is changed in it. On the first process only.
+
+    Raises:
+        UsageError: another run's results are there, or files that no run wrote.
+    """
+    if _writes():
+        _refuse(folder, None, overwrite=False)
 
 
 def resumes_in(folder: Path, checkpoint: str | None) -> bool:
@@ -156,7 +184,8 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left, or a start that failed: the files that a run writes, and no others."""
     if not _writes():
         return
-    for part in [*filter(_is_ours, _evaluations(folder)), folder]:
+    ours = [part for part in _evaluations(folder) if _is_ours(part, _config_text(part))]
+    for part in [*ours, folder]:
         for path in _left_by_a_run(part):
             path.unlink(missing_ok=True)
         for name in ("tensorboard", "report", "checkpoints", "non_finite", ""):
@@ -167,7 +196,7 @@ def clear(folder: Path) -> None:
 def evaluation_folder(folder: Path, command: str) -> Path:
     """Where `validate` and `test` write: not among the results of a training, which they would replace."""
     trained = (folder / "run.json").is_file() or any(folder.glob("checkpoints/*.ckpt"))
-    stored = _stored(folder)
+    stored = _stored(_config_text(folder))
     return folder / command if trained or (stored is not None and ONLY_IN_EVALUATION not in stored) else folder
 
 
@@ -186,8 +215,9 @@ def hold_evaluation(folder: Path, options: Mapping[str, Any], held: ExitStack) -
         return folder
     for number in itertools.count(1):
         chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        _refuse_strangers(chosen)
-        before = _evaluated(chosen)
+        text = _config_text(chosen)
+        _refuse_strangers(chosen, text)
+        before = _evaluated(text)
         if before in (None, _identity(options)) and _lock(chosen, held):
             if number > 1:
                 say(f"{folder} holds the results of another checkpoint or dataset; these go to {chosen}.\n")
@@ -203,7 +233,7 @@ def _refuse(folder: Path, checkpoint: str | None, *, overwrite: bool) -> None:
     """
     if resumes_in(folder, checkpoint):
         return
-    _refuse_strangers(folder)
+    _refuse_strangers(folder, _config_text(folder))
     results = _results(folder)
     if results and not overwrite:
         resume = "" if checkpoint or results[0].suffix != ".ckpt" else f"resume it with --ckpt_path {folder}, "
@@ -213,8 +243,12 @@ def _refuse(folder: Path, checkpoint: str | None, *, overwrite: bool) -> None:
         )
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_strangers(folder: Path, config: str | None) -> None:
     """Refuse to replace files that have the names of a run's, where no run was.
+
+    Args:
+        folder: to write in.
+        config: of `_config_text`.
 
     Raises:
         UsageError: there is one.
@@ -222,21 +256,26 @@ def _refuse_strangers(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder as --run_dir.")
     left = [path for path in _left_by_a_run(folder) if not path.name.startswith("tmp-")]
-    if left and not _is_ours(folder):
+    if left and not _is_ours(folder, config):
         raise UsageError(
             f"{folder} holds a {left[0].relative_to(folder)} that no run wrote; give another --run_dir, or move the "
             "file away."
         )
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a run wrote what lies in a folder: its configuration says so, or else its record."""
+def _config_text(folder: Path) -> str | None:
+    """The configuration of what ran in a folder; None if there is none, empty if it cannot be read."""
     try:
-        return (folder / CONFIG).read_text(encoding="utf-8").startswith(CONFIG_HEADER)
+        return (folder / CONFIG).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return _is_record(folder / "run.json")
+        return None
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
+
+
+def _is_ours(folder: Path, config: str | None) -> bool:
+    """Whether a run wrote what lies in a folder: its configuration says so, or else its record."""
+    return _is_record(folder / "run.json") if config is None else config.startswith(CONFIG_HEADER)
 
 
 def _is_record(path: Path) -> bool:
@@ -264,19 +303,19 @@ def _left_by_a_run(folder: Path) -> list[Path]:
     return [path for pattern in OF_A_RUN for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
-def _evaluated(folder: Path) -> dict[str, Any] | None:
-    """What the results in a folder are of; None if there are none."""
+def _evaluated(config: str | None) -> dict[str, Any] | None:
+    """What the results beside a configuration are of; None if there are none."""
     try:
-        return _identity(_stored(folder) or {})
+        return _identity(_stored(config) or {})
     except (AttributeError, KeyError, TypeError):
         return None
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
-    """The configuration of what ran in a folder."""
+def _stored(config: str | None) -> dict[str, Any] | None:
+    """What a configuration says; None for none, or one that is damaged."""
     try:
-        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        stored = yaml.safe_load(config or "")
+    except (ValueError, yaml.YAMLError):
         return None
     return stored if isinstance(stored, dict) else None
 

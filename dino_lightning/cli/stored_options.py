@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 import yaml
 
+from dino_lightning.cli.options_of_weights import model_options
 from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import unreadable
 from dino_lightning.training.resume import ARCHITECTURE, changed_options
-from dino_lightning.weights.backbone_loading import is_library_name
+from dino_lightning.weights.places import is_library_name
 from dino_lightning.weights.reading import read_checkpoint
 from dino_lightning.weights.stored import OPTIONS_KEY, check_checkpoint, check_settings
 from dino_lightning.weights.zoo import weights_file
@@ -110,13 +110,6 @@ def arguments_of_model(settings: Mapping[str, Any], *, architecture_only: bool =
         if name not in FROM_DATA and (name in ARCHITECTURE or not architecture_only)
     }
     return [*sizes, *model_options(wanted)]
-
-
-def model_options(values: Mapping[str, Any]) -> list[str]:
-    """Options of the model by name, as arguments."""
-    return [
-        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
-    ]
 
 
 def arguments_of_weights(place: str | None) -> list[str]:

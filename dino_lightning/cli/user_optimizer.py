@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_info
 
+from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.optim import OwnOptimizer
 
@@ -33,7 +35,19 @@ def use_own_optimizer(module: DINOModule, optimizer: Any, lr_scheduler: Any, com
             f"The lr_scheduler {name} takes the place of the model's own schedule: warmup_steps, lr_schedule, "
             "lr_drop_epochs and lr_drop_factor are not used."
         )
-        module.own_schedule = lambda made: combine(module, made, instantiate_class(made, _plain(lr_scheduler)))
+        module.own_schedule = lambda made: combine(module, made, _schedule(made, name, _plain(lr_scheduler)))
+
+
+def _schedule(optimizer: torch.optim.Optimizer, name: str, init: dict[str, Any]) -> Any:
+    """The schedule.
+
+    Raises:
+        UsageError: its class refuses the arguments.
+    """
+    try:
+        return instantiate_class(optimizer, init)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"lr_scheduler {name} cannot be made of these arguments: {error}") from error
 
 
 def _plain(init: Any) -> dict[str, Any]:

@@ -5,16 +5,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dino_lightning.data.images import ImageLike, to_pixels
-from dino_lightning.data.transforms import Canvas, LabelledImage, Transform, eval_transform
+from dino_lightning.data.sizes import Canvas
+from dino_lightning.data.transforms import LabelledImage, Transform, eval_transform
 from dino_lightning.detections import Detections
 from dino_lightning.model import postprocess
 from dino_lightning.structures import Batch, ModelOutput
+
+FROM_DATA = ("class_names", "category_ids", "image_size", "max_size", "stretch_to")
+
+
+def take_from_data(settings: MutableMapping[str, Any], data: Any) -> None:
+    """Give the settings that are None the values of the data module that a model is trained on.
+
+    Args:
+        settings: hyperparameters of a `DINOModule`, changed in place.
+        data: a `CocoDataModule`; another counts for what it has of that.
+
+    Raises:
+        ValueError: the data has another number of classes.
+    """
+    count = getattr(data, "num_classes", None)
+    if count is not None and count != settings["num_classes"]:
+        raise ValueError(
+            f"The model has num_classes={settings['num_classes']}, the data {count} classes; "
+            "make the model with num_classes=data.num_classes."
+        )
+    for name in FROM_DATA:
+        if settings[name] is None and getattr(data, name, None) is not None:
+            settings[name] = getattr(data, name)
 
 
 def transform_of(settings: Mapping[str, Any], image_size: int | None = None, max_size: int | None = None) -> Transform:
@@ -43,6 +68,11 @@ def detections_of(output: ModelOutput, batch: Batch, settings: Mapping[str, Any]
         class_names=settings["class_names"] or (),
         category_ids=settings["category_ids"] or (),
     )
+
+
+def on_host(detections: Sequence[Detections], image_ids: Sequence[int]) -> list[Detections]:
+    """The detections of a batch on the host, each with the id of its image."""
+    return [replace(found.cpu(), image_id=image_id) for found, image_id in zip(detections, image_ids, strict=True)]
 
 
 def detect_in(

@@ -17,9 +17,8 @@ from dino_lightning.weights.loading import (
     advice_on_random_weights,
     load_initial_weights,
 )
+from dino_lightning.weights.places import PLACES, starting_option
 from dino_lightning.weights.shipped import names_for_rooms
-
-PLACES = ("weights", "weights_for_rooms", "backbone_weights")  # the options that may be addresses
 
 
 def take_addresses(module: LightningModule) -> dict[str, str | None]:
@@ -33,22 +32,6 @@ def take_addresses(module: LightningModule) -> dict[str, str | None]:
     for options in (module.hparams, initial):
         options.update(without_secrets(given))
     return given
-
-
-def starting_option(options: Mapping[str, Any], class_names: Sequence[str] | None) -> str | None:
-    """The option that names the weights a run starts from; None where it starts from random values.
-
-    Args:
-        options: of a `DINOModule`. `weights` wins over `weights_for_rooms`, which is for datasets that have a class of
-            rooms, and both win over `backbone_weights`.
-        class_names: of the dataset, if known.
-    """
-    usable = {
-        "weights": True,
-        "weights_for_rooms": names_for_rooms(class_names or ()) is not None,
-        "backbone_weights": True,
-    }
-    return next((name for name in PLACES if options[name] is not None and usable[name]), None)
 
 
 def detector_weights(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,16 @@ from dino_lightning.data.sampling import derive_seed
 from dino_lightning.data.transforms import Transform
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import NonFiniteError
-from dino_lightning.losses import Criterion, HungarianMatcher, mean_num_boxes
+from dino_lightning.losses import mean_num_boxes
+from dino_lightning.losses.assignment import Solver
 from dino_lightning.losses.class_losses import ClassLoss
 from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
-from dino_lightning.training.detection import detect_in, detections_of, transform_of
+from dino_lightning.training.detection import detect_in, detections_of, on_host, take_from_data, transform_of
+from dino_lightning.training.evaluation_loss import EvaluationLoss, of_loader, summed_loss
 from dino_lightning.training.initial_weights import start, take_addresses
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
@@ -37,23 +38,25 @@ from dino_lightning.training.optim import (
     clip_gradients,
     freeze_parts,
     groups_of,
+    is_fused,
 )
 from dino_lightning.training.option_checks import check_numbers
 from dino_lightning.training.precision import check_precision
-from dino_lightning.training.recipe import RecipeName, choose_recipe, planned_steps
+from dino_lightning.training.recipe import RecipeName, choose_recipe, criterion_of, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
 from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
-from dino_lightning.training.step_metrics import EvaluationLoss, StepMetrics, of_loader
-from dino_lightning.training.stored_state import check_callbacks, check_training_state, with_own_settings
+from dino_lightning.training.step_metrics import StepMetrics
+from dino_lightning.training.stored_state import (
+    check_callbacks,
+    check_training_state,
+    check_whole,
+    with_own_settings,
+)
 from dino_lightning.weights.stored import (
     DEFAULT_THRESHOLD,
     FORMAT,
     FORMAT_KEY,
     VERSION_KEY,
-    WEIGHTS,
-    check_checkpoint,
-    check_hyperparameters,
-    check_state,
     complete_settings,
     package_version,
 )
@@ -108,6 +111,9 @@ class DINOModule(lightning.LightningModule):
         giou_loss_weight: weight of the GIoU loss of the boxes.
         matching_cost: what decides which query shall find which box. `published`, or Stable-DINO's
             `position_modulated`, see `dino_lightning.losses.HungarianMatcher`.
+        matching_solver: what solves the assignments of least cost: `scipy` on the host, after a copy of all costs;
+            `device`, a Triton kernel on a CUDA device; `auto`, that kernel where it passes a trial against scipy. On an
+            H200 the kernel is faster from some 50 boxes in an image, see docs/performance.md.
         cost_class: weight of the class in the cost by which queries are matched to boxes.
         cost_bbox: weight of the L1 distance in it.
         cost_giou: weight of the GIoU in it.
@@ -157,6 +163,7 @@ class DINOModule(lightning.LightningModule):
         bbox_loss_weight: float = 5.0,
         giou_loss_weight: float = 2.0,
         matching_cost: MatchingCost = "published",
+        matching_solver: Solver = "scipy",
         cost_class: float = 2.0,
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
@@ -171,12 +178,7 @@ class DINOModule(lightning.LightningModule):
         **detector: Any,
     ) -> None:
         super().__init__()
-        valid = inspect.signature(DINO).parameters
-        unknown = [name for name in detector if name not in valid]
-        if unknown:
-            raise TypeError(
-                f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
-            )
+        _check_names(detector)
         detector = {**needed_options(weights), **detector}
         check_nms_iou_threshold(nms_iou_threshold)
         self.save_hyperparameters()
@@ -215,7 +217,7 @@ class DINOModule(lightning.LightningModule):
         check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self._take_from_data(data)
+            take_from_data(self.hparams, data)
         if stage == "fit":
             self._follow_recipe(planned_steps(self.trainer, data))
         if stage == "fit" and not self.has_weights:
@@ -227,27 +229,7 @@ class DINOModule(lightning.LightningModule):
         self._planned_steps = steps
         self.recipe = choose_recipe(self.hparams["recipe"], steps).with_choices(self.hparams)
         self.model.box_noise_scale = self.recipe.box_noise_scale
-        self.criterion = Criterion(
-            matcher=HungarianMatcher(
-                **{name: self.hparams[name] for name in ("cost_class", "cost_bbox", "cost_giou")},
-                kind=self.hparams["matching_cost"],
-            ),
-            class_loss=self.recipe.class_loss,
-            weight_class=self.recipe.class_loss_weight,
-            weight_bbox=self.hparams["bbox_loss_weight"],
-            weight_giou=self.hparams["giou_loss_weight"],
-        )
-
-    def _take_from_data(self, data: Any) -> None:
-        count = getattr(data, "num_classes", None)
-        if count is not None and count != self.hparams["num_classes"]:
-            raise ValueError(
-                f"The model has num_classes={self.hparams['num_classes']}, the data {count} classes; "
-                "make the model with num_classes=data.num_classes."
-            )
-        for name in ("class_names", "category_ids", "image_size", "max_size", "stretch_to"):
-            if self.hparams[name] is None and getattr(data, name, None) is not None:
-                self.hparams[name] = getattr(data, name)
+        self.criterion = criterion_of(self.hparams, self.recipe)
 
     def on_fit_start(self) -> None:
         """Compile the layers if asked to; the model is on its device by now."""
@@ -259,7 +241,7 @@ class DINOModule(lightning.LightningModule):
         groups, optimizer = groups_of(self.model, self.hparams), None
         if self.own_optimizer is not None:
             optimizer = self.own_optimizer.on_groups(groups, lr=self.hparams["lr"])
-        optimizer = optimizer or torch.optim.AdamW(groups, fused=self._fused)
+        optimizer = optimizer or torch.optim.AdamW(groups, fused=is_fused(self.trainer))
         if self.own_schedule is not None:
             return self.own_schedule(optimizer)
         schedule = schedule_of(optimizer, self.hparams, self.recipe, self.trainer)
@@ -268,12 +250,6 @@ class DINOModule(lightning.LightningModule):
     @property
     def _optimizer_name(self) -> str:
         return "AdamW" if self.own_optimizer is None else self.own_optimizer.name
-
-    @property
-    def _fused(self) -> bool:
-        """Whether AdamW is fused; not with a gradient scaler, as it would unscale only after gradient clipping."""
-        device = self.trainer.strategy.root_device  # where the module will be, when its checkpoint is read
-        return device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:
         """Set the noise seed and the learning rates; a resumed run has those of its current options."""
@@ -311,9 +287,7 @@ class DINOModule(lightning.LightningModule):
         are complete and summed over ranks by now, are normalised by their number of boxes here.
         """
         parameters = list(self.model.parameters())
-        if self._accumulated.batches:
-            factor = self._accumulated.correction() * self.trainer.accumulate_grad_batches
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        self._accumulated.normalise(parameters, batches=self.trainer.accumulate_grad_batches)
         limit = self.recipe.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
         norm = clip_gradients(parameters, limit, by_value=gradient_clip_algorithm == "value")
         self.step_metrics.grad_norm = norm
@@ -390,15 +364,15 @@ class DINOModule(lightning.LightningModule):
         Of several loaders, the first has the metrics' plain names and decides on the threshold; those of a further one
         end in `/dataloader_idx_1` and so on.
         """
-        return self._evaluate(batch, "val", dataloader_idx)
+        return self._evaluate(batch, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The same as `validation_step`, for the test split."""
-        return self._evaluate(batch, "test", dataloader_idx)
+        return self._evaluate(batch, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Detections]:
         """The detections of a batch, on the host, boxes clipped to their images, each with the id of its image."""
-        found = self._on_host(self(batch), batch)
+        found = on_host(self(batch), batch.image_ids)
         return [each.within(size) for each, size in zip(found, batch.original_sizes, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
@@ -415,18 +389,12 @@ class DINOModule(lightning.LightningModule):
         """Log the same metrics for the test split."""
         self._log_metrics("test", len(self.trainer.num_test_batches))
 
-    def _evaluate(self, batch: Batch, stage: str, loader: int) -> dict[str, Any]:
+    def _evaluate(self, batch: Batch, loader: int) -> dict[str, Any]:
         output = self.model(batch)
         if batch.targets is not None:
-            try:
-                # summed: the divisor is the number of boxes of all batches
-                loss = self.criterion(
-                    output, batch.targets, batch.image_ids, num_boxes=torch.ones((), device=self.device)
-                )["loss"]
-            except NonFiniteError:  # the score will be bad; only training has to stop
-                loss = torch.full((), float("nan"), device=self.device)
+            loss = summed_loss(self.criterion, output, batch)
             self._evaluation_losses[loader].add(batch.image_ids, loss, sum(batch.targets.num_boxes))
-        detections = self._on_host(self._detections(output, batch), batch)
+        detections = on_host(self._detections(output, batch), batch.image_ids)
         if batch.ground_truth is None:
             raise ValueError("The batch has no ground_truth; evaluation needs it.")
         self._metric_of(loader).update(detections, batch.ground_truth, batch.image_ids)
@@ -434,11 +402,6 @@ class DINOModule(lightning.LightningModule):
 
     def _metric_of(self, loader: int) -> CocoMetric:
         return self.metric if loader == 0 else self._further_metrics.setdefault(loader, CocoMetric())
-
-    def _on_host(self, detections: Sequence[Detections], batch: Batch) -> list[Detections]:
-        return [
-            replace(found.cpu(), image_id=image_id) for found, image_id in zip(detections, batch.image_ids, strict=True)
-        ]
 
     def _log_metrics(self, stage: str, loaders: int) -> dict[str, float]:
         """Log the metrics of all loaders, each computed on all processes; gives those of the first."""
@@ -482,7 +445,7 @@ class DINOModule(lightning.LightningModule):
                 groups.
         """
         if self._trainer is not None:
-            self._check(checkpoint, self._trainer.ckpt_path or "The checkpoint")
+            check_whole(checkpoint, self._trainer.ckpt_path or "The checkpoint", self)
         check_same_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.score_threshold = float(checkpoint.get("score_threshold", self.score_threshold))
         self._noise_seed = checkpoint.get("noise_seed")
@@ -492,24 +455,14 @@ class DINOModule(lightning.LightningModule):
             self._follow_recipe(checkpoint.get("planned_steps"))  # so that the loss is the one of its training
         else:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
-                groups = groups_of(self.model, self.hparams)
+                groups, adamw = groups_of(self.model, self.hparams), self.own_optimizer is None
                 check_same_optimizer(checkpoint, groups, name=self._optimizer_name)
-                own = self.own_optimizer is None
-                check_training_state(checkpoint, groups if own else None, self.trainer.fit_loop.state_dict())
+                check_training_state(checkpoint, groups if adamw else None, self.trainer.fit_loop.state_dict())
                 self._stored_rate = StoredRate.of(checkpoint)
-                if own:
-                    with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=self._fused)
+                if adamw:
+                    with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=is_fused(self.trainer))
             check_callbacks(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]  # not declared
             resume_from_raw_weights(checkpoint)
-
-    def _check(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Refuse what Lightning would load as it is, or end at in a traceback."""
-        check_checkpoint(checkpoint, path)
-        check_hyperparameters(checkpoint, path, type(self))
-        check_same_architecture(checkpoint["hyper_parameters"], self.hparams)
-        for name in WEIGHTS if self.strict_loading else ():
-            if name in checkpoint:
-                check_state(checkpoint[name], self.state_dict(), path)
 
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
         """The transform that resizes images for the detector; without sizes, as in training."""
@@ -546,3 +499,13 @@ class DINOModule(lightning.LightningModule):
             return [detect_in(image, self, transform, self.device, threshold) for image in images]
         finally:
             self.train(was_training)
+
+
+def _check_names(detector: Iterable[str]) -> None:
+    """Refuse sizes of the detector that it does not have."""
+    valid = inspect.signature(DINO).parameters
+    unknown = [name for name in detector if name not in valid]
+    if unknown:
+        raise TypeError(
+            f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +103,12 @@ def groups_of(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, An
         rule=options["group_rule"],
         backbone_layer_decay=options["backbone_layer_decay"],
     )
+
+
+def is_fused(trainer: Any) -> bool:
+    """Whether a run's AdamW is fused; not with a gradient scaler, as it would unscale only after gradient clipping."""
+    device = trainer.strategy.root_device  # where the module will be, when its checkpoint is read
+    return device.type in ("cpu", "cuda") and trainer.precision != "16-mixed"
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, *, by_value: bool = False) -> Tensor:
@@ -234,6 +240,17 @@ class AccumulatedBoxes:
         self._total = num_boxes if self._total is None else self._total + num_boxes
         self.batches += 1
         return own / self._first
+
+    def normalise(self, parameters: Iterable[nn.Parameter], *, batches: int) -> None:
+        """Normalise accumulated gradients in place by all boxes, if there are any; resets the counts.
+
+        Args:
+            parameters: with the gradients of a whole step, summed over ranks.
+            batches: what Lightning has divided each loss by.
+        """
+        if self.batches:
+            factor = self.correction() * batches
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def correction(self) -> Tensor:
         """The factor for the sum of the gradients, 0-dim float32; resets the counts."""

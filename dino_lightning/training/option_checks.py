@@ -1,4 +1,4 @@
-"""Ranges of the numbers that `DINOModule` takes, and of those that it hands on to the detector."""
+"""Ranges of the numbers that `DINOModule` takes, and of those that it hands on to the detector; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# Weights of losses and costs are checked where they are summed: see `losses.matcher.check_weights`.
 MOST_LEVELS = 8  # of features; the last has a 1,024th of the side of the image
 AT_LEAST_0 = (
-    "lr", "backbone_lr", "weight_decay", "clip_grad_norm", "max_non_finite_steps", "warmup_steps", "class_loss_weight",
-    "box_noise_scale", "num_encoder_layers", "num_denoising",
+    "lr", "backbone_lr", "weight_decay", "clip_grad_norm", "max_non_finite_steps", "warmup_steps", "box_noise_scale",
+    "num_encoder_layers", "num_denoising",
 )  # fmt: skip
 AT_LEAST_1 = (
     "max_detections", "hidden_dim", "num_heads", "num_points", "ffn_dim", "num_decoder_layers", "num_queries",
@@ -45,3 +46,11 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     for epoch in options.get("lr_drop_epochs") or ():
         if epoch < 1:
             raise ValueError(f"lr_drop_epochs names epoch {epoch}; the first that the rate can drop after is 1.")
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their whole names, such as `trainer.max_epochs`."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

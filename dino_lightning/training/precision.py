@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dino_lightning.console import say
 from dino_lightning.errors import UsageError
 
 POSSIBLE = ("32-true", "bf16-mixed", "16-mixed")
@@ -18,6 +19,26 @@ def default_precision(accelerator: Any) -> str:
     if accelerator in ("cpu", "mps") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def settled_precision(given: Any, accelerator: Any) -> Any:
+    """The precision of a run: what is given, or the default; says so where the device cannot do what is given.
+
+    Args:
+        given: by Lightning's names; None for the default.
+        accelerator: that of the Trainer.
+
+    Raises:
+        UsageError: see `check_precision`.
+    """
+    check_precision(given)
+    best = default_precision(accelerator)
+    if given is None:
+        return best
+    if given == "bf16-mixed" and best == "16-mixed":
+        say("This GPU does not compute in bfloat16: using precision 16-mixed instead of bf16-mixed.")
+        return best
+    return given
 
 
 def check_precision(precision: Any) -> None:

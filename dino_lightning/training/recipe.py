@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from dino_lightning.losses import Criterion, HungarianMatcher
 from dino_lightning.losses.class_losses import ClassLoss
 
 RecipeName = Literal["published", "short", "auto"]
@@ -80,6 +81,21 @@ def choose_recipe(name: RecipeName, steps: int | None) -> Recipe:
     if name not in ("published", "short", "auto"):
         raise ValueError(f"recipe is {name!r}; choose published, short or auto.")
     return short_recipe(SHORT_RUN if steps is None else steps) if is_short(name, steps) else PUBLISHED
+
+
+def criterion_of(options: Mapping[str, Any], recipe: Recipe) -> Criterion:
+    """The criterion of a `DINOModule` with these options, in a run that follows the recipe."""
+    return Criterion(
+        matcher=HungarianMatcher(
+            **{name: options[name] for name in ("cost_class", "cost_bbox", "cost_giou")},
+            kind=options["matching_cost"],
+            solver=options["matching_solver"],
+        ),
+        class_loss=recipe.class_loss,
+        weight_class=recipe.class_loss_weight,
+        weight_bbox=options["bbox_loss_weight"],
+        weight_giou=options["giou_loss_weight"],
+    )
 
 
 def average_decay(steps: int | None) -> tuple[float, float]:

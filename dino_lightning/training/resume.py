@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
+from dino_lightning.training.option_checks import flat
 
 # Arguments of the detector that a resumed run may change: they concern training and not the architecture.
 FREE_TO_CHANGE = (
@@ -129,14 +130,6 @@ def as_lists(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_lists(each) for each in value]
     return {key: as_lists(each) for key, each in value.items()} if isinstance(value, Mapping) else value
-
-
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their whole names, such as `trainer.max_epochs`."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _short(value: Any) -> str:

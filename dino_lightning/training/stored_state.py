@@ -1,19 +1,42 @@
-"""The training state in a checkpoint: checked before a run is resumed from it, as Lightning takes it as it is."""
+"""A checkpoint and the training state in it: checked before use, as Lightning takes them as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
+from dino_lightning.training.resume import check_same_architecture
+from dino_lightning.weights.stored import WEIGHTS, check_checkpoint, check_hyperparameters, check_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their parameter
 COUNTS = ("ready", "started", "processed", "completed")  # of Lightning's loops
 BY_SCHEDULE = ("lr", "weight_decay", "fused")  # what a resumed run sets in every group
+
+
+def check_whole(checkpoint: dict[str, Any], path: str | Path, module: LightningModule) -> None:
+    """Refuse what Lightning would load into a module as it is, or end at in a traceback.
+
+    Args:
+        checkpoint: its content.
+        path: for the message.
+        module: a `DINOModule`.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    check_checkpoint(checkpoint, path)
+    check_hyperparameters(checkpoint, path, type(module))
+    check_same_architecture(checkpoint["hyper_parameters"], module.hparams)
+    for name in WEIGHTS if module.strict_loading else ():
+        if name in checkpoint:
+            check_state(checkpoint[name], module.state_dict(), path)
 
 
 def check_training_state(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dino_lightning import Batch, load_detector
 from dino_lightning.cli import export
-from dino_lightning.data.transforms import resize_pixels, resized_size
+from dino_lightning.data.sizes import resized_size
+from dino_lightning.data.transforms import resize_pixels
 from dino_lightning.detections import Detections
 from dino_lightning.export import formats
 from dino_lightning.export.check import compare_with_module, difference, drawn, table

@@ -183,8 +183,7 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
         for given in ("bf16-mixed", None):
             trainer = Namespace(precision=given, accelerator="gpu")
-            config = Namespace(subcommand="fit", fit=Namespace(trainer=trainer))
-            cli.Commands.before_instantiate_classes(SimpleNamespace(config=config))
+            cli.Commands.before_instantiate_classes(SimpleNamespace(_given=Namespace(trainer=trainer)))
             assert trainer.precision == expected
     assert "16-mixed instead of bf16-mixed" in capsys.readouterr().out
 

@@ -66,6 +66,7 @@ REFUSED_BY_FIT = {
     "model.class_loss": ["nll"],
     "model.class_loss_weight": [".nan", ".inf", "-1", "inf"],
     "model.matching_cost": ["best"],
+    "model.matching_solver": ["best"],
     "model.box_noise_scale": [".nan", ".inf", "-1", "inf"],
     "model.freeze": ["[nothing]", "backbone"],
     "model.max_detections": ["0", "-1"],

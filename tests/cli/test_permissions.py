@@ -73,7 +73,14 @@ UNREADABLE = {
         "plans/val/images", 0, "plans/val/images: the folder cannot be read",
     ),
     "to copy": (["to_coco", *DATA, "--output", "copy"], IMAGE, 0, f"{IMAGE} cannot be read"),
-    "config": ([*FIT, "--config", "run/config.yaml"], "run/config.yaml", 0, "run/config.yaml: Permission denied."),
+    "config": ([*FIT, "--config", "run/config.yaml"], "run/config.yaml", 0, "run/config.yaml cannot be read"),
+    "metrics": (["fit", "--ckpt_path", "run"], "run/metrics.csv", 0, "run/metrics.csv cannot be read"),
+    "copy of them": (
+        ["fit", "--ckpt_path", "run"],
+        "run/checkpoints/metrics.csv", 0, "run/checkpoints/metrics.csv cannot be read",
+    ),
+    "to draw again": (["rooms", "--root", "plans"], "plans", 0, "plans cannot be read"),
+    "to preview": (["preview", *DATA, "--output", "p.png", "--num_images", "8"], IMAGE, 0, f"{IMAGE} cannot be read"),
 }  # fmt: skip
 UNWRITABLE = {
     "fit": (["fit", *DATA, *SHORT, "--run_dir", "locked/run"], "locked/run"),
@@ -106,6 +113,13 @@ def test_what_cannot_be_read_is_named(case, place, capsys):
     assert contents(place) == before
 
 
+def test_a_configuration_by_its_whole_path_is_named(place, capsys):
+    path = place / "run" / "config.yaml"
+    path.chmod(0)
+    assert bound(lambda: run([*FIT, "--config", str(path)])) == 1
+    assert f"{path} cannot be read (Permission denied)" in the_sentence(capsys)
+
+
 @pytest.mark.parametrize("case", UNWRITABLE)
 def test_an_output_that_cannot_be_written_is_named_as_given(case, place, capsys):
     command, named = UNWRITABLE[case]
@@ -123,6 +137,12 @@ def test_a_run_is_not_resumed_where_it_cannot_be_written(place, capsys):
     assert bound(lambda: run(["fit", "--ckpt_path", "run", "--trainer.max_epochs=2"])) == 1
     assert "run cannot be written (Permission denied)" in the_sentence(capsys)
     assert contents(place) == before
+
+
+def test_a_run_is_not_resumed_without_a_copy_of_its_metrics(place, capsys):
+    (place / "run" / "checkpoints").chmod(0o555)
+    assert bound(lambda: run(["fit", "--ckpt_path", "run", "--trainer.max_epochs=2"])) == 1
+    assert "run/checkpoints/metrics.csv could not be written (Permission denied)" in the_sentence(capsys)
 
 
 def test_a_cache_of_weights_that_cannot_be_written_is_said_once(place, capsys):

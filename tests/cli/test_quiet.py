@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 
-from dino_lightning.cli.quiet import RANK_ZERO_LOG, metrics_table, quiet
+from dino_lightning.cli.quiet import RANK_ZERO_LOG, quiet
+from dino_lightning.cli.results import metrics_table
 from tests.conftest import TINY_ARGS
 
 NOT_PRINTED = (

@@ -83,3 +83,60 @@ def test_one_that_cannot_be_used_is_refused_in_a_sentence(fit, capsys, options, 
     assert fit(*options, "--trainer.max_epochs=1") == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "lr_scheduler: {class_path: torch.optim.lr_scheduler.ExponentialLR}",
+            "--lr_scheduler: ExponentialLR needs gamma; give it in YAML as init_args: {gamma: ...}, or on the command "
+            "line as --lr_scheduler.gamma VALUE.",
+        ),
+        (
+            "lr_scheduler: {class_path: CyclicLR, init_args: {gamma: 0.5}}",
+            "--lr_scheduler: CyclicLR needs base_lr and max_lr; give it in YAML as init_args: {base_lr: ..., max_lr: "
+            "...}, or on the command line as --lr_scheduler.base_lr VALUE.",
+        ),
+        (
+            "lr_scheduler: {class_path: StepLR, init_args: {step: 1}}",
+            "--lr_scheduler: StepLR has no argument step; its arguments are step_size, gamma, last_epoch.",
+        ),
+        (
+            "lr_scheduler: {class_path: StepLR, init_args: {step_size: soon}}",
+            "--lr_scheduler: step_size of StepLR is soon; it must be a whole number.",
+        ),
+        (
+            "lr_scheduler: {class_path: StepLRR}",
+            "--lr_scheduler StepLRR: there is no such class; give the name of one in torch.optim.lr_scheduler, or its "
+            "whole path (package.module.Class).",
+        ),
+        (
+            "lr_scheduler: {init_args: {gamma: 0.5}}",
+            "--lr_scheduler has init_args and no class: name it as class_path.",
+        ),
+        (
+            "optimizer: {class_path: torch.optim.ASGD, init_args: {momentum: 1}}",
+            "--optimizer: ASGD has no argument momentum; its arguments are lr, lambd, ",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping}]}",
+            "--trainer.callbacks: EarlyStopping needs monitor; give it in YAML as init_args: {monitor: ...}.",
+        ),
+    ],
+    ids=["needed", "two", "unknown", "type", "class", "no class", "optimizer", "callback"],
+)
+def test_a_class_that_lacks_something_is_refused_in_a_sentence(fit, capsys, text, message):
+    Path("own.yaml").write_text(text)
+    assert fit("--config=own.yaml") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in error
+    assert not Path("run").exists()
+
+
+def test_a_scheduler_that_refuses_its_arguments_ends_in_a_sentence(fit, capsys):
+    scheduler = ["--lr_scheduler=CosineAnnealingWarmRestarts", "--lr_scheduler.T_0=-1"]
+    assert fit(*scheduler, "--trainer.max_epochs=1") == 1
+    error = capsys.readouterr().err
+    assert "lr_scheduler CosineAnnealingWarmRestarts cannot be made of these arguments: " in error
+    assert "Traceback" not in error

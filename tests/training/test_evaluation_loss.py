@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.training import step_metrics
-from dino_lightning.training.step_metrics import EvaluationLoss
+from dino_lightning.training import evaluation_loss
+from dino_lightning.training.evaluation_loss import EvaluationLoss
 from tests.conftest import TINY_SIZES
 from tests.data.small_coco import document, write_images, write_json
 
@@ -44,7 +44,7 @@ def test_a_batch_that_several_processes_have_counts_once(monkeypatch):
     assert loss.compute() is None
     loss.add((1, 2), torch.tensor(6.0), 2)
     loss.add((3,), torch.tensor(1.0), 0)
-    monkeypatch.setattr(step_metrics.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(step_metrics.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(step_metrics.dist, "all_gather_object", gather)
+    monkeypatch.setattr(evaluation_loss.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation_loss.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation_loss.dist, "all_gather_object", gather)
     assert loss.compute() == (6 + 1 + 5) / 6

@@ -58,7 +58,7 @@ def test_losses_and_costs_have_the_weights_that_are_given():
         ({"cost_class": -1.0}, "cost_class=-1.0: a weight must be a number from 0 up"),
         ({"cost_bbox": float("nan")}, "cost_bbox=nan: "),
         ({"giou_loss_weight": float("inf")}, "giou_loss_weight=inf: "),
-        ({"class_loss_weight": -0.5, "recipe": "short"}, "class_loss_weight is -0.5; it must be at least 0"),
+        ({"class_loss_weight": -0.5, "recipe": "short"}, "class_loss_weight=-0.5: a weight must be a number from 0 up"),
         ({"cost_class": 0, "cost_bbox": 0, "cost_giou": 0}, "cost_class, cost_bbox, cost_giou are all 0"),
         (
             {"class_loss_weight": 0, "bbox_loss_weight": 0, "giou_loss_weight": 0},

@@ -100,6 +100,20 @@ def test_a_step_waits_for_the_matcher_alone(rooms, tmp_path, options):
     assert waits_of_a_step(rooms, tmp_path, **options) == {"cpu": 1, "numpy": 1}  # one copy, seen by both names
 
 
+def test_a_step_whose_assignments_the_device_solves_waits_for_a_few_marks(rooms, tmp_path, monkeypatch):
+    """With a stand-in for the kernel, box i takes query i: only the marks of what is not finite come to the host."""
+    from dino_lightning.losses import matcher
+
+    def solve(cost, num_boxes):
+        layers, batch, boxes, queries = cost.shape
+        there = torch.arange(boxes) < torch.tensor(num_boxes).clamp(max=queries)[:, None]
+        return torch.where(there, torch.arange(boxes), -1).expand(layers, -1, -1), torch.zeros((layers, batch)).int()
+
+    monkeypatch.setattr(matcher, "takes_device", lambda solver, cost, num_boxes: solver == "device")
+    monkeypatch.setattr(matcher, "solve_on_device", solve)
+    assert waits_of_a_step(rooms, tmp_path, matching_solver="device") == {"numpy": 1}
+
+
 def test_the_count_sees_a_wait(rooms, tmp_path, monkeypatch):
     original = DINOModule.training_step
 
@@ -114,25 +128,38 @@ def test_the_count_sees_a_wait(rooms, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["scipy", "device"])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
-def test_no_step_waits_more_than_once_on_a_gpu(rooms, tmp_path):
+def test_no_step_waits_more_than_once_on_a_gpu(rooms, tmp_path, monkeypatch, solver):
     from dino_lightning.losses import matcher
 
     torch.manual_seed(0)
     data = CocoDataModule(root=str(rooms), image_size=64, max_size=96, num_workers=0, batch_size=2)
-    module = DINOModule(num_classes=data.num_classes, backbone_weights=None, **TINY_SIZES).cuda()
+    module = DINOModule(
+        num_classes=data.num_classes, backbone_weights=None, matching_solver=solver, **TINY_SIZES
+    ).cuda()
     batch = next(iter(data.train_dataloader())).pin_memory().to("cuda")
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    to_host, waits = matcher.to_host, []
+    to_host, to_host_later, waits = matcher.to_host, matcher.to_host_later, []
 
     def counted(tensor):
-        waits.append(tensor.shape)
+        waits.append("costs")
         torch.cuda.set_sync_debug_mode("default")
         copied = to_host(tensor)
         torch.cuda.set_sync_debug_mode("error")
         return copied
 
-    matcher.to_host = counted
+    def counted_later(marks):
+        wait = to_host_later(marks)  # nothing waits yet, or the debug mode would say so
+
+        def counted_wait():
+            waits.append("marks")
+            return wait()
+
+        return counted_wait
+
+    monkeypatch.setattr(matcher, "to_host", counted)
+    monkeypatch.setattr(matcher, "to_host_later", counted_later)
     try:
         for _ in range(3):
             torch.cuda.set_sync_debug_mode("error")
@@ -144,5 +171,4 @@ def test_no_step_waits_more_than_once_on_a_gpu(rooms, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        matcher.to_host = to_host
-    assert len(waits) == 3
+    assert waits == ["costs" if solver == "scipy" else "marks"] * 3

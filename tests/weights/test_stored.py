@@ -7,7 +7,7 @@ from dino_lightning import DINOModule, load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.weights.reading import read_weights
-from dino_lightning.weights.stored import check_hyperparameters, complete_settings
+from dino_lightning.weights.stored import check_hyperparameters, complete_settings, package_version
 from tests.inference.test_detector import save_tiny
 
 
@@ -36,7 +36,18 @@ REFUSED = {
     "misshapen": ({"tensors": {HEAD: torch.zeros(3)}}, rf"1 are of another shape or kind \(first: {HEAD}\)"),
     "extra": ({"tensors": {"model.more": torch.zeros(3)}}, r"1 are unknown .* \(first: model.more\)"),
     "newer format": ({"entries": {"dino_lightning_format": 2, "dino_lightning_version": "9.0"}}, "newer version .*9.0"),
-    "new hyperparameter": ({"settings": {"rotated": 1}}, "newer version has: 'rotated'"),
+    "new hyperparameter": (
+        {"settings": {"rotated": 1}},
+        r"does not know \('rotated'\); it is of another version, or of a subclass",
+    ),
+    "of another version": (
+        {"settings": {"rotated": 1}, "entries": {"dino_lightning_version": "9.0"}},
+        r"does not know \('rotated'\); it was written by version '9.0': install that one",
+    ),
+    "of this version": (
+        {"settings": {"rotated": 1}, "entries": {"dino_lightning_version": package_version()}},
+        r"does not know \('rotated'\); this version wrote it, so they are of a subclass of yours or of changed code",
+    ),
     "wrong type": ({"settings": {"hidden_dim": "32"}}, "hyperparameter hidden_dim is '32'"),
     "out of range": ({"settings": {"max_detections": 0}}, "hyperparameter max_detections is 0"),
     "class names": ({"settings": {"class_names": ["room"]}}, "1 class_names for 2 classes"),
@@ -106,7 +117,7 @@ class _Own(DINOModule):
 def test_a_subclass_has_hyperparameters_of_its_own(content):
     settings = {**content["hyper_parameters"], "margin": 1, "lr": 1e-3}
     check_hyperparameters({"hyper_parameters": settings}, "own.ckpt", _Own)
-    with pytest.raises(CheckpointError, match=r"own.ckpt has hyperparameters .* 'margin'"):
+    with pytest.raises(CheckpointError, match=r"own.ckpt has hyperparameters .*'margin'"):
         check_hyperparameters({"hyper_parameters": settings}, "own.ckpt", DINOModule)
     with pytest.raises(CheckpointError, match="margin is 'wide'"):
         check_hyperparameters({"hyper_parameters": {**settings, "margin": "wide"}}, "own.ckpt", _Own)
