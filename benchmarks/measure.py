@@ -107,8 +107,13 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name)) is not None},
         "commit": _commit(),
-        "command": " ".join(["python -m", *sys.orig_argv[2:]]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """The command that runs, as it repeats the measurement: of files in other folders only the names."""
+    return " ".join(["python -m", *(Path(part).name if part.startswith("/") else part for part in sys.orig_argv[2:])])
 
 
 def save(path: Path, result: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.gpu import table
-from benchmarks.measure import save
+from benchmarks.measure import command_line, save
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "RESULTS.md"
@@ -111,7 +111,7 @@ def run_parts(options: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m", *sys.orig_argv[2:]]),
+        "command": command_line(),
         "settings": {**settings, "parts": list(options.parts)},
         "environment": None,
         "parts": {},
