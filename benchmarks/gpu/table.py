@@ -43,7 +43,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 
 
 def write_section(found: Mapping[str, Any], path: Path) -> None:
-    """Replace what stands between the two markers of the file.
+    """Replace the text between the two markers of the file.
 
     Raises:
         SystemExit: the markers are not there, once each, in this order.

@@ -10,7 +10,7 @@ from dino_lightning.boxes import inverse_sigmoid
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.deformable_attention.module import without_padding
 from dino_lightning.model.feed_forward import feed_forward
-from dino_lightning.model.lower_precision import as_made, lower_precision, lowered
+from dino_lightning.model.lower_precision import as_made, is_watched, lower_precision, lowered
 from dino_lightning.model.mlp import MLP, box_head
 from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import class_head
@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
     def _attend_to_queries(self, positioned: Tensor, queries: Tensor, bias: Tensor | None) -> Tensor:
         """What `self.self_attention` does, with queries and keys by one product, and a mask that is ready for use."""
         attention, (batch, count, dim) = self.self_attention, queries.shape
-        if type(attention) is not nn.MultiheadAttention or not as_made(attention.out_proj):  # somebody has replaced it
+        if type(attention) is not nn.MultiheadAttention or is_watched(attention) or not as_made(attention.out_proj):
             out: Tensor = attention(positioned, positioned, queries, attn_mask=bias, need_weights=False)[0]
             return out
         weight, shift, *to_output = lowered(
@@ -153,10 +153,7 @@ class Decoder(nn.Module):
 
     def class_logits(self, hidden: Tensor) -> Tensor:
         """(N, B, Q, D), the normed output of each layer -> (N, B, Q, K)."""
-        if self.shared_heads:
-            logits: Tensor = self.class_head(hidden)
-            return logits
-        return torch.stack([self.heads(layer)[1](values) for layer, values in enumerate(hidden)])
+        return _by_layer(self.class_head, hidden)
 
     def forward(
         self,
@@ -199,7 +196,7 @@ class Decoder(nn.Module):
                     anchor = reference.detach()
         hidden = self.norm(torch.stack(contents))  # of all layers at once: fewer operations
         with torch.autocast(device_type=memory.device.type, enabled=False):
-            offsets = self._box_offsets(hidden.float())
+            offsets = _by_layer(self.bbox_head, hidden.float())
             boxes = (offsets + inverse_sigmoid(torch.stack(references), self.box_epsilon)).sigmoid()
         return hidden, boxes
 
@@ -212,12 +209,13 @@ class Decoder(nn.Module):
         values = F.linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
         return without_padding(values, geometry.padding_mask).chunk(len(projections), dim=-1)
 
-    def _box_offsets(self, hidden: Tensor) -> Tensor:
-        """(N, B, Q, D), the normed output of each layer -> (N, B, Q, 4)."""
-        if self.shared_heads:
-            offsets: Tensor = self.bbox_head(hidden)
-            return offsets
-        return torch.stack([self.heads(layer)[0](values) for layer, values in enumerate(hidden)])
+
+def _by_layer(head: nn.Module, hidden: Tensor) -> Tensor:
+    """(N, B, Q, D) -> (N, B, Q, X), by one head that all layers share, or by a list with a head for each of them."""
+    if isinstance(head, nn.ModuleList):
+        return torch.stack([one(values) for one, values in zip(head, hidden, strict=True)])
+    out: Tensor = head(hidden)
+    return out
 
 
 def _additive(blocked: Tensor, like: Tensor) -> Tensor:

@@ -55,9 +55,14 @@ def as_made(*layers: nn.Module) -> bool:
     False for layers that adapters, pruning or quantization have replaced, or that somebody watches.
     """
     return all(
-        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        for layer in layers
+        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear) and not is_watched(layer) for layer in layers
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, which only a call runs."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

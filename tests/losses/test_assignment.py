@@ -1,7 +1,6 @@
 """Which solver of assignments runs, and what happens where the device's cannot."""
 
 import inspect
-import os
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ from dino_lightning.errors import NonFiniteError, UsageError
 from dino_lightning.losses import Criterion, HungarianMatcher, assignment, criterion, matcher
 from dino_lightning.structures import ModelOutput
 from tests.conftest import TINY_SIZES
+from tests.interpreter import run_interpreted
 from tests.losses.test_matching_and_losses import random_problem
 
 PROJECT = Path(__file__).parents[2]
@@ -24,18 +24,7 @@ PROJECT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_kernel_in_the_interpreter():
-    """In another process, since the variable must come before Triton."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted_assignment.py"))],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(Path(__file__).with_name("interpreted_assignment.py"))
 
 
 def test_a_cpu_needs_no_triton():

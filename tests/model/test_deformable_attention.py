@@ -1,6 +1,5 @@
 """Which implementation of deformable attention runs, and that all of them say the same."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from dino_lightning.model.deformable_attention import (
 from dino_lightning.model.deformable_attention.gathered import gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention
 from tests.golden_recipe import golden_arrays
+from tests.interpreter import run_interpreted
 
 PROJECT = Path(__file__).parents[2]
 CALL = dispatch.Call("cuda", 0, torch.bfloat16, torch.bfloat16, torch.bfloat16, 8, 32, 4, 4, 2)
@@ -64,18 +64,7 @@ def draw(shapes, *, queries, batch=2, heads=2, dim=8, points=2):
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    """In another process, since the variable must come before Triton."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted_deformable_attention.py"))],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(Path(__file__).with_name("interpreted_deformable_attention.py"))
 
 
 def test_a_cpu_needs_no_triton():

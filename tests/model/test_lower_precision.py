@@ -79,7 +79,7 @@ def test_a_layer_that_is_watched_is_called(training):
     model = DINO(num_classes=3, **TINY_SIZES).train(training)
     seen, wanted = set(), set()
     for name, layer in linear_layers(model):
-        if isinstance(layer, nn.Linear) and not name.endswith("out_proj"):
+        if isinstance(layer, (nn.Linear, nn.MultiheadAttention)) and not name.endswith("out_proj"):
             wanted.add(name)
             layer.register_forward_hook(lambda *_, name=name: seen.add(name))
     model(random_batch([(64, 64)], [2]))

@@ -13,7 +13,7 @@ CLASS = re.compile(r"\\p\{(\w)\}")  # a major category of Unicode, which Python'
 
 @functools.cache
 def members(category):
-    """What stands for \\p{category} within the brackets of an expression: ranges of all characters of the category."""
+    """How to write \\p{category} within the brackets of an expression: ranges of all characters of the category."""
     ranges, first = [], None
     for code in range(sys.maxunicode + 2):
         inside = code <= sys.maxunicode and unicodedata.category(chr(code)).startswith(category)
