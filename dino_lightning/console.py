@@ -41,6 +41,11 @@ def say(text: str, file: TextIO | None = None) -> None:
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
 
 
+def bar_seconds() -> float:
+    """Seconds between two states of a progress bar: a terminal draws over the last one, a log keeps them all."""
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 def without_secrets(value: Any) -> Any:
     """A value without what opens the addresses in it: user and password, query and fragment become `***`.
 

@@ -1,5 +1,6 @@
 """The documentation: its links lead somewhere, its commands and options exist, its Python code runs."""
 
+import ast
 import contextlib
 import functools
 import io
@@ -13,7 +14,7 @@ import pytest
 import dino_lightning.__main__
 from benchmarks.__main__ import NAMES as BENCHMARKS
 from sagemaker_entry import launch
-from tests.conftest import TINY_SIZES
+from tests.conftest import TINY_ARGS, TINY_SIZES
 from tests.inference.test_detector import save_tiny
 
 PROJECT = Path(__file__).parent.parent
@@ -22,6 +23,8 @@ PAGES = {
     path.relative_to(PROJECT).as_posix(): path.read_text(encoding="utf-8")
     for path in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 }
+ALSO_RUN = ("pip", "pytest", "sagemaker_entry.train", "sagemaker_entry.serve", "dino_lightning.cli.help_pages")
+NOT_OURS = ("docs/coming-from.md", "docs/troubleshooting.md")  # first columns: options of others, messages
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*")
@@ -137,9 +140,7 @@ def test_every_command_exists_and_has_its_options(page):
             assert not words or words[0] in BENCHMARKS, f"{page}: {words}"
             continue
         else:
-            assert module in ("pip", "pytest", "sagemaker_entry.train", "dino_lightning.cli.help_pages"), (
-                f"{page}: {module}"
-            )
+            assert module in ALSO_RUN, f"{page}: {module}"
             continue
         for option in options:
             assert exists(option, known), f"{page}: {module} {' '.join(words)}: there is no {option}"
@@ -154,7 +155,10 @@ def test_a_wrong_command_or_option_is_seen():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_between_backticks_exists(page):
     known = options_of_launch().union(*map(options_of, COMMANDS), *map(options_of_launch, JOB_COMMANDS))
-    for span in INLINE.findall(prose(PAGES[page])):
+    text = prose(PAGES[page])
+    if page in NOT_OURS:
+        text = re.sub(r"^\| .*? \|", "", text, flags=re.MULTILINE)
+    for span in INLINE.findall(text):
         for option in [] if "python -m" in span else OPTION.findall(span):
             assert exists(option, known) or option == "--version", f"{page}: there is no {option}"
 
@@ -170,6 +174,24 @@ def test_the_files_of_aws_commands_exist():
     assert all((PROJECT / name).is_file() for name in named)
 
 
+def texts_of_the_code():
+    """Every text in the code; of f-strings with … for each value."""
+    for folder in ("dino_lightning", "sagemaker_entry"):
+        for path in (PROJECT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_the_messages_of_the_troubleshooting_page_are_printed_somewhere():
+    messages = re.findall(r"^\| `(.+?)` \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    texts = set(texts_of_the_code())
+    assert len(messages) > 30
+    assert [message for message in messages if not any(message in text for text in texts)] == []
+
+
 # ------------------------------------------------------------------ Python
 
 # Sizes with which the code of the pages runs in seconds, put into it as text.
@@ -178,9 +200,13 @@ SMALLER = {
     r"\bDINO\(num_classes=": "DINO(**TINY_SIZES, num_classes=",
     r"\bCocoDataModule\(": "CocoDataModule(image_size=64, max_size=96, num_workers=0, ",
     r"\bTrainer\(max_epochs=50": "Trainer(**QUIET, max_epochs=1",
+    r'args=\["fit", \*options': 'args=["fit", *TINY_ARGS, *options',
+    "max_epochs=20": "max_epochs=1",
+    "n_trials=20": "n_trials=2",
 }
 NAMES = {
     "TINY_SIZES": TINY_SIZES,
+    "TINY_ARGS": TINY_ARGS,
     "MODULE_SIZES": {**TINY_SIZES, "backbone_weights": None},
     "QUIET": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
 }

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.coco import CocoAnnotations
 from dino_lightning.data.image_files import FEW_IMAGES, open_regular
 from dino_lightning.data.image_places import check_files_exist, check_images_folder
@@ -86,7 +87,8 @@ def _write_split(split: CocoAnnotations, folder: Path, name: str, images: ImageM
         (folder / IMAGES).mkdir()
         few = len(names) <= FEW_IMAGES
         verb = "Copying" if images == "copy" else "Linking"
-        for index, new in enumerate(tqdm(names, f"{verb} {name} images", unit="image", disable=few)):
+        bar = tqdm(names, f"{verb} {name} images", unit="image", disable=few, mininterval=bar_seconds())
+        for index, new in enumerate(bar):
             source, target = split.image_path(index), folder / IMAGES / new
             if images == "copy":
                 _copy(source, target)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.cache import ImageCache
 from dino_lightning.data.classes import Classes, check_classes
 from dino_lightning.data.coco import CocoAnnotations, ground_truth
@@ -206,7 +207,8 @@ class CocoDetection(Dataset[Sample]):
         with ThreadPoolExecutor(available_cores() if self.reader is None else 1) as pool:
             results = pool.map(self._is_readable, range(len(self)))
             name = f"Reading the images of {self.annotations.path.name}"
-            readable = list(tqdm(results, name, len(self), unit="image", disable=len(self) < FEW_IMAGES))
+            few = len(self) < FEW_IMAGES
+            readable = list(tqdm(results, name, len(self), unit="image", disable=few, mininterval=bar_seconds()))
         if not any(readable):
             raise DataError(f"{self.annotations.path}: not one of its {len(self)} images can be read.")
         left_out = [image.id for image, keep in zip(self.annotations.images, readable, strict=True) if not keep]

@@ -18,6 +18,7 @@ from torchvision.datasets import CocoDetection
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.classes import check_classes, classes_of
 from dino_lightning.data.coco import CLIP_TOLERANCE, Category, CocoAnnotations, ImageTable
 from dino_lightning.data.images import to_pixels
@@ -106,7 +107,8 @@ def _targets(name: str, dataset: Any) -> list[_Target]:
         ) from error
     if not count:
         raise DataError(f"{name} dataset: it has no images.")
-    indices = tqdm(range(count), f"Reading the {name} dataset", unit="image", disable=count < FEW_IMAGES)
+    few = count < FEW_IMAGES
+    indices = tqdm(range(count), f"Reading the {name} dataset", unit="image", disable=few, mininterval=bar_seconds())
     targets = []
     for index in indices:
         where = f"{name} dataset[{index}]"

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.image_files import EXIF_ORIENTATION, available_cores, open_image, read_bytes
 from dino_lightning.data.images import decode_bytes
 from dino_lightning.errors import DataError
@@ -82,7 +83,10 @@ def facts_of_all(paths: Sequence[Path], name: str, *, progress: bool = True) -> 
     with ThreadPoolExecutor(available_cores()) as pool:  # decoders release Python's global lock
         results = pool.map(image_facts, paths)
         try:
-            return list(tqdm(results, f"Reading {name}", len(paths), unit="image", disable=not progress))
+            bar = tqdm(
+                results, f"Reading {name}", len(paths), unit="image", disable=not progress, mininterval=bar_seconds()
+            )
+            return list(bar)
         except BaseException:  # or Ctrl-C would wait for all remaining files
             pool.shutdown(cancel_futures=True)
             raise

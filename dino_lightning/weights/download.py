@@ -21,7 +21,7 @@ import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
-from dino_lightning.console import REDACTED, lacks_secrets, without_secrets
+from dino_lightning.console import REDACTED, bar_seconds, lacks_secrets, without_secrets
 from dino_lightning.errors import CheckpointError
 from dino_lightning.files import advice_on, reason_of, sha256_of
 
@@ -278,7 +278,15 @@ def _transfer(address: str, part: Path) -> None:
     with (
         opened.stream as stream,
         part.open("ab") as file,
-        tqdm(total=opened.size, initial=opened.start, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
+        tqdm(
+            desc=name,
+            total=opened.size,
+            initial=opened.start,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            mininterval=bar_seconds(),
+        ) as bar,
     ):
         file.truncate(opened.start)
         version.write_text(opened.version)

@@ -104,6 +104,7 @@ class Plan:
         measured: what a trial of this training on these instances has measured; None for an estimate.
         trial: what the job runs instead of the whole training, in words; None for the whole.
         cheaper: a cheaper choice of instances, in words, where there is one.
+        kept: whether the instances wait for a next job, which those on spot do not.
     """
 
     compute: Compute
@@ -117,6 +118,7 @@ class Plan:
     measured: Measured | None = None
     trial: str | None = None
     cheaper: str | None = None
+    kept: bool = False
 
     def table(self) -> str:
         """The plan as text for the terminal."""
@@ -156,11 +158,11 @@ class Plan:
             return [*rows, ("on demand", PRICE_UNKNOWN)]
         least, cost, highest = (hours * self.compute.price for hours in self.hours)
         low, high = (about(cost * (1 - discount)) for discount in reversed(SPOT_DISCOUNT))
-        chosen = " <- chosen" if self.spot else "; add --spot"
+        how = "--spot in place of --keep-alive" if self.kept else "add --spot"
         return [
             *rows,
             ("on demand", f"about {about(cost)} ({about(least)} to {about(highest)})"),
-            ("on spot", f"about {low} to {high}, with interruptions{chosen}"),
+            ("on spot", f"about {low} to {high}, with interruptions{' <- chosen' if self.spot else '; ' + how}"),
         ]
 
     def _batch(self) -> str:

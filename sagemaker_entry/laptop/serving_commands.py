@@ -226,9 +226,13 @@ def _deploy(options: argparse.Namespace, account: Account, agreed: Ask) -> int:
         cost = UNKNOWN_PRICE if hourly is None else f"${hourly:.2f} an hour until it is deleted"
         _say(f"{resources.count} x {resources.instance_type}: {cost} ({source}).")
         if resources.autoscale:
+            least, most = resources.autoscale
+            if hourly is not None:
+                each = hourly / resources.count
+                cost = f"${each * least:.2f} to ${each * most:.2f} an hour until it is deleted"
             _say(
-                f"Scaled between {resources.autoscale[0]} and {resources.autoscale[1]} instances, at "
-                f"{serving.REQUESTS_PER_MINUTE} requests a minute for each."
+                f"Scaled between {least} and {most} instances, at {serving.REQUESTS_PER_MINUTE} requests a minute for "
+                f"each: {cost}."
             )
         _say(_quota(account, resources, "endpoint"))
     if options.dry_run:

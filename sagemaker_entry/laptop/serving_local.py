@@ -39,10 +39,11 @@ def _command(model: Path, port: int) -> list[str]:
 def serve_locally(path: str, port: int) -> int:
     """Serve a model on this machine until Ctrl-C; returns the exit code: then 0 if the server had begun, else 130."""
     model = model_folder(path)
+    address = f"http://127.0.0.1:{port or 'PORT'}/invocations"
     print(
         f"The server of an endpoint on this machine, without AWS: {model}\n\n"
-        f"    curl http://127.0.0.1:{port}/invocations -H 'Content-Type: image/png' --data-binary @plan.png\n\n"
-        "Ctrl-C ends it.\n",
+        f"    curl {address} -H 'Content-Type: image/png' --data-binary @plan.png\n\n"
+        f"{'' if port else 'PORT is the one that the server names. '}Ctrl-C ends it.\n",
         flush=True,
     )
     with ctrl_c_left_to_this_process():

@@ -124,6 +124,7 @@ def make_plan(options: LaunchOptions, training: Training, account: Account | Non
         measured=measured,
         trial=what_a_trial_runs(work, compute.gpus) if options.trial else None,
         cheaper=None if chosen_by_user else cheaper_choice(work, compute, hours[1]),
+        kept=options.keep_alive is not None,
     )
     return plan if price_source is None else replace(plan, price_source=price_source)
 

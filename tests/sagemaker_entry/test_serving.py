@@ -142,6 +142,11 @@ def test_deploy_says_the_price_creates_waits_and_shows_how_to_ask(account, capsy
             "2 x ml.g5.xlarge: $2.82 an hour until it is deleted",
         ),
         (
+            ["deploy", JOB, "--instances", "2", "--autoscale", "1-4"],
+            "USE1-Host:ml.g5.xlarge",
+            "requests a minute for each: $1.41 to $5.63 an hour until it is deleted",
+        ),
+        (
             ["transform", JOB, "s3://plans/in/"],
             "USE1-Tsform:ml.g5.xlarge",
             "1 files on 1 x ml.g5.xlarge: $1.41 an hour while",

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.image_files import EXIF_ORIENTATION, FEW_IMAGES, available_cores, open_image, open_regular
 from dino_lightning.data.reading.json_file import shown_value
 from dino_lightning.errors import DataError
@@ -100,7 +101,8 @@ def displayed_sizes(paths: Sequence[Path], name: str) -> list[tuple[int, int]]:
     with ThreadPoolExecutor(available_cores()) as pool:  # waiting for a disk happens outside Python's global lock
         results = pool.map(displayed_size, paths)
         try:
-            found = list(tqdm(results, f"Reading sizes of {name}", len(paths), unit="image", disable=_few(paths)))
+            title, few = f"Reading sizes of {name}", _few(paths)
+            found = list(tqdm(results, title, len(paths), unit="image", disable=few, mininterval=bar_seconds()))
         except BaseException:  # or Ctrl-C would wait for all remaining files
             pool.shutdown(cancel_futures=True)
             raise

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds
 from dino_lightning.data.image_files import FEW_IMAGES, is_image
 from dino_lightning.data.other_formats.image_folder import counted, displayed_sizes, first_of, names_in
 from dino_lightning.data.other_formats.voc_file import VocFile, VocObject, read_voc_file
@@ -121,7 +122,8 @@ def _read_all(root: Path, folders: Sequence[str]) -> dict[str, VocFile]:
     """The content of all XML files of the dataset by their places."""
     places = [posixpath.join(folder, name) for folder in folders for name in xml_names(root, folder)]
     few = len(places) <= FEW_IMAGES
-    return {place: read_voc_file(root / place) for place in tqdm(places, "Reading XML files", unit="file", disable=few)}
+    bar = tqdm(places, "Reading XML files", unit="file", disable=few, mininterval=bar_seconds())
+    return {place: read_voc_file(root / place) for place in bar}
 
 
 def _listed(root: Path, files: SplitFiles, xml_files: set[str], notes: list[str]) -> list[str]:

@@ -1,0 +1,49 @@
+"""Pages of the site that are no files of docs/: those of the project's root, and the reference of public names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
+REFERENCE = {
+    "reference/python.md": ("Python", ["dino_lightning"]),
+    "reference/callbacks.md": ("Callbacks", ["dino_lightning.callbacks"]),
+    "reference/parts.md": (
+        "Layers and losses",
+        ["dino_lightning.model", "dino_lightning.losses", "dino_lightning.data", "dino_lightning.metrics"],
+    ),
+}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages."""
+    for name in FROM_ROOT:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, Path(name).name, content=_moved(text)))
+    for name, (title, modules) in REFERENCE.items():
+        files.append(File.generated(config, name, content=_reference(title, modules)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to files of the root lead to their pages."""
+    return re.sub(r"\]\(\.\./(?:benchmarks/)?(README|CHANGELOG|CONTRIBUTING|RESULTS)\.md", r"](\1.md", markdown)
+
+
+def _moved(text: str) -> str:
+    """A page of the root as if it were in docs/."""
+    text = re.sub(r"\]\((?:\.\./)?docs/", "](", text).replace("](index.md)", "](README.md)")
+    return re.sub(r"\[([^]]+)\]\(LICENSE\)", r"\1", text)
+
+
+def _reference(title: str, modules: list[str]) -> str:
+    """One entry for each public name of modules, in the order of their `__all__`."""
+    import importlib
+
+    names = [f"{module}.{name}" for module in modules for name in importlib.import_module(module).__all__]
+    return "\n".join([f"# {title}", "", *(f"::: {name}\n" for name in names)])
