@@ -8,9 +8,12 @@ if __name__ == "__main__":
     handle_ctrl_c()  # before the imports that take time
 
 import difflib
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
+
+from dino_lightning.console import wrapped
 
 # command -> the function that runs it, and what it does; loaded when it is asked for
 COMMANDS = {
@@ -41,11 +44,12 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The table of commands."""
-    lines = "\n".join(f"  {name:<10} {does}" for name, (_, does) in COMMANDS.items())
-    return (
+    """The table of commands, as wide as the terminal."""
+    lines = "\n".join(f"  {name:<8}  {does}" for name, (_, does) in COMMANDS.items())
+    return wrapped(
         f"usage: python -m dino_lightning COMMAND [options]\n\n{lines}\n\n"
-        "COMMAND --help lists the options of each; --version says which version this is."
+        "COMMAND --help lists the options of each; --version says which version this is.",
+        shutil.get_terminal_size().columns,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 # Set by torchrun, by Lightning's launcher, by Slurm and by LSF for each process they start.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+WHOLE_WORDS: Any = {"break_on_hyphens": False, "break_long_words": False}
 REDACTED = "***"  # stands where an address had a password or a signature
 # scheme, user info (a password may hold @), host and path, query, fragment; one slash where a Path was made of it
 _ADDRESS = re.compile(
@@ -39,6 +41,34 @@ def say(text: str, file: TextIO | None = None) -> None:
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text of paragraphs, and of tables of names, in lines of at most so many characters.
+
+    A line that begins with an option, or is indented no deeper than the one above, begins anew; what follows a gap of
+    two spaces and more is a column. Commands stay on one line, for whoever copies them.
+    """
+    items: list[str] = []
+    above = -1  # the indentation of the item above; -1 after an empty line
+    for line in text.strip("\n").splitlines():
+        depth = len(line) - len(line.lstrip())
+        continues = depth > above > 0 or depth == above == 0
+        if line.strip() and continues and not line.startswith("--"):
+            items[-1] += " " + line.strip()
+        else:
+            items.append(line)
+            above = depth if line.strip() else -1
+    return "\n".join(_wrapped_item(item, width) for item in items)
+
+
+def _wrapped_item(item: str, width: int) -> str:
+    named = re.match(r"( *\S+(?: \S+)* {2,})(\S.*)", item)
+    first, rest = (named[1], named[2]) if named else (item[: len(item) - len(item.lstrip())], item.strip())
+    if len(first) > width - 20 or "python -m" in rest:
+        return item
+    below = " " * len(first)
+    return textwrap.fill(rest, width, initial_indent=first, subsequent_indent=below, **WHOLE_WORDS)
 
 
 def bar_seconds() -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dino_lightning.console import say, without_secrets
+from dino_lightning.console import say, without_secrets, wrapped
 from dino_lightning.errors import FROM_A_LOADER, UsageError, UserError
 from dino_lightning.files import FULL, reason_of, unreadable, unwritable, why_unreadable
 from dino_lightning.interrupts import CtrlC
@@ -33,6 +33,13 @@ class Terminated(BaseException):
     """SIGTERM arrived; raised where the program is, so that temporary files are removed on the way out."""
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as wide as the terminal, 118 characters at most."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrapped(text, min(width, 118))
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that raises `argparse.ArgumentError` for a wrong option, instead of printing usage and exiting.
 
@@ -40,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         prog: the command as it is typed.
-        description: what it does, printed by `--help` as it is.
+        description: what it does, printed by `--help`, see `wrapped`.
         **more: further arguments of `argparse.ArgumentParser`.
     """
 
@@ -48,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
             **more,
         )

@@ -67,6 +67,21 @@ def test_the_lists_name_every_command():
     assert WRONG.keys() == BAD.keys() == COMMANDS.keys()
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test")])
+def test_help_is_as_wide_as_the_terminal(command, monkeypatch, capsys):
+    said = []
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with contextlib.suppress(SystemExit):
+            run([command, "--help"])
+        said.append(capsys.readouterr().out)
+    narrow, wide = ([line for line in text.splitlines() if "python -m" not in line] for text in said)
+    assert max(map(len, narrow)) <= 80 or "{32-true" in max(narrow, key=len)  # the usage of argparse breaks no choices
+    assert len(narrow) > len(wide)
+    described = [text[text.index("\n\n") : text.index("options:")].split() for text in said]
+    assert described[0] == described[1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_option_ends_with_2_and_one_sentence(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
