@@ -5,38 +5,32 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dino_lightning.callbacks.rank_watchdog import FIRST_PROCESS
 from dino_lightning.cli.checkpoints import RUNS
+from dino_lightning.cli.run_contents import (
+    CONFIG,
+    ONLY_IN_EVALUATION,
+    config_text,
+    evaluated,
+    evaluations_in,
+    identity,
+    is_ours,
+    left_by_a_run,
+    results_in,
+    stored_options,
+)
 from dino_lightning.console import is_first_process, say
 from dino_lightning.errors import UsageError
 from dino_lightning.files import locked, unwritable
 
 RUN_DIR_VARIABLE = "DINO_LIGHTNING_RUN_DIR"  # tells the processes that Lightning starts their run's folder
 LOCK = ".run.lock"
-CONFIG = "config.yaml"
-CONFIG_HEADER = "# lightning.pytorch=="  # how Lightning's parser begins the file
-EVALUATIONS = ("validate", "test")
-ONLY_IN_EVALUATION = "verbose"  # a key that the configuration of a training does not have
-# What a run writes, as patterns below its folder; each evaluation has a folder of the same kind within it.
-OF_A_RUN = (
-    CONFIG, "run.json", "metrics.csv", "hparams.yaml", "learning_curves.png", "detections.png",
-    *(f"tmp-*.{suffix}-????????.{suffix}" for suffix in ("yaml", "json", "csv", "png")),  # of `atomic_write`
-    "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml",
-    "report/index.html", "report/report.json", "report/per_class.csv", "report/per_image.csv",
-    "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/metrics.csv",
-    "checkpoints/tmp-*.ckpt-????????.ckpt", "checkpoints/tmp-*.csv-????????.csv", "non_finite/*",
-)  # fmt: skip
-# What makes an evaluation the same as another: its results may replace the other's.
-EVALUATED = ("root", "val_annotations", "val_images", "test_annotations", "test_images", "val_fraction", "seed")
 
 _names_agreed_on = itertools.count()
 _names_given: set[Path] = set()  # of folders that may not be made yet
@@ -148,7 +142,7 @@ def hold(folder: Path, checkpoint: str | None, held: ExitStack, *, overwrite: bo
         _refuse(folder, checkpoint, overwrite=overwrite)
     hold_again(folder, held)
     _refuse(folder, checkpoint, overwrite=overwrite)
-    if not _left_by_a_run(folder):
+    if not left_by_a_run(folder):
         held.callback(_remove_failed_start, folder)
 
 
@@ -184,9 +178,9 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left, or a start that failed: the files that a run writes, and no others."""
     if not _writes():
         return
-    ours = [part for part in _evaluations(folder) if _is_ours(part, _config_text(part))]
+    ours = [part for part in evaluations_in(folder) if is_ours(part, config_text(part))]
     for part in [*ours, folder]:
-        for path in _left_by_a_run(part):
+        for path in left_by_a_run(part):
             path.unlink(missing_ok=True)
         for name in ("tensorboard", "report", "checkpoints", "non_finite", ""):
             _remove_if_empty(part / name)
@@ -196,7 +190,7 @@ def clear(folder: Path) -> None:
 def evaluation_folder(folder: Path, command: str) -> Path:
     """Where `validate` and `test` write: not among the results of a training, which they would replace."""
     trained = (folder / "run.json").is_file() or any(folder.glob("checkpoints/*.ckpt"))
-    stored = _stored(_config_text(folder))
+    stored = stored_options(config_text(folder))
     return folder / command if trained or (stored is not None and ONLY_IN_EVALUATION not in stored) else folder
 
 
@@ -215,10 +209,10 @@ def hold_evaluation(folder: Path, options: Mapping[str, Any], held: ExitStack) -
         return folder
     for number in itertools.count(1):
         chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        text = _config_text(chosen)
+        text = config_text(chosen)
         _refuse_strangers(chosen, text)
-        before = _evaluated(text)
-        if before in (None, _identity(options)) and _lock(chosen, held):
+        before = evaluated(text)
+        if before in (None, identity(options)) and _lock(chosen, held):
             if number > 1:
                 say(f"{folder} holds the results of another checkpoint or dataset; these go to {chosen}.\n")
             return chosen
@@ -233,8 +227,8 @@ def _refuse(folder: Path, checkpoint: str | None, *, overwrite: bool) -> None:
     """
     if resumes_in(folder, checkpoint):
         return
-    _refuse_strangers(folder, _config_text(folder))
-    results = _results(folder)
+    _refuse_strangers(folder, config_text(folder))
+    results = results_in(folder)
     if results and not overwrite:
         resume = "" if checkpoint or results[0].suffix != ".ckpt" else f"resume it with --ckpt_path {folder}, "
         raise UsageError(
@@ -248,89 +242,19 @@ def _refuse_strangers(folder: Path, config: str | None) -> None:
 
     Args:
         folder: to write in.
-        config: of `_config_text`.
+        config: of `config_text`.
 
     Raises:
         UsageError: there is one.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder as --run_dir.")
-    left = [path for path in _left_by_a_run(folder) if not path.name.startswith("tmp-")]
-    if left and not _is_ours(folder, config):
+    left = [path for path in left_by_a_run(folder) if not path.name.startswith("tmp-")]
+    if left and not is_ours(folder, config):
         raise UsageError(
             f"{folder} holds a {left[0].relative_to(folder)} that no run wrote; give another --run_dir, or move the "
             "file away."
         )
-
-
-def _config_text(folder: Path) -> str | None:
-    """The configuration of what ran in a folder; None if there is none, empty if it cannot be read."""
-    try:
-        return (folder / CONFIG).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _is_ours(folder: Path, config: str | None) -> bool:
-    """Whether a run wrote what lies in a folder: its configuration says so, or else its record."""
-    return _is_record(folder / "run.json") if config is None else config.startswith(CONFIG_HEADER)
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        return "starts" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _results(folder: Path) -> list[Path]:
-    """What would be lost: checkpoints; metrics alone only of a run that was to save none, which has no run.json."""
-    saved = [path for path in sorted(folder.glob("checkpoints/*.ckpt")) if not path.name.startswith("tmp")]
-    metrics = folder / "metrics.csv"
-    if metrics.is_file() and metrics.stat().st_size and not (folder / "run.json").is_file():
-        saved.append(metrics)
-    return saved + [path for part in _evaluations(folder) for path in part.glob("report/report.json")]
-
-
-def _evaluations(folder: Path) -> list[Path]:
-    """The folders of evaluations in that of a run."""
-    return [part for name in EVALUATIONS for part in (*folder.glob(name), *folder.glob(f"{name}-[0-9]*"))]
-
-
-def _left_by_a_run(folder: Path) -> list[Path]:
-    return [path for pattern in OF_A_RUN for path in sorted(folder.glob(pattern)) if path.is_file()]
-
-
-def _evaluated(config: str | None) -> dict[str, Any] | None:
-    """What the results beside a configuration are of; None if there are none."""
-    try:
-        return _identity(_stored(config) or {})
-    except (AttributeError, KeyError, TypeError):
-        return None
-
-
-def _stored(config: str | None) -> dict[str, Any] | None:
-    """What a configuration says; None for none, or one that is damaged."""
-    try:
-        stored = yaml.safe_load(config or "")
-    except (ValueError, yaml.YAMLError):
-        return None
-    return stored if isinstance(stored, dict) else None
-
-
-def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Checkpoint (or weights) and data of an evaluation."""
-    checkpoint = options.get("ckpt_path")
-    data = {name: options["data"].get(name) for name in EVALUATED}
-    weights = None if checkpoint else options["model"].get("weights")
-    return {
-        **data,
-        "root": os.path.realpath(data["root"]),
-        "checkpoint": os.path.realpath(checkpoint) if checkpoint else None,
-        "weights": weights,
-    }
 
 
 def _lock(folder: Path, held: ExitStack) -> bool:
@@ -350,8 +274,8 @@ def _lock(folder: Path, held: ExitStack) -> bool:
 
 def _remove_failed_start(folder: Path) -> None:
     """Remove what loggers wrote of a start that failed before it stored its configuration; the next would refuse it."""
-    if not (folder / CONFIG).exists() and not _results(folder):
-        for path in _left_by_a_run(folder):
+    if not (folder / CONFIG).exists() and not results_in(folder):
+        for path in left_by_a_run(folder):
             path.unlink(missing_ok=True)
         _remove_if_empty(folder / "tensorboard")
 
