@@ -74,11 +74,13 @@ def test_the_wheel_runs_from_any_directory(built, tmp_path):
         return subprocess.run(command, cwd=work, env=environment, check=True, capture_output=True, text=True).stdout
 
     version = re.search(r'^version = "(.+)"', (PROJECT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert run(sys.executable, site / "bin" / "dino-lightning", "--version").strip() == f"dino_lightning {version[1]}"
+    program = (sys.executable, site / "bin" / "dino-lightning")
+    assert run(*program, "--version").strip() == f"dino_lightning {version[1]}"
     place = run(sys.executable, "-c", "import dino_lightning; print(dino_lightning.__file__)")
     assert place.startswith(str(site))
-    demo = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--run_dir=run", "--trainer.accelerator=cpu")
-    run(sys.executable, site / "bin" / "dino-lightning", "fit", *demo)
+    run(*program, "rooms", "--root", "plans", "--num_train", "8", "--num_val", "4")
+    short = ("--trainer.max_epochs=1", "--run_dir=run", "--trainer.accelerator=cpu")
+    run(*program, "fit", "--config", "configs/rooms_demo.yaml", "--data.root", "plans", *short)
     assert (work / "run" / "detections.png").is_file()
 
 
