@@ -29,6 +29,7 @@ from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
 from dino_lightning.training.detection import detect_in, detections_of, on_host, take_from_data, transform_of
 from dino_lightning.training.evaluation_loss import EvaluationLoss, of_loader, summed_loss
+from dino_lightning.training.freed_memory import keep_freed_memory
 from dino_lightning.training.initial_weights import start, take_addresses
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
@@ -232,7 +233,9 @@ class DINOModule(lightning.LightningModule):
         self.criterion = criterion_of(self.hparams, self.recipe)
 
     def on_fit_start(self) -> None:
-        """Compile the layers if asked to; the model is on its device by now."""
+        """Compile the layers if asked to; the model is on its device by now. On a CPU, keep the memory of a step."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.hparams["compile"]:
             self.model.compile_layers()
 
