@@ -1,19 +1,23 @@
 """The sampling core on a CPU: the four cells around every sample are gathered, weighted and summed in one pass.
 
 Each corner of each sample is one entry of a sparse matrix of queries by cells, with its share in the sample as its
-value: forward that matrix is multiplied by the maps, backward its transpose by the gradient. No sample is ever held.
+value: forward that matrix is multiplied by the maps, backward its transpose by the gradient, and the gradients of the
+entries are scalar products of gradients and maps, at those entries alone. No sample is ever held.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SAMPLES_AT_A_TIME = 32_768  # of which the corners are computed: more do not fit into the cache of a core
+SAMPLES_AT_A_TIME = 32_768  # for each thread: what is computed of more does not fit into the cache of a core
 
 
 def can_gather(value: Tensor, queries: int) -> bool:
@@ -26,20 +30,20 @@ def gathered(
 ) -> Tensor:
     """The same as `reference.deformable_attention` in float32 or float64, where `can_gather` says so."""
     batch, queries = sampling_locations.shape[:2]
-    x, y, shares = (
+    x, y, weights = (
         part.to(value.dtype).transpose(1, 2).reshape(-1, queries, part.shape[3] * part.shape[4])
         for part in (sampling_locations[..., 0], sampling_locations[..., 1], attention_weights)
     )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (value, x, y, shares)):
-        out: Tensor = _Gathered.apply(value, x, y, shares, spatial_shapes)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (value, x, y, weights)):
+        out: Tensor = _Gathered.apply(value, x, y, weights, spatial_shapes)
     else:
-        maps = value.transpose(1, 2).flatten(0, 1)
-        pieces = [torch.split(tensor, _heads_at_a_time(x)) for tensor in (maps, x, y, shares)]
-        bags = []
-        for some, columns, rows, weight in zip(*pieces, strict=True):
-            corners = _corners(columns, rows, spatial_shapes)
-            bags.append(_bags(some, corners[0], corners[1], weight))
-        out = torch.cat(bags)
+        maps, levels, sums = value.transpose(1, 2).flatten(0, 1), _Levels.of(value, x, spatial_shapes), []
+        for some in _heads_at_a_time(x):
+            columns, lines = _Axis.of(x[some], levels.width), _Axis.of(y[some], levels.height)
+            sums.append(
+                _sums(maps, levels.rows(columns.cells, lines.cells, some), _counts(columns, lines, weights[some]))
+            )
+        out = torch.cat(sums)
     return out.view(batch, -1, queries, value.shape[3]).transpose(1, 2).flatten(2)
 
 
@@ -74,75 +78,124 @@ class _Gathered(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, x: Tensor, y: Tensor, weights: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
-        maps = value.transpose(1, 2).flatten(0, 1)
-        corners = _corners(x, y, spatial_shapes)
-        ctx.save_for_backward(maps, weights, *corners)
+        maps, levels = value.transpose(1, 2).flatten(0, 1), _Levels.of(value, x, spatial_shapes)
+        rows = torch.empty((4, *x.shape), dtype=levels.start.dtype)
+        shares, inside = torch.empty((4, *x.shape), dtype=x.dtype), torch.empty((4, *x.shape), dtype=x.dtype)
+        sums = []
+        for some in _heads_at_a_time(x):
+            columns = _Axis.of(x[some], levels.width, out=(shares[:2, some], inside[:2, some]))
+            lines = _Axis.of(y[some], levels.height, out=(shares[2:, some], inside[2:, some]))
+            its_rows = levels.rows(columns.cells, lines.cells, some, out=rows[:, some])
+            sums.append(_sums(maps, its_rows, _counts(columns, lines, weights[some])))
+        ctx.save_for_backward(maps, weights, rows, shares, inside)
         ctx.num_heads, ctx.spatial_shapes = value.shape[2], spatial_shapes
-        cells, shares = corners[:2]
-        pieces = [torch.split(tensor, _heads_at_a_time(x)) for tensor in (maps, cells, shares, weights)]
-        return torch.cat([_bags(*piece) for piece in zip(*pieces, strict=True)])
+        return torch.cat(sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps, weights, cells, shares, inside, right, below = ctx.saved_tensors
-        grad = grad.contiguous()
-        rows = _rows(cells, maps)
+        maps, weights, rows, shares, inside = ctx.saved_tensors
+        grad, height, width = grad.contiguous(), *_sizes(weights, ctx.spatial_shapes)
         # What each corner would add to the loss, were its share 1: all other gradients follow from it.
-        products = _row_products(grad, maps, rows).view(cells.shape).mul_(inside)
-        by_weight = (products * shares).sum(2)
-        upper_left, upper_right, lower_left, lower_right = products.unbind(2)
-        height, width = _sizes(weights, ctx.spatial_shapes)
-        by_x = torch.lerp(upper_right - upper_left, lower_right - lower_left, below).mul_(weights).mul_(width)
-        by_y = torch.lerp(lower_left - upper_left, lower_right - upper_right, right).mul_(weights).mul_(height)
-        counts = torch.mul(shares, weights[:, :, None]).flatten(2)
+        products = torch.ops.dino_lightning.row_products(grad, maps, rows)
+        counts, by_x, by_y, by_weight = torch.empty_like(products), *(torch.empty_like(weights) for _ in range(3))
+        for some in _heads_at_a_time(weights):
+            left, right, above, below = shares[:, some]
+            in_left, in_right, in_above, in_below = inside[:, some]
+            upper_left, upper_right, lower_left, lower_right = products[:, some]
+            its_weights = weights[some]
+            _counts_of((left, right), (above, below), its_weights, out=counts[:, some])
+            on_left = (upper_left * above).addcmul_(lower_left, below)
+            on_right = (upper_right * above).addcmul_(lower_right, below)
+            torch.mul(on_left, left, out=by_weight[some]).addcmul_(on_right, right)
+            torch.mul(on_right.mul_(in_right).addcmul_(on_left, in_left, value=-1), its_weights, out=by_x[some])
+            by_x[some].mul_(width)
+            on_upper = upper_left.mul_(left).addcmul_(upper_right, right)
+            on_lower = lower_left.mul_(left).addcmul_(lower_right, right)
+            torch.mul(on_lower.mul_(in_below).addcmul_(on_upper, in_above, value=-1), its_weights, out=by_y[some])
+            by_y[some].mul_(height)
         by_value = torch.ops.dino_lightning.scatter_rows(grad, rows, counts, maps.shape[1])
         by_value = by_value.view(-1, ctx.num_heads, *maps.shape[1:]).transpose(1, 2)
         return by_value, by_x, by_y, by_weight, None
 
 
-def _corners(
-    x: Tensor, y: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four cells around each place: upper left, upper right, lower left, lower right.
+class _Axis(NamedTuple):
+    """The two cells beside each place along one axis, and what share of the sample each of them has.
 
-    Some heads at a time, so that what is computed on the way stays in the cache. A corner outside its map, or of a
-    place that is not finite, is cell 0; outside, with a share of 0.
-
-    Args:
-        x: (N, Q, K) places of the samples, 0-1 of the width of their level.
-        y: (N, Q, K), 0-1 of its height.
-        spatial_shapes: (height, width) of the levels, each with the same number of samples.
-
-    Returns:
-        (N, Q, 4, K) int32 cells of all levels laid end to end, their shares in the sample, and whether they are inside
-        of their map; (N, Q, K) distances from the left column and from the upper row, 0-1.
+    Attributes:
+        cells: two of (N, Q, K) int, columns or lines; the nearest one of the map for what is outside of it.
+        shares: two of (N, Q, K), 0 outside; not finite where the place is not.
     """
-    points = x.shape[2] // len(spatial_shapes)
-    height, width = _sizes(x, spatial_shapes)
-    areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes[:-1])], dtype=torch.int32)
-    start = areas.cumsum(0, dtype=torch.int32).repeat_interleave(points)
-    shape = (*x.shape[:2], 4, x.shape[2])
-    cells, shares = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=x.dtype)
-    inside = torch.empty(shape, dtype=torch.bool)
-    right, below = torch.empty_like(x), torch.empty_like(x)
-    heads = _heads_at_a_time(x)
-    for first in range(0, len(x), heads):
-        some = slice(first, first + heads)
-        column, row = _in_cells(x[some], width), _in_cells(y[some], height)
-        to_right, down = right[some].copy_(column), below[some].copy_(row)
-        to_right -= column.floor_()
-        down -= row.floor_()
-        corner = 0
-        for line, upright in ((row, 1 - down), (row + 1, down)):
-            within = (line >= 0) & (line < height)
-            before = torch.where(within, line * width, 0.0)
-            for place, share in ((column, 1 - to_right), (column + 1, to_right)):
-                seen = torch.logical_and((place >= 0) & (place < width), within, out=inside[some, :, corner])
-                cells[some, :, corner] = torch.where(seen, before + place, 0.0).to(torch.int32) + start
-                torch.mul(share * seen, upright, out=shares[some, :, corner])
-                corner += 1
-    return cells, shares, inside, right, below
+
+    cells: tuple[Tensor, Tensor]
+    shares: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, places: Tensor, sizes: Tensor, out: tuple[Tensor, Tensor] | None = None) -> _Axis:
+        """(N, Q, K) places 0-1, (Q, K) numbers of cells; `out`, each (2, N, Q, K), takes shares, and 1 where inside."""
+        # in cells, of which the first is centred at 0; rounded as by `grid_sample`, so that edges are its
+        places = (2 * places).sub_(1).add_(1).mul_(sizes).sub_(1).div_(2)
+        before = places.floor()
+        after_share = places.sub_(before)
+        first = before.to(torch.int32)  # some number where it is not finite; then it becomes a cell of the map, too
+        last = sizes.to(torch.int32).sub_(1)
+        shares, inside = out or (places.new_empty((2, *places.shape)), places.new_empty((2, *places.shape)))
+        cells = []
+        for corner, cell in enumerate((first, first + 1)):
+            clamped = torch.minimum(cell.clamp(min=0), last)
+            inside[corner].copy_(clamped == cell)
+            cells.append(clamped)
+        torch.mul(after_share, inside[1], out=shares[1])
+        torch.sub(1, after_share, out=shares[0]).mul_(inside[0])
+        return cls((cells[0], cells[1]), (shares[0], shares[1]))
+
+
+class _Levels(NamedTuple):
+    """Where the levels lie in each of the (N, S, D) maps, repeated for all of (Q, K) samples: broadcasting is slow.
+
+    Attributes:
+        height: (Q, K) of the level of each sample, in cells.
+        width: (Q, K).
+        columns: (Q, K) int, the same as `width`.
+        start: (Q, K) int, the first cell of the level in a map.
+        cells_per_map: S.
+    """
+
+    height: Tensor
+    width: Tensor
+    columns: Tensor
+    start: Tensor
+    cells_per_map: int
+
+    @classmethod
+    def of(cls, value: Tensor, x: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> _Levels:
+        """(B, S, H, D) values, (N, Q, K) samples, (height, width) of each level."""
+        cells_per_map, samples = value.shape[1], x.shape[1:]
+        dtype = torch.int32 if len(x) * cells_per_map <= torch.iinfo(torch.int32).max else torch.int64
+        areas = torch.tensor([0, *(rows * columns for rows, columns in spatial_shapes[:-1])])
+        start = areas.cumsum(0).repeat_interleave(samples[1] // len(spatial_shapes))
+        height, width = _sizes(x, spatial_shapes)
+        return cls(
+            height.expand(samples).contiguous(),
+            width.expand(samples).contiguous(),
+            width.to(dtype).expand(samples).contiguous(),
+            start.to(dtype).expand(samples).contiguous(),
+            cells_per_map,
+        )
+
+    def rows(
+        self, columns: tuple[Tensor, Tensor], lines: tuple[Tensor, Tensor], some: slice, out: Tensor | None = None
+    ) -> Tensor:
+        """The rows of all maps laid end to end that are the four corners of the samples of some maps: (4, N, Q, K)."""
+        dtype, (first, last, _) = self.start.dtype, some.indices(some.stop)
+        if out is None:
+            out = torch.empty((4, *columns[0].shape), dtype=dtype)
+        of_map = torch.arange(first, last, dtype=dtype)[:, None, None] * self.cells_per_map
+        for corner, line in enumerate(lines):
+            before = (line * self.columns).add_(self.start).add_(of_map)
+            torch.add(before, columns[0], out=out[2 * corner])
+            torch.add(before, columns[1], out=out[2 * corner + 1])
+        return out
 
 
 def _sizes(like: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
@@ -152,65 +205,77 @@ def _sizes(like: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> tuple[T
     return height, width
 
 
-def _in_cells(places: Tensor, size: Tensor) -> Tensor:
-    """Places 0-1 in cells, of which the first is centred at 0; rounded as by `grid_sample`, so that edges are its."""
-    return (2 * places).sub_(1).add_(1).mul_(size).sub_(1).div_(2)
+def _heads_at_a_time(x: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of (N, Q, K) of which what is computed on the way stays in the cache."""
+    heads = max(SAMPLES_AT_A_TIME * torch.get_num_threads() // x[0].numel(), 1)
+    return (slice(first, min(first + heads, len(x))) for first in range(0, len(x), heads))
 
 
-def _heads_at_a_time(x: Tensor) -> int:
-    return max(SAMPLES_AT_A_TIME // x[0].numel(), 1)
+def _counts(columns: _Axis, lines: _Axis, weights: Tensor) -> Tensor:
+    """What each corner counts in the sum: (4, N, Q, K), upper left, upper right, lower left, lower right."""
+    return _counts_of(columns.shares, lines.shares, weights, weights.new_empty((4, *weights.shape)))
 
 
-def _bags(maps: Tensor, cells: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
-    """(N, S, D) maps, (N, Q, 4, K) cells and shares, (N, Q, K) weights -> (N, Q, D) sums."""
-    counts = (shares * weights[:, :, None]).flatten(2)
-    sums = F.embedding_bag(
-        _rows(cells, maps).flatten(0, 1), maps.flatten(0, 1), mode="sum", per_sample_weights=counts.flatten(0, 1)
-    )
-    return sums.view(*counts.shape[:2], -1)
+def _counts_of(columns: tuple[Tensor, Tensor], lines: tuple[Tensor, Tensor], weights: Tensor, out: Tensor) -> Tensor:
+    for corner, line in enumerate(lines):
+        for side, column in enumerate(columns):
+            torch.mul(column, line, out=out[2 * corner + side]).mul_(weights)
+    return out
 
 
-def _rows(cells: Tensor, maps: Tensor) -> Tensor:
-    """(N, Q, 4, K) cells of each of (N, S, D) maps -> (N, Q, 4 * K) int32 rows of all maps laid end to end."""
-    rows, cells_per_map = cells.flatten(2), maps.shape[1]
-    if len(maps) * cells_per_map > torch.iinfo(torch.int32).max:
-        rows = rows.long()
-    return rows + torch.arange(len(maps), dtype=rows.dtype)[:, None, None] * cells_per_map
+def _sums(maps: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """(N, S, D) maps, (4, n, Q, K) rows of them and what each of them counts, of n of the maps -> (n, Q, D) sums."""
+    bags = F.embedding_bag(rows.flatten(0, 2), maps.flatten(0, 1), mode="sum", per_sample_weights=counts.flatten(0, 2))
+    return bags.view(4, *rows.shape[1:3], -1).sum(0)
 
 
 def _row_products(grad: Tensor, maps: Tensor, rows: Tensor) -> Tensor:
-    """(N, Q, D) gradients, (N, S, D) maps, (N, Q, C) rows of them -> (N * Q * C,) scalar products."""
-    corners, bags = rows.shape[2], rows.shape[0] * rows.shape[1]
-    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.flatten(0, 1),
-        maps.flatten(0, 1),
-        rows.flatten(),
-        torch.arange(0, bags * corners, corners, dtype=rows.dtype),
-        torch.arange(bags, dtype=rows.dtype).repeat_interleave(corners),
-        0,
-    )
-    return products
+    """(N, Q, D) gradients, (N, S, D) maps, (4, N, Q, K) rows of them -> (4, N, Q, K) scalar products.
+
+    A product of two matrices, at the places of a sparse one.
+    """
+    _say_nothing_of_sparse_tensors()
+    left, right, samples = grad.flatten(0, 1), maps.flatten(0, 1).t(), rows.shape[3]
+    starts = torch.arange(0, rows[0].numel() + 1, samples, dtype=rows.dtype)
+    nothing, shape = grad.new_zeros(rows[0].numel()), (left.shape[0], right.shape[1])
+    products = []
+    for corner in rows:
+        places = torch.sparse_csr_tensor(starts, corner.flatten(), nothing, shape, check_invariants=False)
+        products.append(torch.sparse.sampled_addmm(places, left, right, beta=0.0).values())
+    return torch.stack(products).view(rows.shape)
+
+
+@functools.cache
+def _say_nothing_of_sparse_tensors() -> None:
+    """PyTorch warns at the first one that support of them may change; it does so once in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def _scatter_rows(grad: Tensor, rows: Tensor, counts: Tensor, cells_per_map: int) -> Tensor:
-    """(N, Q, D) gradients, (N, Q, C) rows and what goes to each of them -> (N, S, D) sums, in an order that is fixed.
+    """(N, Q, D) gradients, (4, N, Q, K) rows and what goes to each of them -> (N, S, D) sums, in a fixed order.
 
     A product with a sparse matrix, by SciPy: PyTorch's own ways to add to rows take several times as long.
     """
     from scipy import sparse  # here, since only training needs it: a server has no SciPy
 
-    maps, queries, corners = rows.shape
-    starts = torch.arange(0, rows.numel() + 1, corners, dtype=rows.dtype)
+    corners, maps, queries, samples = rows.shape
+    starts = torch.arange(0, rows.numel() + 1, samples, dtype=rows.dtype)
     matrix = sparse.csr_matrix(
         (counts.flatten().numpy(), rows.flatten().numpy(), starts.numpy()),
-        shape=(maps * queries, maps * cells_per_map),
+        shape=(corners * maps * queries, maps * cells_per_map),
     )
-    sums = matrix.T @ grad.flatten(0, 1).numpy()
+    sums = matrix.T @ grad.expand(corners, -1, -1, -1).flatten(0, 2).numpy()
     return torch.from_numpy(sums).view(maps, cells_per_map, -1)
 
 
 def _scattered_shapes(grad: Tensor, rows: Tensor, counts: Tensor, cells_per_map: int) -> Tensor:
-    return grad.new_empty(rows.shape[0], cells_per_map, grad.shape[2])
+    return grad.new_empty(grad.shape[0], cells_per_map, grad.shape[2])
+
+
+def _product_shapes(grad: Tensor, maps: Tensor, rows: Tensor) -> Tensor:
+    return grad.new_empty(rows.shape)
 
 
 torch.library.custom_op(
@@ -219,3 +284,9 @@ torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor grad, Tensor rows, Tensor counts, SymInt cells_per_map) -> Tensor",
 ).register_fake(_scattered_shapes)
+torch.library.custom_op(
+    "dino_lightning::row_products",
+    _row_products,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor maps, Tensor rows) -> Tensor",
+).register_fake(_product_shapes)
