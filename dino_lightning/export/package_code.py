@@ -47,7 +47,7 @@ SERVE_FUNCTION_CODE = """serve() {
   exec python -m sagemaker_entry.serve --install
 }
 """
-SOURCES = (".py", ".yaml", ".json", ".typed", ".jinja", ".css", ".js", ".txt")
+SOURCES = (".py", ".cu", ".yaml", ".json", ".typed", ".jinja", ".css", ".js", ".txt")
 WEIGHTS = ".pt"  # that come with the package: a job may start from them, a served model has its own
 
 

@@ -37,11 +37,14 @@ def untried(monkeypatch):
     """No call has been tried in this process, and the kernel takes all of them that pass their trial."""
     monkeypatch.setattr(dispatch, "_missing", lambda call: None)
     monkeypatch.setattr(dispatch, "_found", {})
+    monkeypatch.setattr(dispatch, "_found_of_cuda", {})
     monkeypatch.setattr(kernel_trial, "_said_that_it_compiles", False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
-    dispatch._trouble_with.cache_clear()
+    for known in (dispatch._trouble_with, dispatch._cuda_trouble_with):
+        known.cache_clear()
     yield
-    dispatch._trouble_with.cache_clear()
+    for known in (dispatch._trouble_with, dispatch._cuda_trouble_with):
+        known.cache_clear()
 
 
 def golden_module():
@@ -171,8 +174,8 @@ def test_nothing_to_attend_to(batch, queries, gradients):
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="none of auto, pytorch, triton"):
-        set_implementation("cuda")
+    with pytest.raises(ValueError, match="none of auto, pytorch, triton, cuda"):
+        set_implementation("hip")
 
 
 def test_triton_on_a_cpu_says_what_it_needs(choice):
@@ -279,6 +282,46 @@ def test_what_is_said_to_be_in_use(monkeypatch, untried, choice):
     assert implementation_in_use(device) == "PyTorch (as chosen)"
 
 
+@pytest.mark.parametrize(
+    ("implementation", "capability", "change", "takes"),
+    [
+        ("auto", (8, 0), {}, True),
+        ("auto", (8, 6), {}, True),
+        ("auto", (8, 9), {"levels": 5, "points": 3}, True),
+        ("auto", (9, 0), {}, False),
+        ("auto", (8, 6), {"dim": 16}, False),
+        ("auto", (8, 6), {"levels": 8, "points": 5}, False),
+        ("triton", (8, 6), {}, False),
+        ("cuda", (9, 0), {}, True),
+    ],
+)
+def test_which_devices_take_the_cuda_kernel(monkeypatch, untried, choice, implementation, capability, change, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "_try", lambda call, cuda_backward: None if cuda_backward else "not asked for")
+    set_implementation(implementation)
+    assert dispatch._takes_cuda(16, CALL._replace(**change)) is takes
+    assert not dispatch._takes_cuda(65536, CALL._replace(**change))
+
+
+def test_a_cuda_kernel_that_fails_its_trial_leaves_the_gradients_to_triton(monkeypatch, untried, choice):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    monkeypatch.setattr(dispatch, "_try", lambda call, cuda_backward=False: "no NVRTC" if cuda_backward else None)
+    dispatch._trouble_with(CALL)
+    with pytest.warns(UserWarning, match=r"computed by Triton.*failed its trial on a device \(no NVRTC\)"):
+        assert not dispatch._takes_cuda(16, CALL)
+    assert implementation_in_use(device) == "Triton kernel, backward as well (no NVRTC)"
+    monkeypatch.setattr(dispatch, "_try", lambda call, cuda_backward=False: None)
+    dispatch._takes_cuda(16, CALL._replace(coordinates=4))
+    said = implementation_in_use(device)
+    assert said == "Triton kernel, CUDA kernel backward, for some calls Triton (no NVRTC)"
+    set_implementation("triton")
+    assert implementation_in_use(device) == "Triton kernel"
+    set_implementation("cuda")
+    with pytest.raises(RuntimeError, match="cannot run in CUDA: no NVRTC"):
+        dispatch._takes_cuda(16, CALL)
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_who_waits_for_the_compiler_is_told_once_by_the_first_process(monkeypatch, untried, capsys, rank):
     monkeypatch.setenv("RANK", rank)
@@ -325,7 +368,7 @@ def test_a_trial_waits_without_a_warning(monkeypatch, mode, said):
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    monkeypatch.setattr(dispatch, "_tried", lambda call: None)
+    monkeypatch.setattr(dispatch, "_tried", lambda call, cuda_backward: None)
     assert dispatch._try(CALL) is None
     assert seen == said
 
@@ -381,7 +424,7 @@ def exactly(value, shapes, reference, offsets, logits):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["triton", "pytorch"])
+@pytest.mark.parametrize("implementation", ["triton", "cuda", "pytorch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("queries", "coordinates"), [(17821, 2), (1100, 4)], ids=["encoder", "decoder"])
 def test_against_float64_on_a_device(choice, queries, coordinates, dtype, implementation):

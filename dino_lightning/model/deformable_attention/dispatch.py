@@ -2,7 +2,8 @@
 
 | where | what runs with "auto" |
 |---|---|
-| CUDA device of capability 8.0 or newer | the Triton kernel, if it passes its trial |
+| CUDA device of capability 8.0 or newer | the Triton kernels, if they pass their trial |
+| of those, 8.0 to 8.9, the backward pass | the CUDA kernel, if it passes its own, see `cuda_kernels.py` |
 | a CPU | PyTorch and SciPy, gathered, see `gathered.py` |
 | any other device, compiled or exported code | plain PyTorch, level by level, see `reference.py` |
 """
@@ -11,18 +12,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dino_lightning import kernel_trial
 from dino_lightning.console import shown
-from dino_lightning.model.deformable_attention import fused, limits
+from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits
 from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
 
-Implementation = Literal["auto", "pytorch", "triton"]
+Implementation = Literal["auto", "pytorch", "triton", "cuda"]
 _implementation: Implementation = "auto"
 
 
@@ -30,8 +31,9 @@ def set_implementation(implementation: Implementation) -> None:
     """Choose how deformable attention is computed, in this process, from now on.
 
     Args:
-        implementation: "auto" takes the Triton kernel where it runs and PyTorch elsewhere; "pytorch" never takes the
-            kernel; "triton" always does, on CPU tensors too if Triton interprets (TRITON_INTERPRET=1 before the start).
+        implementation: "auto" takes the kernels where they run and are the fastest, and PyTorch elsewhere; "pytorch"
+            never takes a kernel; "triton" always takes Triton's, on CPU tensors too if Triton interprets
+            (TRITON_INTERPRET=1 before the start); "cuda" always takes Triton's and for the backward pass the CUDA one.
 
     Raises:
         ValueError: there is no such implementation.
@@ -58,6 +60,7 @@ class Call(NamedTuple):
 
 
 _found: dict[Call, str | None] = {}  # what `_trouble_with` has found
+_found_of_cuda: dict[Call, str | None] = {}  # what `_cuda_trouble_with` has found
 
 
 def implementation_in_use(device: torch.device) -> str:
@@ -67,8 +70,8 @@ def implementation_in_use(device: torch.device) -> str:
         device: of the model.
 
     Returns:
-        On one line, such as "Triton kernel", "PyTorch", or "PyTorch (the device is older than compute capability 8.0)";
-        of a CUDA device "not known yet" before the first forward pass.
+        On one line, such as "Triton kernel", "Triton kernel, CUDA kernel backward", "PyTorch", or "PyTorch (the device
+        is older than compute capability 8.0)"; of a CUDA device "not known yet" before the first forward pass.
     """
     if _implementation == "pytorch":
         return "PyTorch (as chosen)"
@@ -80,10 +83,24 @@ def implementation_in_use(device: torch.device) -> str:
     troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
     if not troubles:
         return "not known yet"
-    reasons = "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
-    if not reasons:
-        return "Triton kernel"
-    return f"Triton kernel, for some calls PyTorch ({reasons})" if None in troubles else f"PyTorch ({reasons})"
+    reasons = _reasons(troubles)
+    if None not in troubles:
+        return f"PyTorch ({reasons})"
+    said = "Triton kernel" if _implementation == "triton" else f"Triton kernel{_said_of_cuda(place)}"
+    return f"{said}, for some calls PyTorch ({reasons})" if reasons else said
+
+
+def _said_of_cuda(place: tuple[str, int]) -> str:
+    """What follows "Triton kernel", where the CUDA kernel has been tried for the backward pass; else nothing."""
+    troubles = {trouble for call, trouble in _found_of_cuda.items() if (call.device_type, call.device_index) == place}
+    reasons = _reasons(troubles)
+    if None in troubles:
+        return f", CUDA kernel backward{f', for some calls Triton ({reasons})' if reasons else ''}"
+    return f", backward as well ({reasons})" if reasons else ""
+
+
+def _reasons(troubles: set[str | None]) -> str:
+    return "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
 
 
 def sample(
@@ -106,15 +123,17 @@ def sample(
         (B, Q, H * D), of the dtype of `value`.
 
     Raises:
-        RuntimeError: "triton" was asked for, and it cannot be had; says why.
+        RuntimeError: "triton" or "cuda" was asked for, and it cannot be had; says why.
     """
     if _takes_kernel(value, spatial_shapes, reference_points, sampling_offsets, attention_logits):
+        call = _call_of(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
         return fused.deformable_attention(
             value.transpose(1, 2).contiguous(),
             reference_points.float(),
             sampling_offsets,
             attention_logits,
             [side for shape in spatial_shapes for side in shape],
+            _takes_cuda(value.shape[0] * value.shape[2], call),
         )
     return _in_pytorch(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
@@ -149,21 +168,73 @@ def _takes_kernel(
     if any(side > limits.MAX_SIDE for shape in spatial_shapes for side in shape):
         trouble: str | None = f"a side of a map is longer than {limits.MAX_SIDE}"
     else:
-        trouble = _trouble(
-            value.device.type,
-            value.device.index or 0,
-            value.dtype,
-            sampling_offsets.dtype,
-            attention_logits.dtype,
-            value.shape[2],
-            value.shape[3],
-            len(spatial_shapes),
-            sampling_offsets.shape[4],
-            reference_points.shape[-1],
-        )
-    if trouble is not None and _implementation == "triton":
+        trouble = _trouble(*_call_of(value, spatial_shapes, reference_points, sampling_offsets, attention_logits))
+    if trouble is not None and _implementation in ("triton", "cuda"):
         raise RuntimeError(f"Deformable attention cannot run in Triton: {trouble}.")
     return trouble is None
+
+
+def _call_of(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> tuple[Any, ...]:
+    """The parts of a `Call`; a plain tuple, which compiled code can make."""
+    return (
+        value.device.type,
+        value.device.index or 0,
+        value.dtype,
+        sampling_offsets.dtype,
+        attention_logits.dtype,
+        value.shape[2],
+        value.shape[3],
+        len(spatial_shapes),
+        sampling_offsets.shape[4],
+        reference_points.shape[-1],
+    )
+
+
+def _takes_cuda(images_and_heads: int, call: tuple[Any, ...]) -> bool:
+    """Whether the backward pass of such a call, which takes the kernel forward, is for the CUDA kernel."""
+    if _implementation == "triton" or images_and_heads > cuda_kernels.MAX_IMAGES_AND_HEADS:
+        return False
+    if call[0] != "cuda" and _implementation == "cuda":
+        raise RuntimeError("Deformable attention cannot run in CUDA: it needs a CUDA device.")
+    if call[0] != "cuda" or (_implementation == "auto" and not _for_cuda(call[1])):
+        return False
+    trouble = _cuda_trouble(*call)
+    if trouble is not None and _implementation == "cuda":
+        raise RuntimeError(f"Deformable attention cannot run in CUDA: {trouble}.")
+    return trouble is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _for_cuda(device_index: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor in cuda_kernels.CAPABILITIES
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_trouble(*call: object) -> str | None:
+    """Why the CUDA kernel cannot take such calls, or None if it can. Constant, as `_trouble`."""
+    return _cuda_trouble_with(Call(*call))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _cuda_trouble_with(call: Call) -> str | None:
+    trouble = cuda_kernels.missing(call.dim, call.levels * call.points)
+    if trouble is None:
+        trouble = kernel_trial.in_a_thread(lambda: _try(call, True))
+        if trouble is not None and _implementation == "auto":
+            warnings.warn(
+                "The gradients of deformable attention are computed by Triton, which is slower, since the CUDA kernel "
+                f"failed its trial on {torch.cuda.get_device_name(call.device_index)} ({trouble}).",
+                stacklevel=2,
+            )
+    _found_of_cuda[call] = trouble
+    return trouble
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -203,16 +274,25 @@ def _missing(call: Call) -> str | None:
     return None
 
 
-def _try(call: Call) -> str | None:
-    """Compile and run both directions on a small example, compare with plain PyTorch; waits for the device, once."""
-    return kernel_trial.allowed_to_wait(call.device_index, lambda: _tried(call))
+def _try(call: Call, cuda_backward: bool = False) -> str | None:
+    """Compile and run both directions on small examples, compare with plain PyTorch; waits for the device, once."""
+    return kernel_trial.allowed_to_wait(call.device_index, lambda: _tried(call, cuda_backward))
 
 
-def _tried(call: Call) -> str | None:
+def _tried(call: Call, cuda_backward: bool = False) -> str | None:
+    trouble = _compared(call, 37, (3, 5), cuda_backward=cuda_backward, reference_gradient=False)
+    if trouble is None and cuda_backward:  # compiled apart; in the decoder, reference points may get a gradient
+        trouble = _compared(call, 9, (7, 9), cuda_backward=True, reference_gradient=True)
+    return trouble
+
+
+def _compared(
+    call: Call, queries: int, size: tuple[int, int], *, cuda_backward: bool, reference_gradient: bool
+) -> str | None:
     device = torch.device(call.device_type, call.device_index)
     draws = torch.Generator().manual_seed(0)  # the draws of the caller stay as they are
-    shapes = tuple((3 + level, 5) for level in range(call.levels))
-    queries, tokens = 37, sum(height * width for height, width in shapes)
+    shapes = tuple((size[0] + level, size[1]) for level in range(call.levels))
+    tokens = sum(height * width for height, width in shapes)
 
     def draw(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=draws).to(device, dtype).requires_grad_()
@@ -221,17 +301,20 @@ def _tried(call: Call) -> str | None:
     offsets = draw(2, queries, call.heads, call.levels, call.points, 2, dtype=call.offsets_dtype)
     logits = draw(2, queries, call.heads, call.levels * call.points, dtype=call.logits_dtype)
     reference = draw(2, queries, call.levels, call.coordinates, dtype=torch.float32).detach().sigmoid()
-    inputs = (value, offsets, logits)
+    inputs: tuple[Tensor, ...] = (value, offsets, logits)
+    if reference_gradient:
+        inputs = (*inputs, reference.requires_grad_())
     grad = torch.randn((2, queries, call.heads * call.dim), generator=draws).to(device, call.value_dtype)
 
     flat = [side for shape in shapes for side in shape]
-    out = fused.deformable_attention(value.transpose(1, 2).contiguous(), reference, offsets, logits, flat)
+    out = fused.deformable_attention(
+        value.transpose(1, 2).contiguous(), reference, offsets, logits, flat, cuda_backward
+    )
     expected = _in_pytorch(value, shapes, reference, offsets, logits)
     actuals = (out, *torch.autograd.grad(out, inputs, grad))
     expecteds = (expected, *torch.autograd.grad(expected, inputs, grad))
-    for name, actual, target in zip(
-        ("output", "gradient of values", "gradient of offsets", "gradient of logits"), actuals, expecteds, strict=True
-    ):
+    names = ("output", *(f"gradient of {name}" for name in ("values", "offsets", "logits", "reference points")))
+    for name, actual, target in zip(names, actuals, expecteds, strict=False):
         target = target.detach().float()
         off = float((actual.detach().float() - target).abs().max() / target.abs().max())
         if not off < 0.02:

@@ -17,6 +17,7 @@ def deformable_attention(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
     spatial_shapes: list[int],
+    cuda_backward: bool = False,
 ) -> Tensor:
     """Softmax, places, bilinear samples and their weighted sum in one kernel; points outside a map read zero.
 
@@ -29,12 +30,13 @@ def deformable_attention(
         sampling_offsets: (B, Q, H, L, P, 2), in cells for points, in half box sizes over P for boxes.
         attention_logits: (B, Q, H, L * P).
         spatial_shapes: height and width of each of the L levels, one after the other, on the host.
+        cuda_backward: compute the gradients by the kernel of `cuda_kernels.py`, not by that of Triton.
 
     Returns:
         (B, Q, H * D), of the dtype of `value`.
     """
     out: Tensor = torch.ops.dino_lightning.deformable_attention(
-        value, reference_points, sampling_offsets, attention_logits, spatial_shapes
+        value, reference_points, sampling_offsets, attention_logits, spatial_shapes, cuda_backward
     )
     return out
 
@@ -45,6 +47,7 @@ def _forward(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
     spatial_shapes: list[int],
+    cuda_backward: bool = False,
 ) -> Tensor:
     from dino_lightning.model.deformable_attention import triton_kernels
 
@@ -65,10 +68,14 @@ def _backward(
     attention_logits: Tensor,
     spatial_shapes: list[int],
     reference_gradient: bool,
+    cuda: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dino_lightning.model.deformable_attention import triton_kernels
+    if cuda:
+        from dino_lightning.model.deformable_attention.cuda_kernels import backward
+    else:
+        from dino_lightning.model.deformable_attention.triton_kernels import backward
 
-    return triton_kernels.backward(
+    return backward(
         grad_out.contiguous(),
         value.contiguous(),
         reference_points.contiguous(),
@@ -85,6 +92,7 @@ def _forward_shapes(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
     spatial_shapes: list[int],
+    cuda_backward: bool = False,
 ) -> Tensor:
     batch, heads, _, dim = value.shape
     return value.new_empty(batch, sampling_offsets.shape[1], heads * dim)
@@ -98,6 +106,7 @@ def _backward_shapes(
     attention_logits: Tensor,
     spatial_shapes: list[int],
     reference_gradient: bool,
+    cuda: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape),
@@ -108,23 +117,26 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.spatial_shapes = inputs
+    *tensors, ctx.spatial_shapes, ctx.cuda = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[1]
     value, reference, offsets, logits = torch.ops.dino_lightning.deformable_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.spatial_shapes, wanted
+        grad_out, *ctx.saved_tensors, ctx.spatial_shapes, wanted, ctx.cuda
     )
-    return value, reference if wanted else None, offsets, logits, None
+    return value, reference if wanted else None, offsets, logits, None, None
 
 
 _INPUTS = (
     "Tensor value, Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, SymInt[] spatial_shapes"
 )
 _op = torch.library.custom_op(
-    "dino_lightning::deformable_attention", _forward, mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
+    "dino_lightning::deformable_attention",
+    _forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool cuda_backward=False) -> Tensor",
 )
 _op.register_fake(_forward_shapes)
 _op.register_autograd(_gradients, setup_context=_keep)
@@ -132,6 +144,7 @@ _backward_op = torch.library.custom_op(
     "dino_lightning::deformable_attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor grad_out, {_INPUTS}, bool reference_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, {_INPUTS}, bool reference_gradient, bool cuda=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op.register_fake(_backward_shapes)

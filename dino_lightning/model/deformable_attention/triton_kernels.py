@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_lightning.model.deformable_attention.limits import MAX_LEVELS
+from dino_lightning.model.deformable_attention.limits import MAX_LEVELS, packed_sizes
 
 NUM_WARPS = 4
 # What follows from the images. Specialised on them (1, a multiple of 16), a kernel would be compiled again and again.
@@ -413,12 +413,6 @@ def backward(
 def block_size(dim: int, *, bytes_per_thread: int, itemsize: int) -> int:
     """Queries of a program in which every thread holds as many bytes of one query's channels."""
     return max(1, NUM_WARPS * 32 * bytes_per_thread // (itemsize * dim))
-
-
-def packed_sizes(spatial_shapes: Sequence[int]) -> list[int]:
-    """Height and width of each level in one integer; zero for the levels that there are not."""
-    sizes = [height << 16 | width for height, width in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)]
-    return sizes + [0] * (MAX_LEVELS - len(sizes))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

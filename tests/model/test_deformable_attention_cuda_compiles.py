@@ -1,0 +1,65 @@
+"""The backward kernel in CUDA C++ goes through NVRTC, down to machine code, for devices that this machine lacks."""
+
+import pytest
+import torch
+
+from benchmarks.gpu.compiled_cuda import figures, tools_missing
+from dino_lightning.model.deformable_attention import cuda_kernels, nvrtc
+
+pytestmark = pytest.mark.skipif(tools_missing() is not None, reason=str(tools_missing()))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_registers_spills_occupancy_and_instructions(capability, coordinates, dtype):
+    found = figures(capability, coordinates, dtype, reference_gradient=coordinates == 4)
+    print(capability, coordinates, dtype, found)
+    assert found["registers"] <= 64
+    assert found["stack"] == found["local loads and stores"] == found["barriers"] == found["shared"] == 0
+    assert found["instructions"] <= 2000
+    spare = coordinates == 2 or capability in (86, 89)
+    assert found["occupancy"] >= (0.75 if spare else 0.62)
+
+
+def test_five_levels_of_three_points_and_eight_of_four():
+    for levels, points in ((5, 3), (8, 4)):
+        found = figures(86, 4, torch.bfloat16, reference_gradient=True, levels=levels, points=points)
+        assert found["registers"] <= 64 and found["stack"] == 0
+
+
+def test_machine_code_is_kept_on_the_disk_until_something_changes(tmp_path, monkeypatch):
+    source = 'extern "C" __global__ void nothing(float* x) { *x = NUMBER; }'
+    compilations = []
+    compile_ = nvrtc._compile
+    monkeypatch.setattr(nvrtc, "_compile", lambda *given: compilations.append(given) or compile_(*given))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    first = nvrtc.compiled(source, {"NUMBER": 1}, 86)
+    (kept,) = (tmp_path / "nvrtc").iterdir()
+    assert kept.read_bytes() == first == nvrtc.compiled(source, {"NUMBER": 1}, 86)
+    assert len(compilations) == 1
+    kept.write_bytes(b"half a file")  # as another program might leave it
+    assert nvrtc.compiled(source, {"NUMBER": 1}, 86) == first == kept.read_bytes()
+    for change in ((source, {"NUMBER": 2}, 86), (source, {"NUMBER": 1}, 80), (source + " ", {"NUMBER": 1}, 86)):
+        nvrtc.compiled(*change)
+    monkeypatch.setattr(nvrtc, "_version", lambda: (99, 0))
+    nvrtc.compiled(source, {"NUMBER": 1}, 86)
+    assert len(compilations) == 6 and len(list((tmp_path / "nvrtc").iterdir())) == 5
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_a_compilation(tmp_path):
+    (tmp_path / "file").write_text("")
+    source = 'extern "C" __global__ void nothing() {}'
+    assert nvrtc.compiled(source, {}, 86, tmp_path / "file" / "nvrtc").startswith(b"\x7fELF")
+
+
+def test_what_does_not_compile_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match=r"NVRTC does not compile the kernel: .*error"):
+        nvrtc.compiled("this is no program", {}, 86, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_sizes_are_left_to_triton():
+    assert "32 channels" in cuda_kernels.missing(16, 16)
+    assert "32 levels times points" in cuda_kernels.missing(32, 33)
+    assert cuda_kernels.missing(32, 32) is None
