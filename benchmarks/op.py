@@ -154,6 +154,12 @@ def kernel(inputs: Inputs) -> Tensor:
     return dispatched(inputs)
 
 
+def cuda_backward(inputs: Inputs) -> Tensor:
+    """(B, Q, H * D), computed as by `kernel`, with the backward pass in CUDA C++."""
+    set_implementation("cuda")
+    return dispatched(inputs)
+
+
 def dispatched(inputs: Inputs) -> Tensor:
     """(B, Q, H * D), computed by the chosen implementation."""
     return dispatch.sample(

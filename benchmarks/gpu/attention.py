@@ -75,7 +75,9 @@ def contestants(report: Report, inputs: op.Inputs) -> dict[str, Any]:
     if report.settings.get("baseline"):
         attends[report.settings["baseline"]] = by_reference(report.settings["baseline"])
     forward = {name: partial(_forward, attend, inputs) for name, attend in attends.items()}
-    backward = {name: partial(_backward, attend, inputs) for name, attend in attends.items()}
+    # launched on a device alone; forward it is the kernel
+    in_cuda = {} if report.small else {"kernel, backward in CUDA C++": op.cuda_backward}
+    backward = {name: partial(_backward, attend, inputs) for name, attend in (attends | in_cuda).items()}
     found: dict[str, Any] = {
         "forward": replayed(forward, report.device),
         "backward": replayed(backward, report.device),

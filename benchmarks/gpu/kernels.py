@@ -23,7 +23,6 @@ from benchmarks.gpu.timing import replayed
 
 PROJECT = Path(__file__).parents[2]
 TESTS = "tests/model/test_deformable_attention.py"
-NVRTC = "dino_lightning.model.deformable_attention.cuda_kernels:backward"  # the place of a kernel in CUDA C++
 Backward = Callable[..., tuple[Tensor, ...]]
 
 
@@ -99,7 +98,7 @@ def sm_86(report: Report) -> None:
         "Triton": lambda inputs, folder: native,
         "Triton, native PTX through CuPy": lambda inputs, folder: compiled_for(report, inputs, None, folder),
         "Triton, sm_86": lambda inputs, folder: compiled_for(report, inputs, 86, folder),
-        "NVRTC": lambda inputs, folder: by_name(NVRTC),
+        "NVRTC": lambda inputs, folder: in_cuda,
     }
     if other:
         contestants[other] = lambda inputs, folder: by_reference(other)
@@ -166,6 +165,15 @@ def native(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return triton_kernels.backward(*arguments, **options)
 
 
+def in_cuda(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The kernel in CUDA C++, compiled by NVRTC for this device."""
+    if not arguments[0].is_cuda:
+        raise NotHere("to launch it needs a CUDA device")
+    from dino_lightning.model.deformable_attention import cuda_kernels
+
+    return cuda_kernels.backward(*arguments, **options)
+
+
 def compiled_for(report: Report, inputs: op.Inputs, capability: int | None, folder: Path) -> Backward:
     """`triton_kernels.backward` with its kernel compiled for another device (None: for this one) and loaded by CuPy.
 
@@ -208,16 +216,3 @@ def launched(report: Report, built: Any, folder: Path) -> Backward:
             return kernels.backward(*arguments, **options)
 
     return backward
-
-
-def by_name(reference: str) -> Backward:
-    """The kernel of this name.
-
-    Raises:
-        NotHere: it is not built.
-    """
-    try:
-        found: Backward = by_reference(reference)
-    except (ImportError, SystemExit) as reason:
-        raise NotHere(f"not built ({reason})") from reason
-    return found

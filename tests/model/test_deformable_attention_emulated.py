@@ -123,3 +123,41 @@ def test_gradients_are_those_of_pytorch(levels, points, dtype, heads, coordinate
         shapes, batch=2, queries=9, heads=heads, points=points, coordinates=coordinates, dtype=dtype, spread=2.0
     )
     compare(inputs, shapes)
+
+
+@pytest.mark.parametrize("far", [1e4, -1e30])
+def test_places_far_outside_change_nothing(far):
+    shapes = ((5, 7), (3, 4))
+    value, reference, offsets, logits = draw(
+        shapes, batch=1, queries=3, heads=2, points=4, coordinates=2, dtype=torch.float32, spread=1.0
+    )
+    for found in gradients((value, reference, torch.full_like(offsets, far), logits), shapes, torch.ones(1, 3, 64)):
+        assert (found == 0).all()
+
+
+def test_places_on_cells_and_borders():
+    """Gradients of values and logits: those of places differ to the left and to the right."""
+    shapes = ((4, 8),)
+    x, y = torch.meshgrid(torch.arange(-1.0, 9.0, 0.5), torch.arange(-1.0, 5.0, 0.5), indexing="ij")
+    offsets = torch.stack((x, y), -1).reshape(1, 30, 1, 1, 8, 2)
+    value, _, _, logits = draw(
+        shapes, batch=1, queries=30, heads=1, points=8, coordinates=2, dtype=torch.float32, spread=1.0
+    )
+    inputs = (value, torch.zeros(1, 30, 1, 2), offsets, logits)
+    leaves = [one.requires_grad_() for one in inputs]
+    grad = torch.randn((1, 30, 32), generator=torch.Generator().manual_seed(5))
+    expected = torch.autograd.grad(dispatch._in_pytorch(leaves[0], shapes, *leaves[1:]), (value, logits), grad)
+    by_value, none, _, by_logits = gradients([one.detach() for one in inputs], shapes, grad, reference_gradient=False)
+    torch.testing.assert_close((by_value, by_logits), expected, rtol=1e-4, atol=1e-5)
+    assert none.shape == (0,)
+
+
+def test_what_is_not_a_number_stays_so_and_stays_where_it_is():
+    shapes = ((5, 7), (3, 4))
+    inputs = draw(shapes, batch=1, queries=4, heads=2, points=4, coordinates=4, dtype=torch.float32, spread=1.0)
+    inputs[2][0, 1, 0] = float("nan")
+    inputs[3][0, 2, 1] = float("nan")
+    _, _, offsets, logits = gradients(inputs, shapes, torch.ones(1, 4, 64))
+    lost = [[False, False], [True, False], [False, True], [False, False]]
+    assert logits[0].isnan().all(-1).tolist() == lost == logits[0].isnan().any(-1).tolist()
+    assert offsets[0].flatten(2).isnan().all(-1).tolist() == lost == offsets[0].flatten(2).isnan().any(-1).tolist()
