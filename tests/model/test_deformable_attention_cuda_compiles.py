@@ -11,15 +11,22 @@ pytestmark = pytest.mark.skipif(tools_missing() is not None, reason=str(tools_mi
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("coordinates", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_registers_spills_occupancy_and_instructions(capability, coordinates, dtype):
     found = figures(capability, coordinates, dtype, reference_gradient=coordinates == 4)
     print(capability, coordinates, dtype, found)
     assert found["registers"] <= 64
     assert found["stack"] == found["local loads and stores"] == found["barriers"] == found["shared"] == 0
     assert found["instructions"] <= 2000
-    spare = coordinates == 2 or capability in (86, 89)
-    assert found["occupancy"] >= (0.75 if spare else 0.62)
+    # for boxes, 75 % of the 64 warps of sm_80 and sm_90 would need 40 registers, and spill
+    assert found["occupancy"] >= (0.75 if coordinates == 2 or capability in (86, 89) else 0.62)
 
 
 def test_five_levels_of_three_points_and_eight_of_four():

@@ -108,11 +108,11 @@ def compare(inputs, shapes, tolerance=2e-5):
     [
         (4, 4, torch.float32, 8),
         (4, 4, torch.bfloat16, 8),
-        (4, 4, torch.float16, 2),
         (5, 3, torch.float32, 3),
-        (5, 4, torch.bfloat16, 2),
-        (8, 4, torch.float32, 1),
-        (1, 1, torch.float32, 2),
+        pytest.param(4, 4, torch.float16, 2, marks=pytest.mark.slow),
+        pytest.param(5, 4, torch.bfloat16, 2, marks=pytest.mark.slow),
+        pytest.param(8, 4, torch.float32, 1, marks=pytest.mark.slow),
+        pytest.param(1, 1, torch.float32, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )
