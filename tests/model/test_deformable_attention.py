@@ -301,6 +301,8 @@ def test_which_devices_take_the_cuda_kernel(monkeypatch, untried, choice, implem
     set_implementation(implementation)
     assert dispatch._takes_cuda(16, CALL._replace(**change)) is takes
     assert not dispatch._takes_cuda(65536, CALL._replace(**change))
+    with torch.no_grad():
+        assert not dispatch._takes_cuda(16, CALL._replace(**change))
 
 
 def test_a_cuda_kernel_that_fails_its_trial_leaves_the_gradients_to_triton(monkeypatch, untried, choice):

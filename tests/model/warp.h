@@ -29,7 +29,12 @@ template <typename T> static T settled(T x) { return x; }
 static void add_share(float* place, float share, float x) { if (share != 0.0f) *place += share * x; }
 
 static float from_half(unsigned short bits) { _Float16 x; std::memcpy(&x, &bits, 2); return (float)x; }
-static unsigned short to_half(float x) { _Float16 half = (_Float16)x; unsigned short bits; std::memcpy(&bits, &half, 2); return bits; }
+static unsigned short to_half(float x) {
+  const _Float16 half = (_Float16)x;
+  unsigned short bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
 static unsigned short to_bfloat16(float x) {
   if (std::isnan(x)) return 0x7fff;
   const unsigned bits = bits_of(x);

@@ -1,4 +1,5 @@
-// The gradients of multi-scale deformable attention (arXiv 2010.04159, section 4), in CUDA C++ for NVRTC: see cuda_kernels.py.
+// The gradients of multi-scale deformable attention (arXiv 2010.04159, section 4), in CUDA C++ for NVRTC; launched by
+// cuda_kernels.py.
 //
 // One warp computes one query of one head, whose DIM = 32 channels lie along the lanes.
 //
@@ -76,7 +77,8 @@ template <int TYPE> INLINE float number(typename Number<TYPE>::Bits bits) {
 
 template <int TYPE> INLINE float2 numbers(typename Number<TYPE>::Pair pair) {
   if constexpr (TYPE == FLOAT32) return pair;
-  else if constexpr (TYPE == BFLOAT16) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  else if constexpr (TYPE == BFLOAT16)
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
   else return make_float2(from_half(pair & 0xffffu), from_half(pair >> 16));
 }
 
@@ -105,7 +107,7 @@ INLINE float sum_of_warp(float x) {
 
 // What the lanes know while they go through the points.
 struct Warp {
-  const typename Value::Bits* value;  // of the image and head, at the two channels of this lane, in the left or right cell
+  const typename Value::Bits* value;  // of the image and head, at this lane's two channels, in the left or right cell
   float* grad_value;                  // of the image and head, at the one channel of this lane
   float2 grad_pair;                   // grad_out at the two channels
   float grad;                         // and at the one
@@ -129,8 +131,9 @@ INLINE float halved(const Warp& warp, float first, float second, int bit) {
   return (keeps_second ? second : first) + __shfl_xor_sync(ALL, keeps_second ? first : second, bit);
 }
 
-// Of SIZE points from FIRST on, the products of grad_out with the values of the upper (x) and lower (y) row, summed over
-// SIZE lanes: lane l keeps those of point FIRST + l % SIZE, the lower half of the warp left cells, the upper one right ones.
+// Of SIZE points from FIRST on, the products of grad_out with the values of the upper (x) and lower (y) row, summed
+// over SIZE lanes: lane l keeps those of point FIRST + l % SIZE, lanes below 16 of the left cell, the others of the
+// right one.
 template <int FIRST, int SIZE> INLINE float2 products(const Warp& warp) {
   if constexpr (FIRST >= COUNT) {
     return make_float2(0.0f, 0.0f);
@@ -260,7 +263,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) deformable_
   below = settled(below);
   left = 1.0f - right;
   above = 1.0f - below;
-  const float by_weight = above * (left * dot_left.x + right * dot_right.x) + below * (left * dot_left.y + right * dot_right.y);
+  const float by_weight =
+      above * (left * dot_left.x + right * dot_right.x) + below * (left * dot_left.y + right * dot_right.y);
   const float by_x = weight * (above * (dot_right.x - dot_left.x) + below * (dot_right.y - dot_left.y));
   const float by_y = weight * (left * (dot_left.y - dot_left.x) + right * (dot_right.y - dot_right.x));
   const float expected = sum_of_warp(there ? weight * by_weight : 0.0f);

@@ -198,7 +198,9 @@ def _call_of(
 
 def _takes_cuda(images_and_heads: int, call: tuple[Any, ...]) -> bool:
     """Whether the backward pass of such a call, which takes the kernel forward, is for the CUDA kernel."""
-    if _implementation == "triton" or images_and_heads > cuda_kernels.MAX_IMAGES_AND_HEADS:
+    if _implementation == "triton" or not torch.is_grad_enabled():
+        return False  # inference need not wait for a kernel that it never runs
+    if images_and_heads > cuda_kernels.MAX_IMAGES_AND_HEADS:
         return False
     if call[0] != "cuda" and _implementation == "cuda":
         raise RuntimeError("Deformable attention cannot run in CUDA: it needs a CUDA device.")
