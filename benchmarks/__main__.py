@@ -13,6 +13,7 @@ NAMES = {
     "gpu": "everything that a GPU can say, in ten minutes",
     "step": "a whole training step, and its time by phase",
     "operations": "launches of a training step, by part",
+    "traffic": "bytes that the encoder moves in a training step",
     "sync": "operators and device synchronisations in a training step",
     "eval": "COCO's average precision",
     "ddp": "two processes compared with one",

@@ -1,8 +1,9 @@
 """Operations of a training step, by part: `python -m benchmarks operations --size 800x1333`.
 
 A count, not a time: nothing is computed, the tensors only have shapes, so it is the same on every machine and at every
-size. Each operation is one launch on a GPU, or a few; views and memory requests are none, and deformable attention is
-one each way, as its kernels are. R50 4-scale, by default in bfloat16, with images of different sizes.
+size. Each operation is one launch on a GPU, or a few; views and memory requests are none, and deformable attention and
+residual norms are one each way, as their kernels are. R50 4-scale, by default in bfloat16, with images of different
+sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.measure import environment, save, table
 from benchmarks.peers import random_batch
 from benchmarks.step import OurStep
 from dino_lightning.losses import matcher
+from dino_lightning.model import residual_norm
 from dino_lightning.model.deformable_attention import dispatch
 from dino_lightning.structures import Batch
 
@@ -80,6 +82,7 @@ def launches(height: int, width: int, size: int, precision: str = "bf16") -> dic
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         mock.patch.object(dispatch, "_takes_kernel", lambda *_: True),
+        mock.patch.object(residual_norm, "_takes_kernel", lambda *_: True),
         mock.patch.object(matcher, "to_host", lambda cost: arbitrary.random(cost.shape, dtype=np.float32)),
     ):
         step = OurStep([_as_fake(batch, fake)], "cpu", precision)

@@ -29,7 +29,11 @@ LAYERS = (
 SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train inference", "serve")
 MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "data/split_loaders.py", "callbacks", "cli", "inference")
 MAY_USE_AWS = ("laptop",)
-TRITON = ("model/deformable_attention/triton_kernels.py", "losses/assignment_kernel.py")
+TRITON = (
+    "model/deformable_attention/triton_kernels.py",
+    "model/residual_norm_kernels.py",
+    "losses/assignment_kernel.py",
+)
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 SAGEMAKER_FILES = sorted(

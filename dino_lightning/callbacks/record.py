@@ -23,7 +23,7 @@ from dino_lightning.callbacks.run_loggers import unwritten
 from dino_lightning.console import without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.files import atomic_write
-from dino_lightning.model.deformable_attention import implementation_in_use
+from dino_lightning.model import deformable_attention, residual_norm
 from dino_lightning.weights.stored import OPTIONS_KEY
 
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
@@ -32,7 +32,8 @@ PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pil
 class RunRecord(lightning.Callback):
     """Writes versions, commit, data, classes and command line to a file; each start of the run adds an entry.
 
-    What computes deformable attention is added after the first batch, since a kernel is tried when it is first called.
+    What computes deformable attention and residual norms is added after the first batch, since a kernel is tried when
+    it is first called.
 
     Args:
         path: the JSON file.
@@ -66,12 +67,16 @@ class RunRecord(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write which implementation of deformable attention runs, and again if it has changed: no device is asked."""
+        """Write which kernels run, and again if that has changed: no device is asked."""
         if self._record is None:
             return
-        start, found = self._record["starts"][-1], implementation_in_use(trainer.strategy.root_device)
-        if start.get("deformable_attention") != found:
-            start["deformable_attention"] = found
+        start, device = self._record["starts"][-1], trainer.strategy.root_device
+        found = {
+            "deformable_attention": deformable_attention.implementation_in_use(device),
+            "residual_norm": residual_norm.implementation_in_use(device),
+        }
+        if not found.items() <= start.items():
+            start.update(found)
             self._write()
 
     def _write(self) -> None:

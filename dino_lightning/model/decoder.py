@@ -14,6 +14,7 @@ from dino_lightning.model.lower_precision import as_made, is_watched, lower_prec
 from dino_lightning.model.mlp import MLP, box_head
 from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
 from dino_lightning.model.query_selection import class_head
+from dino_lightning.model.residual_norm import residual_norm
 from dino_lightning.model.token_geometry import TokenGeometry
 
 
@@ -56,12 +57,11 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """(B, Q, D) queries and positions, (B, Q, L, 4) reference boxes, (B, S, D) projected memory -> (B, Q, D)."""
         attended = self._attend_to_queries(queries + position, queries, attention_bias)
-        queries = self.norm2(queries + self.dropout(attended))
-        attended = self.cross_attention.attend(queries + position, reference_points, values, spatial_shapes)
-        queries = self.norm1(queries + self.dropout(attended))
-        hidden = feed_forward(queries, self.linear1, self.linear2, self.dropout)
-        out: Tensor = self.norm3(queries + self.dropout(hidden))
-        return out
+        normed = residual_norm(queries, self.dropout(attended), self.norm2, position=position)
+        attended = self.cross_attention.attend(normed.at(position), reference_points, values, spatial_shapes)
+        normed = residual_norm(normed.exact, self.dropout(attended), self.norm1)
+        hidden = feed_forward(normed.for_products(), self.linear1, self.linear2, self.dropout)
+        return residual_norm(normed.exact, self.dropout(hidden), self.norm3, copies=False).exact
 
     def _attend_to_queries(self, positioned: Tensor, queries: Tensor, bias: Tensor | None) -> Tensor:
         """What `self.self_attention` does, with queries and keys by one product, and a mask that is ready for use."""

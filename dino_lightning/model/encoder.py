@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.feed_forward import feed_forward
+from dino_lightning.model.residual_norm import Normed, residual_norm
 from dino_lightning.model.token_geometry import TokenGeometry
 
 
@@ -35,18 +36,20 @@ class EncoderLayer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Normed,
         position: Tensor,
         reference_points: Tensor,
         spatial_shapes: tuple[tuple[int, int], ...],
         padding_mask: Tensor | None,
-    ) -> Tensor:
-        """(B, S, D) tokens and their positions -> (B, S, D)."""
-        attended = self.self_attention(tokens + position, reference_points, tokens, spatial_shapes, padding_mask)
-        tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = feed_forward(tokens, self.linear1, self.linear2, self.dropout)
-        out: Tensor = self.norm2(tokens + self.dropout(hidden))
-        return out
+        copies: bool = False,
+    ) -> Normed:
+        """(B, S, D) tokens and their positions -> (B, S, D), with copies for another layer if it is to have them."""
+        attended = self.self_attention(
+            tokens.at(position), reference_points, tokens.for_products(), spatial_shapes, padding_mask
+        )
+        tokens = residual_norm(tokens.exact, self.dropout(attended), self.norm1)
+        hidden = feed_forward(tokens.for_products(), self.linear1, self.linear2, self.dropout)
+        return residual_norm(tokens.exact, self.dropout(hidden), self.norm2, position=position, copies=copies)
 
 
 class Encoder(nn.Module):
@@ -99,10 +102,10 @@ class Encoder(nn.Module):
             (B, S, D) the memory.
         """
         reference_points = geometry.reference_points().expand(tokens.shape[0], -1, -1, -1)
-        for layer in self.layers:
-            inputs = (tokens, position, reference_points, geometry.spatial_shapes, geometry.padding_mask)
+        stream, others = Normed(tokens), (position, reference_points, geometry.spatial_shapes, geometry.padding_mask)
+        for number, layer in enumerate(self.layers, start=1):
             if self.recompute and self.training:
-                tokens = checkpoint(layer, *inputs, use_reentrant=False)
+                stream = checkpoint(layer, stream, *others, use_reentrant=False)  # copies would be kept as well
             else:
-                tokens = layer(*inputs)
-        return tokens
+                stream = layer(stream, *others, copies=number < len(self.layers))
+        return stream.exact

@@ -193,6 +193,7 @@ def test_the_record_has_what_the_run_was_made_with(copied, rooms):
     again = json.loads((copied / "run.json").read_text())
     assert [start["from_step"] for start in again["starts"]] == [0, 32]
     assert [start["deformable_attention"] for start in again["starts"]] == ["PyTorch", "PyTorch (as chosen)"]
+    assert [start["residual_norm"] for start in again["starts"]] == ["PyTorch", "PyTorch"]
     assert again["data"] == record["data"]
 
 
