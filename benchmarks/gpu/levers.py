@@ -16,7 +16,7 @@ from benchmarks.gpu.report import Report, last_line
 from benchmarks.gpu.steps import cases, make_step
 from benchmarks.measure import interleaved
 from benchmarks.step import OurStep, synchronized
-from dino_lightning.model import decoder, encoder, feed_forward, lower_precision
+from dino_lightning.model import decoder, encoder, feed_forward, lower_precision, residual_norm
 from dino_lightning.model.kept_result import KeptResult
 
 Lever = Callable[[OurStep], AbstractContextManager[object]]
@@ -88,11 +88,16 @@ def relu_by_itself(step: OurStep) -> Iterator[None]:
         yield
 
 
+def norms_by_themselves(step: OurStep) -> AbstractContextManager[object]:
+    """Residual sums, norms and their copies are operations of their own."""
+    return mock.patch.object(residual_norm, "_takes_kernel", lambda *_: False)
+
+
 @contextmanager
 def all_of_them(step: OurStep) -> Iterator[None]:
     """Every lever at once but TF32: nearly the step as it was before."""
     with contextlib.ExitStack() as stack:
-        for lever in (norms_folded_each_step, weights_cast_one_by_one, relu_by_itself):
+        for lever in (norms_folded_each_step, weights_cast_one_by_one, relu_by_itself, norms_by_themselves):
             stack.enter_context(lever(step))
         yield
 
@@ -103,5 +108,6 @@ LEVERS: dict[str, Lever] = {
     "norms folded each step": norms_folded_each_step,
     "weights cast one by one": weights_cast_one_by_one,
     "ReLU by itself": relu_by_itself,
-    "these three": all_of_them,
+    "norms by themselves": norms_by_themselves,
+    "these four": all_of_them,
 }

@@ -324,6 +324,7 @@ def _tried(call: Call) -> str | None:
             bound = 1e-4 if actual.dtype == torch.float32 else 0.02
             off = float((actual.float() - target.float()).detach().abs().max() / target.detach().float().abs().max())
             if not off < bound:
-                what = "output" if number < len(expected) else "gradient"
-                return f"its {what} {number % len(expected)} is off by {off:.1%} of the largest"
+                by = [f"gradient of the {of}" for of in ("residual", "branch", "scale", "shift", "position")]
+                name = (*("sum", "copy", "copy with position")[: len(expected)], *by)[number]
+                return f"its {name} is off by {off:.1%} of the largest"
     return None

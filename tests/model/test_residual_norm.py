@@ -110,17 +110,17 @@ def test_a_failed_trial_costs_a_warning_and_pytorch_says_so(monkeypatch, untried
     monkeypatch.setattr(kernel_trial, "missing", lambda *_: None)
     monkeypatch.setattr(kernel_trial, "allowed_to_wait", lambda index, trial: trial())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
-    monkeypatch.setattr(residual_norm, "_tried", lambda call: "its output 0 is off by 7.0% of the largest")
+    monkeypatch.setattr(residual_norm, "_tried", lambda call: "its sum is off by 7.0% of the largest")
     monkeypatch.setattr(residual_norm, "_found", {})
     device = torch.device("cuda", 0)
     assert implementation_in_use(device) == "not known yet"
-    with pytest.warns(UserWarning, match=r"failed its trial on a device \(its output 0 is off by 7.0%") as warned:
+    with pytest.warns(UserWarning, match=r"failed its trial on a device \(its sum is off by 7.0%") as warned:
         assert residual_norm._trouble_with(CALL)
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert residual_norm._trouble_with(CALL)
-    assert implementation_in_use(device) == "PyTorch (its output 0 is off by 7.0% of the largest)"
+    assert implementation_in_use(device) == "PyTorch (its sum is off by 7.0% of the largest)"
     assert "longer than 4096" in residual_norm._trouble_with(CALL._replace(dim=4097))
     assert "no kernel for torch.float64" in residual_norm._trouble_with(CALL._replace(branch_dtype=torch.float64))
     monkeypatch.setattr(residual_norm, "_found", {CALL: None})
