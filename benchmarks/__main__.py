@@ -19,6 +19,7 @@ NAMES = {
     "ddp": "two processes compared with one",
     "latency": "milliseconds from a batch to its boxes, compared with other detectors",
     "race": "AP, AP50 and F1 over minutes of training, compared with other detectors",
+    "ladder": "the configurations from fast to accurate: milliseconds, and accuracy after equal minutes",
     "pretrain": "weights that know floor plans, from drawn ones alone",
     "converge": "accuracy and seconds of the demo, for several seeds",
 }

@@ -97,7 +97,10 @@ def by_events(
 
 def environment() -> dict[str, Any]:
     """Device, package versions and commit that a measurement was made with."""
-    packages = ("torch", "torchvision", "triton", "lightning", "pillow", "numpy", "scipy", "transformers", "rfdetr")
+    packages = (
+        *("torch", "torchvision", "triton", "lightning", "onnxruntime", "openvino"),
+        *("pillow", "numpy", "scipy", "transformers", "rfdetr"),
+    )
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

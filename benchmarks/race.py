@@ -42,7 +42,7 @@ from dino_lightning.weights.backbone_loading import start_backbone_from
 CONTESTANTS = ("ours", "faster_rcnn", "ssdlite")
 CHANNELS = 128  # of the other detectors' feature maps
 PEER_RATE, PEER_WARMUP = 0.01, 100  # SGD's, and steps
-PROBED_STEPS = 6
+PROBED_STEPS, PROBED_SHARE = 6, 0.1  # as many, but not more of the minutes
 EVALUATIONS = 8
 SHOWN = ("AP", "AP50", "F1")
 
@@ -184,7 +184,7 @@ class Clock(lightning.Callback):
     """
 
     def __init__(self, limit: float, kind: str) -> None:
-        self.limit, self.kind, self.seconds = limit, kind, 0.0
+        self.limit, self.kind, self.seconds, self.steps = limit, kind, 0.0, 0
         self.moments: list[Moment] = []
         self._since: float | None = None
 
@@ -204,7 +204,10 @@ class Clock(lightning.Callback):
         """Stop where the time is over; the evaluation at the end of the epoch follows."""
         self._pause()
         self._since = self._now()
-        trainer.should_stop = trainer.should_stop or self.seconds >= self.limit
+        self.steps += 1
+        if self.seconds >= self.limit:
+            trainer.should_stop = True
+            trainer.check_val_every_n_epoch = 1  # whichever epoch this is
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Stand still."""
@@ -222,14 +225,16 @@ def contestant(
     name: str, data: CocoDataModule, epochs: int, options: argparse.Namespace
 ) -> tuple[lightning.LightningModule, list[lightning.Callback], dict[str, Any]]:
     """The module of that name, its callbacks, and options of its Trainer."""
-    config = yaml.safe_load(config_path(options.config).read_text(encoding="utf-8"))
-    model = {**config["model"], "backbone_weights": options.backbone_weights}
+    model = {**options.settings["model"], "backbone_weights": options.backbone_weights}
     if name == "ours":
-        own = {"weights": options.weights, "weights_for_rooms": None, "recipe": "auto"}
+        own = {"weights": options.weights, "weights_for_rooms": options.weights_for_rooms, "recipe": "auto"}
         module = DINOModule(num_classes=data.num_classes, **{**model, **own})
         return module, [EMA(decay=None)], {}
     body = Backbone(
-        name=model["backbone"], strides=(8, 16, 32), norm="frozen", trainable_layers=model["trainable_backbone_layers"]
+        name=model["backbone"],
+        strides=(8, 16, 32),
+        norm=model.get("backbone_norm", "frozen"),
+        trainable_layers=model["trainable_backbone_layers"],
     )
     if options.backbone_weights is not None:
         holder = DINOModule(num_classes=data.num_classes, **model)
@@ -241,12 +246,18 @@ def contestant(
 
 
 def race(name: str, options: argparse.Namespace) -> list[Moment]:
-    """Train one contestant for the minutes; what each evaluation said."""
+    """Train one contestant for the minutes; what each evaluation said.
+
+    Args:
+        name: of `CONTESTANTS`.
+        options: those of the command line; `settings`, a configuration's; `weights_for_rooms`; and `evaluations`, how
+            many there are in the minutes.
+    """
     lightning.seed_everything(options.seed, verbose=False)
-    config = yaml.safe_load(config_path(options.config).read_text(encoding="utf-8"))
+    config = options.settings
 
     def fit(epochs: int, clock: Clock, **more: Any) -> None:
-        data = CocoDataModule(root=str(options.data), **config["data"], num_workers=0)
+        data = CocoDataModule(root=str(options.data), **{**config["data"], "num_workers": 0})
         module, callbacks, arguments = contestant(name, data, epochs, options)
         lightning.Trainer(
             max_epochs=epochs,
@@ -261,14 +272,16 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
             **more,
         ).fit(module, data)
 
-    probe = Clock(float("inf"), options.clock)
+    limit = options.minutes * 60
+    probe = Clock(limit * PROBED_SHARE, options.clock)
     fit(1, probe, limit_train_batches=PROBED_STEPS, limit_val_batches=0)
     data = CocoDataModule(root=str(options.data), **config["data"])
-    seconds = probe.seconds / PROBED_STEPS * max(data.images_per_epoch // data.batch_size, 1)  # of an epoch
-    epochs = max(1, round(options.minutes * 60 / seconds))
-    print(f"{name}: {epochs} epochs in {options.minutes:g} minutes", flush=True)
-    clock = Clock(options.minutes * 60, options.clock)
-    fit(epochs, clock, check_val_every_n_epoch=max(1, epochs // EVALUATIONS))
+    steps, in_epoch = limit / (probe.seconds / probe.steps), max(data.images_per_epoch // data.batch_size, 1)
+    epochs = max(1, round(steps / in_epoch))
+    print(f"{name}: {steps:.0f} steps, {steps / in_epoch:.1f} epochs in {options.minutes:g} minutes", flush=True)
+    clock = Clock(limit, options.clock)
+    part = {"limit_train_batches": max(1, round(steps))} if steps < in_epoch else {}  # what the recipe reckons with
+    fit(epochs, clock, check_val_every_n_epoch=max(1, epochs // options.evaluations), **part)
     return clock.moments
 
 
@@ -314,6 +327,8 @@ def main() -> None:
     add("--picture", type=Path, default=Path("race.png"))
     add("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
+    options.settings = yaml.safe_load(config_path(options.config).read_text(encoding="utf-8"))
+    options.weights_for_rooms, options.evaluations = None, EVALUATIONS
     results: dict[str, list[Moment]] = {}
     for name in options.contestants:
         results[name] = race(name, options)
