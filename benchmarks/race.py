@@ -8,6 +8,7 @@ another. How many epochs fit into the minutes is estimated from a few steps of e
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -277,11 +278,12 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
     fit(1, probe, limit_train_batches=PROBED_STEPS, limit_val_batches=0)
     data = CocoDataModule(root=str(options.data), **config["data"])
     steps, in_epoch = limit / (probe.seconds / probe.steps), max(data.images_per_epoch // data.batch_size, 1)
-    epochs = max(1, round(steps / in_epoch))
+    epochs = math.ceil(steps / in_epoch)
     print(f"{name}: {steps:.0f} steps, {steps / in_epoch:.1f} epochs in {options.minutes:g} minutes", flush=True)
     clock = Clock(limit, options.clock)
-    part = {"limit_train_batches": max(1, round(steps))} if steps < in_epoch else {}  # what the recipe reckons with
-    fit(epochs, clock, check_val_every_n_epoch=max(1, epochs // options.evaluations), **part)
+    # a little less than all images in each epoch, so that whole epochs fill the minutes: rates and averages follow them
+    part = min(in_epoch, max(1, round(steps / epochs)))
+    fit(epochs, clock, check_val_every_n_epoch=max(1, epochs // options.evaluations), limit_train_batches=part)
     return clock.moments
 
 
