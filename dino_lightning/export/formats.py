@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,29 @@ def _exported_preprocessing(module: DINOModule, description: Mapping[str, Any]) 
 
 def _exported(part: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
     with _plain_attention(), torch.no_grad(), _quiet():
-        return torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
+        traced = torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
+        program: torch.export.ExportedProgram = traced.run_decompositions(_without_lists())
+    return program
+
+
+def _without_lists() -> dict[Any, Callable[..., list[Tensor]]]:
+    """Rules that replace operations whose result is a list of tensors by slices.
+
+    ONNX has sequences for lists, which TensorRT and the reader of OpenCV do not take.
+    """
+    aten = torch.ops.aten
+
+    def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+        ends = accumulate(sizes)
+        return [aten.slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def split_evenly(tensor: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+        return [aten.slice(tensor, dim, start, start + size) for start in range(0, tensor.shape[dim], size)]
+
+    def unbind(tensor: Tensor, dim: int = 0) -> list[Tensor]:
+        return [aten.select(tensor, dim, index) for index in range(tensor.shape[dim])]
+
+    return {aten.split_with_sizes.default: split, aten.split.Tensor: split_evenly, aten.unbind.int: unbind}
 
 
 @contextmanager

@@ -176,6 +176,13 @@ def test_the_file_has_names_ids_threshold_and_open_sizes(outside):
     }
 
 
+def test_the_graph_has_no_sequences_of_tensors(outside):
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(outside).graph.node}
+    assert "GridSample" in operators and not {name for name in operators if "Sequence" in name}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [19, 20])
 def test_newer_operator_sets_agree_too(module, opset, tmp_path):
