@@ -46,6 +46,22 @@ def model_file(given: str | Path) -> Path:
     return find_model(newest_run() if given == LAST else given)
 
 
+def refuse_exported(file: Path, reason: str) -> None:
+    """Say that a command takes no file that `export` wrote.
+
+    Args:
+        file: the file of the model, whatever it is.
+        reason: what the command takes instead, as a sentence.
+
+    Raises:
+        UsageError: it is such a file.
+    """
+    from dino_lightning.weights.reading import EXPORTED
+
+    if (kind := EXPORTED.get(file.suffix.lower())) is not None:
+        raise UsageError(f"{file} is an exported file ({kind}); {reason}")
+
+
 def checkpoint_to_resume(given: str | Path, run_dir: Path | None) -> Path:
     """The file to resume a run from: of a run its last checkpoint.
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from dino_lightning.cli.checkpoints import HELP, model_file
+from dino_lightning.cli.checkpoints import HELP, model_file, refuse_exported
 from dino_lightning.cli.command import PROGRAM, CommandParser, run_command, writing
 from dino_lightning.errors import UsageError
-from dino_lightning.export import OPSETS
+from dino_lightning.export import DEFAULT_OPSET, OPSETS, RESIZING_OPSET
 from dino_lightning.files import atomic_write
 
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+SMALLEST, LARGEST = 32, 4096  # sides of images of fixed size, in pixels
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
 beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores
 within 0.001, from the same resized pixels and the same proposals (some, of nearly the same score, change places).
@@ -30,6 +34,16 @@ the images must look like. With --preprocessing
            normalised by the mean and std of the metadata; image_sizes (B, 2) and original_sizes (B, 2) int64, height
            and width before padding and before resizing. For batches of images of different sizes.
 
+--static HEIGHTxWIDTH, such as 640x640, with either: batch 1 and that size, for runtimes that want fixed shapes; what
+only constants decide is computed when the file is written. Nothing is resized inside then. With --preprocessing
+
+  inside   one input: images (1, 3, HEIGHT, WIDTH) uint8, RGB 0-255: the image, stretched to that size. Boxes are in
+           its pixels. A model that was not trained with stretched images gives other boxes than its checkpoint then.
+  outside  the three inputs as above, of batch 1: the image keeps its proportions, top left in the canvas.
+
+--opset 16 or 17 go with --static or with --preprocessing outside: resizing inside needs 18.
+
+--format openvino: a .xml file and its weights in a .bin file beside it, with the same inputs, outputs and metadata.
 --format torch: a .pt2 file for torch.export.load, its preprocessing outside.
 --format directory: a model directory as a SageMaker job leaves it: model.ckpt, model.json, and the code to serve it.
 """
@@ -41,18 +55,17 @@ def run(args: Sequence[str]) -> int:
     def action() -> int:
         parser = _parser()
         options = parser.parse_args(args)
-        preprocessing = _preprocessing(parser, options)
+        preprocessing, static = _preprocessing(parser, options), _static(parser, options)
         checkpoint = model_file(options.ckpt_path)
-        if checkpoint.suffix.lower() == ".onnx":
-            raise UsageError(f"{checkpoint} is an ONNX file already; give the checkpoint that it came from.")
+        refuse_exported(checkpoint, "give the checkpoint that it came from.")
         if options.format == "directory":
             output = options.output or Path("model")
             with writing(output, "--output"):
                 _export_directory(checkpoint, output)
         else:
-            output = _file(options.output, checkpoint, ".onnx" if options.format == "onnx" else ".pt2")
+            output = _file(options.output, checkpoint, SUFFIXES[options.format])
             with writing(output, "--output"):
-                export_file(checkpoint, output, options.format, preprocessing, options.opset)
+                export_file(checkpoint, output, options.format, preprocessing, options.opset or DEFAULT_OPSET, static)
         print(output)
         return 0
 
@@ -68,9 +81,10 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--ckpt_path", required=True, help=HELP)
     add("--output", type=Path, help="the file to write, or the folder for it (next to the checkpoint's name, here)")
-    add("--format", choices=("onnx", "torch", "directory"), default="onnx", help="what to write (onnx)")
-    add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx)")
-    add("--opset", type=int, default=OPSETS[0], help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} ({OPSETS[0]})")
+    add("--format", choices=(*SUFFIXES, "directory"), default="onnx", help="what to write (onnx)")
+    add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx and openvino)")
+    add("--static", metavar="HEIGHTxWIDTH", help="fix batch 1 and the size of images, such as 640x640 (left open)")
+    add("--opset", type=int, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} ({DEFAULT_OPSET})")
     return parser
 
 
@@ -80,11 +94,40 @@ def _preprocessing(parser: CommandParser, options: argparse.Namespace) -> str:
     Raises:
         argparse.ArgumentError: options that do not go together.
     """
-    if options.format != "onnx" and options.preprocessing == "inside":
-        parser.error("--preprocessing inside is for --format onnx; a .pt2 file takes normalised images.")
-    if options.opset not in OPSETS:
+    if options.format == "directory" and options.preprocessing is not None:
+        parser.error("--preprocessing is for files; a model directory has the checkpoint, which prepares its images.")
+    if options.format == "torch" and options.preprocessing == "inside":
+        parser.error("--preprocessing inside is for onnx and openvino; a .pt2 file takes normalised images.")
+    if options.opset is not None and options.format in ("torch", "directory"):
+        parser.error(f"--opset is for onnx and openvino; --format {options.format} has no ONNX operators.")
+    if options.opset is not None and options.opset not in OPSETS:
         parser.error(f"--opset is {options.opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
-    return options.preprocessing or ("inside" if options.format == "onnx" else "outside")
+    preprocessing = options.preprocessing or ("outside" if options.format == "torch" else "inside")
+    if (options.opset or DEFAULT_OPSET) < RESIZING_OPSET and preprocessing == "inside" and options.static is None:
+        parser.error(
+            f"--opset {options.opset} has no resizing with antialiasing; add --preprocessing outside or --static, or "
+            f"choose {RESIZING_OPSET} to {OPSETS[-1]}."
+        )
+    return preprocessing
+
+
+def _static(parser: CommandParser, options: argparse.Namespace) -> tuple[int, int] | None:
+    """The (height, width) of `--static`.
+
+    Raises:
+        argparse.ArgumentError: it is none, or one that cannot be.
+    """
+    if options.static is None:
+        return None
+    if options.format in ("torch", "directory"):
+        parser.error(f"--static is for onnx and openvino; --format {options.format} leaves sizes open.")
+    found = re.fullmatch(r"(\d+)x(\d+)", options.static)
+    if found is None:
+        parser.error(f"--static is {options.static!r}; give height and width in pixels, such as 640x640.")
+    height, width = int(found[1]), int(found[2])
+    if not all(SMALLEST <= side <= LARGEST for side in (height, width)):
+        parser.error(f"--static is {options.static}; both sides must be from {SMALLEST} to {LARGEST} pixels.")
+    return height, width
 
 
 def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
@@ -99,42 +142,51 @@ def _file(output: Path | None, checkpoint: Path, suffix: str) -> Path:
 
 
 def export_file(
-    checkpoint: Path, output: Path, kind: str = "onnx", preprocessing: str = "inside", opset: int = OPSETS[0]
+    checkpoint: Path,
+    output: Path,
+    kind: str = "onnx",
+    preprocessing: str = "inside",
+    opset: int = DEFAULT_OPSET,
+    static: tuple[int, int] | None = None,
 ) -> None:
     """Write a checkpoint as a file that others can run, compare the two, and print how far they agree.
 
     Args:
         checkpoint: one of ours.
         output: the file; written only if it agrees with the checkpoint.
-        kind: "onnx" or "torch".
+        kind: "onnx", "openvino" or "torch".
         preprocessing: "inside" or "outside", see `export`.
         opset: the ONNX operator set, of `OPSETS`.
+        static: (height, width) of images, of which there is one; None to leave batch and sizes open.
 
     Raises:
-        UsageError: they do not agree.
+        UsageError: they do not agree, or a package is missing.
         CheckpointError: not a checkpoint of ours.
     """
     from dino_lightning.export.check import compare_with_module, table  # imports PyTorch
-    from dino_lightning.export.formats import describe_module, run_onnx, run_torch, write_onnx, write_torch
+    from dino_lightning.export.exported_model import ImageRule
+    from dino_lightning.export.formats import describe_module, write_and_run
     from dino_lightning.inference.detector import load_module
 
     module = load_module(checkpoint)
-    description = describe_module(module, preprocessing)
+    description = describe_module(module, preprocessing, static)
+    rule = ImageRule(**{field.name: description[field.name] for field in fields(ImageRule)})
     with atomic_write(output) as temporary:
-        prepare = None
-        if kind == "onnx":
-            prepare = write_onnx(module, temporary, description, opset=opset)
-            detect = run_onnx(temporary)
-        else:
-            write_torch(module, temporary, description)
-            detect = run_torch(temporary)
-        rows = compare_with_module(module, detect, prepare)
-        print(table(rows), flush=True)
-        if not all(row.same for row in rows):
-            raise UsageError(
-                f"{output} is not written: what was exported does not agree with the checkpoint (boxes differ by up to "
-                f"{max(row.boxes for row in rows):.3g} pixels, scores by up to {max(row.scores for row in rows):.2g})."
-            )
+        weights = temporary.with_suffix(".bin")
+        try:
+            detect, prepare = write_and_run(module, temporary, kind, description, opset)
+            rows = compare_with_module(module, detect, prepare, rule=rule)
+            print(table(rows), flush=True)
+            if not all(row.same for row in rows):
+                raise UsageError(
+                    f"{output} is not written: what was exported does not agree with the checkpoint (boxes differ by "
+                    f"up to {max(row.boxes for row in rows):.3g} pixels, scores by up to "
+                    f"{max(row.scores for row in rows):.2g})."
+                )
+            if kind == "openvino":
+                weights.replace(output.with_suffix(".bin"))
+        finally:
+            weights.unlink(missing_ok=True)
 
 
 def _export_directory(checkpoint: Path, output: Path) -> None:

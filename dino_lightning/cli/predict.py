@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dino_lightning.cli.checkpoints import HELP, model_file
+from dino_lightning.cli.checkpoints import HELP, model_file, refuse_exported
 from dino_lightning.cli.command import PROGRAM, CommandParser, boolean, run_command, writing
 from dino_lightning.console import say
-from dino_lightning.errors import OutOfMemory, UsageError
+from dino_lightning.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from dino_lightning.inference.results import Summary
@@ -48,8 +48,7 @@ def run(args: Sequence[str]) -> int:
         from dino_lightning.inference.predict_folder import PredictOptions, predict_folder
 
         checkpoint = model_file(options.ckpt_path)
-        if checkpoint.suffix.lower() == ".onnx":
-            raise UsageError(f"{checkpoint}: predict takes a checkpoint; use an ONNX file by load_detector in Python.")
+        refuse_exported(checkpoint, "predict takes a checkpoint; use an exported file by load_detector in Python.")
         wanted = PredictOptions(**{field.name: getattr(options, field.name) for field in fields(PredictOptions)})
         try:
             with writing(options.output, "--output"):

@@ -61,6 +61,18 @@ def resized_size(size: tuple[int, int], short_side: int, max_size: int | None = 
     return short_side, int(short_side * width / height)
 
 
+def fitted_size(size: tuple[int, int], ruled: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) within a canvas of an image of `size` which by the rule of sizes would become `ruled`.
+
+    That of the rule where it fits; else shrunk with its proportions until it does.
+    """
+    if ruled[0] <= canvas[0] and ruled[1] <= canvas[1]:
+        return ruled
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    height, width = (min(side, max(1, round(length * scale))) for length, side in zip(size, canvas, strict=True))
+    return height, width
+
+
 def largest_sides(
     image_size: int, max_size: int, fixed_size: int | None, fixed_size_mode: CanvasMode
 ) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dino_lightning.boxes import paired_iou
 from dino_lightning.data.transforms import LabelledImage
 from dino_lightning.detections import Detections
+from dino_lightning.export.exported_model import ImageRule, Run
 from dino_lightning.model.query_selection import SelectedQueries
 from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
@@ -22,7 +23,8 @@ SCORE_TOLERANCE = 1e-3
 IOU_TOLERANCE = 1e-2  # beside the threshold of non-maximum suppression
 PIXEL_TOLERANCE = 2.1  # of 255: one for each of the two directions of resizing
 
-Run = Callable[..., tuple[Tensor, ...]]
+# The same of one image in a canvas of fixed size, in shares of its sides: the whole of it, parts, and a small one.
+IN_CANVAS = ((1.0, 1.0), (1.3, 0.8), (0.5, 1.2), (0.3, 0.2))
 
 # (height, width) of the images of each batch, in short sides of evaluation: alone, in a few sizes, many small ones.
 SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
@@ -67,7 +69,12 @@ class Compared(NamedTuple):
 
 @torch.no_grad()
 def compare_with_module(
-    module: DINOModule, detect: Run, prepare: Run | None = None, batches: Sequence[Sequence[Tensor]] | None = None
+    module: DINOModule,
+    detect: Run,
+    prepare: Run | None = None,
+    batches: Sequence[Sequence[Tensor]] | None = None,
+    *,
+    rule: ImageRule | None = None,
 ) -> list[Compared]:
     """The differences between an exported file and its module, one row per batch.
 
@@ -85,8 +92,26 @@ def compare_with_module(
         detect: what was exported.
         prepare: the first part of it, for one that takes images as they are; None for one that takes prepared ones.
         batches: images, each (3, H, W) uint8, of one size in a batch if there is `prepare`. Drawn ones by default.
+        rule: of a file of fixed size, how it wants its image; None for one that leaves sizes open.
     """
+    if rule is not None and rule.static is not None:
+        return [_in_canvas(module, detect, rule, image) for image in _drawn_for_canvas(rule.static)]
     return [_compared(module, detect, prepare, images) for images in batches or _drawn_batches(module, prepare)]
+
+
+def _in_canvas(module: DINOModule, detect: Run, rule: ImageRule, image: Tensor) -> Compared:
+    """The comparison for one image and a file of fixed size."""
+    model, resized = module.model, rule.resized(image)
+    size = (int(resized.shape[1]), int(resized.shape[2]))
+    asked = size if rule.preprocessing == "inside" else (int(image.shape[1]), int(image.shape[2]))
+    batch = Batch.from_images([resized], original_sizes=[asked])
+    batch = replace(batch, images=rule.padded(resized)[None])
+    if rule.preprocessing == "inside":
+        found = detect(batch.images)
+    else:
+        found = detect(model.normalize(batch.images), torch.tensor([size]), torch.tensor([asked]))
+    canvas = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+    return _differences(module, batch, found, canvas, 0.0)
 
 
 def _compared(module: DINOModule, detect: Run, prepare: Run | None, images: Sequence[Tensor]) -> Compared:
@@ -105,6 +130,13 @@ def _compared(module: DINOModule, detect: Run, prepare: Run | None, images: Sequ
             return Compared(len(images), canvas, 0, math.inf, math.inf, math.inf, 0, math.inf)
         resized = float((prepared * model.image_std + model.image_mean - batch.images).abs().max())
         batch = replace(batch, images=prepared)
+    return _differences(module, batch, found, canvas, resized)
+
+
+def _differences(
+    module: DINOModule, batch: Batch, found: tuple[Tensor, ...], canvas: tuple[int, int], resized: float
+) -> Compared:
+    """How what was found in a batch differs from what the module finds."""
     detections, own, best = _detected(module, batch)
     exchanged, proposals = int((own != found[3]).sum()), 0.0
     if exchanged:
@@ -116,7 +148,7 @@ def _compared(module: DINOModule, detect: Run, prepare: Run | None, images: Sequ
         actual = Detections(found[0][index][kept], found[1][index][kept], found[2][index][kept])
         compared, by_box, by_score = difference(expected, actual, module.hparams["nms_iou_threshold"])
         count, boxes, scores = count + compared, max(boxes, by_box), max(scores, by_score)
-    return Compared(len(images), canvas, count, boxes, scores, resized, exchanged, proposals)
+    return Compared(len(detections), canvas, count, boxes, scores, resized, exchanged, proposals)
 
 
 def _detected(
@@ -149,6 +181,11 @@ def _drawn_batches(module: DINOModule, prepare: Run | None) -> list[list[Tensor]
         sizes = [(round(height * side), round(width * side)) for height, width in kept]
         batches.append([drawn(*size, seed=10 * index + place) for place, size in enumerate(sizes)])
     return batches
+
+
+def _drawn_for_canvas(static: tuple[int, int]) -> list[Tensor]:
+    sizes = [(round(height * static[0]), round(width * static[1])) for height, width in IN_CANVAS]
+    return [drawn(*size, seed=index) for index, size in enumerate(sizes)]
 
 
 def difference(

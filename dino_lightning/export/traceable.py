@@ -85,6 +85,28 @@ class TraceableDetector(nn.Module):
         )
 
 
+class CanvasDetector(nn.Module):
+    """From one image that fills a canvas of fixed size to its detections: everything but the image is constant.
+
+    Args:
+        detector: what detects.
+        size: (height, width) of the canvas in pixels.
+    """
+
+    def __init__(self, detector: TraceableDetector, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.detector = detector
+        self.size: Tensor
+        self.register_buffer("size", torch.tensor([size]), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(1, 3, H, W) uint8 RGB of the canvas's size -> as `TraceableDetector`, boxes in pixels of the canvas."""
+        model = self.detector.model
+        normalized = (images.float() - model.image_mean) / model.image_std
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.detector(normalized, self.size, self.size)
+        return found
+
+
 class TraceablePreprocessing(nn.Module):
     """From images as they are to what `TraceableDetector` takes: resized by the rule of evaluation, and normalised.
 

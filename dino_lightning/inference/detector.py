@@ -1,4 +1,4 @@
-"""From a checkpoint, a model directory or an ONNX file to a detector that is ready to use."""
+"""From a checkpoint, a model directory or an exported file to a detector that is ready to use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from dino_lightning.console import say
 from dino_lightning.data.images import ImageLike, read_image, to_pixels
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
+from dino_lightning.export.exported_model import ExportedModel
 from dino_lightning.inference.plain_model import PlainModel
 from dino_lightning.inference.tiling import merge, views
-from dino_lightning.weights.reading import find_model, read_checkpoint
+from dino_lightning.weights.reading import EXPORTED, find_model, read_checkpoint
 from dino_lightning.weights.stored import (
     DEFAULT_THRESHOLD,
     check_checkpoint,
@@ -32,11 +33,13 @@ from dino_lightning.weights.stored import (
 if TYPE_CHECKING:  # the module needs Lightning, which a server of a trained model lacks
     from dino_lightning.training.module import DINOModule
 
+# What runs a file on each type of device, in the words of onnxruntime and OpenVINO.
+_PROVIDERS = {".onnx": {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}, ".xml": {"cpu": "CPU"}}
 _Built = TypeVar("_Built", "DINOModule", PlainModel)
 
 
 class _Model(Protocol):
-    """What a `Detector` needs: a `DINOModule`, the plain model of a server, or an ONNX file in its session."""
+    """What a `Detector` needs: a `DINOModule`, the plain model of a server, or an exported file."""
 
     score_threshold: float
 
@@ -47,7 +50,7 @@ class Detector:
     """A trained model, ready to use: `detector("plan.png")`.
 
     Args:
-        model: a `DINOModule`, a `PlainModel` where Lightning is not installed, or an `OnnxModel`.
+        model: a `DINOModule`, a `PlainModel` where Lightning is not installed, or an `ExportedModel`.
         class_names: the name of each label.
         category_ids: the original COCO category id of each label.
 
@@ -76,18 +79,18 @@ class Detector:
         """The `DINOModule` behind it.
 
         Raises:
-            TypeError: there is none, as the model is an ONNX file, or Lightning is not installed.
+            TypeError: there is none, as the model is an exported file, or Lightning is not installed.
         """
         if isinstance(self.model, PlainModel):
             raise TypeError("A DINOModule needs Lightning: python -m pip install lightning, and load the model again.")
         from dino_lightning.training.module import DINOModule
 
         if not isinstance(self.model, DINOModule):
-            raise TypeError("This detector runs an ONNX file; load a checkpoint to get at a DINOModule.")
+            raise TypeError("This detector runs an exported file (ONNX or other); load a checkpoint for a DINOModule.")
         return self.model
 
     def to(self, device: torch.device | str) -> Detector:
-        """The same detector, computing on another device from now on; an ONNX file stays where it is."""
+        """The same detector, computing on another device from now on; an exported file stays where it is."""
         if isinstance(self.model, nn.Module):
             self.model.to(device)
         return self
@@ -158,34 +161,77 @@ class Detector:
         return found
 
 
-def load_detector(path: str | Path, device: torch.device | str = "auto") -> Detector:
+def load_detector(
+    path: str | Path,
+    device: torch.device | str = "auto",
+    *,
+    provider: str | None = None,
+    precision: str = "float32",
+) -> Detector:
     """The detector of one of our checkpoints, in evaluation mode, with its classes, sizes and score threshold.
 
     Args:
-        path: a checkpoint of a run; a model directory, as a SageMaker job leaves it; the folder of a run; an ONNX
-            file as `export` writes it, or a folder with one; `rooms_small`; or an address, such as `hf://OWNER/REPO`
-            for the model.ckpt of a repository.
-        device: where to compute: `auto` is a CUDA GPU if there is one, and else the CPU; an Apple GPU is `mps`. An ONNX
-            file decides for itself.
+        path: a checkpoint of a run; a model directory, as a SageMaker job leaves it; the folder of a run; a file that
+            `export` wrote (.onnx, .xml, .pt2), or a folder with one; `rooms_small`; or an address, such as
+            `hf://OWNER/REPO` for the model.ckpt of a repository.
+        device: where to compute: `auto` is a CUDA GPU if there is one, and else the CPU; an Apple GPU is `mps`. For
+            an ONNX file `cpu` and `cuda` choose onnxruntime's provider, for a .xml file the device of OpenVINO.
+        provider: what an ONNX file is run by in onnxruntime, such as `CUDAExecutionProvider`, or a .xml file on by
+            OpenVINO, such as `GPU` or `AUTO`; by `device` if it is not given.
+        precision: what OpenVINO computes in, `float32`, or `bfloat16` or `float16` where it has them.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or not one of ours; or what runs it is missing.
+        ValueError: a `provider` or `precision` for a file that has no use for it, or unknown.
     """
     file = find_model(path)
-    if file.suffix.lower() == ".onnx":
-        from dino_lightning.export.onnx_model import OnnxModel  # needs packages that not everybody has
-
-        model = OnnxModel(file)
+    suffix = file.suffix.lower()
+    if provider is not None and suffix not in (".onnx", ".xml"):
+        raise ValueError(f"{file}: provider is for .onnx and .xml files; choose by device.")
+    if precision != "float32" and suffix != ".xml":
+        raise ValueError(f"{file}: precision is for .xml files, which OpenVINO runs.")
+    if suffix in EXPORTED:
+        model = load_exported(file, device, provider, precision)
         return Detector(model=model, class_names=model.class_names, category_ids=model.category_ids)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = (load_plain_model if find_spec("lightning") is None else load_module)(file).to(device)
+    module = (load_plain_model if find_spec("lightning") is None else load_module)(file).to(_best(device))
     count = module.hparams["num_classes"]
     return Detector(
         model=module,
         class_names=module.hparams["class_names"] or [str(label) for label in range(count)],
         category_ids=module.hparams["category_ids"] or range(count),
     )
+
+
+def load_exported(
+    file: Path, device: torch.device | str = "auto", provider: str | None = None, precision: str = "float32"
+) -> ExportedModel:
+    """The model in a file that `export` wrote, by its suffix, one of `EXPORTED`; arguments as in `load_detector`.
+
+    Raises:
+        CheckpointError: as there.
+        ValueError: as there, or a device that the file cannot be run on.
+    """
+    kind, suffix = torch.device("cpu" if device == "auto" else device).type, file.suffix.lower()
+    if suffix == ".pt2":
+        from dino_lightning.export.torch_model import TorchModel
+
+        return TorchModel(file, device=_best(device))
+    names = _PROVIDERS[suffix]
+    if provider is None and device != "auto":
+        if kind not in names:
+            raise ValueError(f"{file}: device is {kind!r}; choose {' or '.join(names)}, or give a provider.")
+        provider = names[kind]
+    if suffix == ".onnx":
+        from dino_lightning.export.onnx_model import OnnxModel  # needs packages that not everybody has
+
+        return OnnxModel(file, providers=None if provider is None else [provider])
+    from dino_lightning.export.openvino_model import OpenVinoModel
+
+    return OpenVinoModel(file, provider=provider or "CPU", precision=precision)
+
+
+def _best(device: torch.device | str) -> torch.device | str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def load_module(path: str | Path) -> DINOModule:

@@ -36,6 +36,8 @@ MODEL_FILES = (
     "model.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt",
 )  # fmt: skip
 
+EXPORTED = {".onnx": "ONNX", ".xml": "OpenVINO", ".pt2": "torch.export"}  # what `export` writes, by the file's end
+
 # Of other projects, by the end of the file's name and by the beginning of a key.
 _OTHER_FILES = {".pdparams": "PaddlePaddle", ".safetensors": "safetensors"}
 _OTHER_LAYOUTS = {
@@ -107,7 +109,7 @@ def find_model(path: str | Path) -> Path:
     """The model file that a path means: itself, or that of a folder; or of weights in this package, or of an address.
 
     Raises:
-        CheckpointError: a folder without a model, or with several ONNX files and nothing else.
+        CheckpointError: a folder without a model, or with several exported files of one kind and nothing else.
     """
     shipped = shipped_file(path)
     if shipped is not None:
@@ -120,13 +122,17 @@ def find_model(path: str | Path) -> Path:
     for name in MODEL_FILES:
         if (path / name).is_file():
             return path / name
-    exported = sorted(path.glob("*.onnx"))
-    if len(exported) == 1:
-        return exported[0]
-    if exported:
-        names = ", ".join(file.name for file in exported)
-        raise CheckpointError(f"{path} has several ONNX files ({names}); name one of them.")
-    raise CheckpointError(f"{path} holds no model; looked for {', '.join(MODEL_FILES)} and an ONNX file.")
+    for suffix, kind in EXPORTED.items():
+        exported = sorted(path.glob(f"*{suffix}"))
+        if len(exported) == 1:
+            return exported[0]
+        if exported:
+            names = ", ".join(file.name for file in exported)
+            raise CheckpointError(f"{path} has several {kind} files ({names}); name one of them.")
+    raise CheckpointError(
+        f"{path} holds no model; looked for {', '.join(MODEL_FILES)} and a file that `export` wrote "
+        f"({', '.join(EXPORTED)})."
+    )
 
 
 def _check_sums(path: Path) -> None:

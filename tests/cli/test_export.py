@@ -269,10 +269,17 @@ def test_a_model_directory_detects_the_same_and_has_the_code_to_serve_it(module,
     [
         ([], 2, "--ckpt_path"),
         (["--ckpt_path", "no.ckpt"], 1, "no.ckpt does not exist"),
-        (["--ckpt_path", "no.ckpt", "--opset", "12"], 2, "18 to 20"),
+        (["--ckpt_path", "no.ckpt", "--opset", "12"], 2, "16 to 20"),
+        (["--ckpt_path", "no.ckpt", "--opset", "16"], 2, "no resizing with antialiasing"),
+        (["--ckpt_path", "no.ckpt", "--opset", "18", "--format", "torch"], 2, "--opset is for onnx and openvino"),
+        (["--ckpt_path", "no.ckpt", "--static", "640"], 2, "such as 640x640"),
+        (["--ckpt_path", "no.ckpt", "--static", "640x0"], 2, "from 32 to 4096 pixels"),
+        (["--ckpt_path", "no.ckpt", "--static", "640x640", "--format", "torch"], 2, "leaves sizes open"),
+        (["--ckpt_path", "no.ckpt", "--format", "directory", "--preprocessing", "inside"], 2, "is for files"),
+        (["--ckpt_path", "no.ckpt", "--format", "openvino", "--output", "model.bin"], 1, "must end in .xml"),
         (["--ckpt_path", "no.ckpt", "--format", "torch", "--preprocessing", "inside"], 2, "inside is for"),
         (["--ckpt_path", "no.ckpt", "--output", "model.pb"], 1, "must end in .onnx"),
-        (["--ckpt_path", "model.onnx"], 1, "is an ONNX file already"),
+        (["--ckpt_path", "model.onnx"], 1, "is an exported file (ONNX)"),
         (["--ckpt_path", "no.ckpt", "--ncnn"], 2, "--ncnn"),
     ],
 )
@@ -280,6 +287,14 @@ def test_bad_input_gets_one_sentence(arguments, code, said, capsys):
     assert export.run(arguments) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_missing_openvino_is_named_before_the_model_is_traced(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    arguments = ["--ckpt_path", str(checkpoint), "--output", str(tmp_path), "--format", "openvino"]
+    assert export.run(arguments) == 1
+    assert 'pip install "dino-lightning[openvino]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(checkpoint, tmp_path, capsys, monkeypatch):

@@ -97,6 +97,21 @@ def test_the_best_checkpoint_of_a_run_is_taken(checkpoint, tmp_path):
     assert isinstance(load_detector(tmp_path), Detector)
 
 
+def test_options_that_a_file_has_no_use_for_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"provider is for \.onnx and \.xml files"):
+        load_detector(checkpoint, provider="CPUExecutionProvider")
+    with pytest.raises(ValueError, match=r"precision is for \.xml files"):
+        load_detector(tmp_path / "model.onnx", precision="bfloat16")
+    with pytest.raises(ValueError, match="choose cpu or cuda"):
+        load_detector(tmp_path / "model.onnx", device="mps")
+    for name in ("model.onnx", "model.xml", "model.pt2"):
+        with pytest.raises(CheckpointError, match=rf"{name}.* does not exist"):
+            load_detector(tmp_path / name)
+    (tmp_path / "model.pt2").write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match=r"model\.pt2 is not a file of torch\.export"):
+        load_detector(tmp_path)
+
+
 def test_what_holds_no_model_is_said_in_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no model; looked for model\.ckpt"):
         load_detector(tmp_path)
