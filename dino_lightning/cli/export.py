@@ -9,12 +9,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dino_lightning.cli.checkpoints import HELP, model_file, refuse_exported
 from dino_lightning.cli.command import PROGRAM, CommandParser, run_command, writing
 from dino_lightning.errors import UsageError
 from dino_lightning.export import DEFAULT_OPSET, OPSETS, RESIZING_OPSET
 from dino_lightning.files import atomic_write
+
+if TYPE_CHECKING:
+    from dino_lightning.export.check import Compared
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 SMALLEST, LARGEST = 32, 4096  # sides of images of fixed size, in pixels
@@ -171,22 +175,33 @@ def export_file(
     module = load_module(checkpoint)
     description = describe_module(module, preprocessing, static)
     rule = ImageRule(**{field.name: description[field.name] for field in fields(ImageRule)})
-    with atomic_write(output) as temporary:
-        weights = temporary.with_suffix(".bin")
-        try:
-            detect, prepare = write_and_run(module, temporary, kind, description, opset)
-            rows = compare_with_module(module, detect, prepare, rule=rule)
-            print(table(rows), flush=True)
-            if not all(row.same for row in rows):
-                raise UsageError(
-                    f"{output} is not written: what was exported does not agree with the checkpoint (boxes differ by "
-                    f"up to {max(row.boxes for row in rows):.3g} pixels, scores by up to "
-                    f"{max(row.scores for row in rows):.2g})."
-                )
-            if kind == "openvino":
-                weights.replace(output.with_suffix(".bin"))
-        finally:
+    weights = output.with_suffix(".bin") if kind == "openvino" else None
+    placed = False
+    try:
+        with atomic_write(output) as temporary:
+            written = temporary.with_suffix(".bin")
+            try:
+                detect, prepare = write_and_run(module, temporary, kind, description, opset)
+                rows = compare_with_module(module, detect, prepare, rule=rule)
+                print(table(rows), flush=True)
+                if not all(row.same for row in rows):
+                    raise UsageError(_disagreement(output, rows))
+                if weights is not None:
+                    written.replace(weights)
+                    placed = True
+            finally:
+                written.unlink(missing_ok=True)
+    except BaseException:
+        if placed and weights is not None:  # the other half did not get its name
             weights.unlink(missing_ok=True)
+        raise
+
+
+def _disagreement(output: Path, rows: Sequence[Compared]) -> str:
+    return (
+        f"{output} is not written: what was exported does not agree with the checkpoint (boxes differ by up to "
+        f"{max(row.boxes for row in rows):.3g} pixels, scores by up to {max(row.scores for row in rows):.2g})."
+    )
 
 
 def _export_directory(checkpoint: Path, output: Path) -> None:

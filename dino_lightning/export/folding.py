@@ -120,7 +120,10 @@ def lower_opset(model: Any, opset: int) -> None:
     for entry in model.opset_import:
         if entry.domain == "":
             entry.version = opset
-    graph.initializer.extend(_numbers(nodes))
+    read = {name for node in nodes for name in node.input}
+    needed = [value for value in graph.initializer if value.name in read] + _numbers(nodes)
+    del graph.initializer[:]
+    graph.initializer.extend(needed)
 
 
 def _layer_norm(node: Any) -> list[Any]:

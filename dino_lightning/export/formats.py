@@ -132,7 +132,13 @@ def write_onnx(
     _name_dimensions(model)
     model.producer_name, model.doc_string = "dino_lightning", "DINO object detector (arXiv 2203.03605)"
     onnx.helper.set_model_props(model, stored_text(description))
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        if opset >= RESIZING_OPSET:
+            raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"This network cannot be written with --opset {opset} ({reason}); choose 18 to 20.") from error
     onnx.save(model, path)
     return prepare
 

@@ -97,6 +97,13 @@ def test_a_static_graph_without_sizes_among_its_inputs_computes_none_of_them(for
     assert not operators(form("canvas.onnx")) & {"Shape", "Range", "Less", "And", "LayerNormalization"}
 
 
+def test_non_maximum_suppression_adds_one_kind_of_operator(tmp_path):
+    checkpoint = save(tiny_module(nms_iou_threshold=0.4), tmp_path / "suppressing.ckpt")
+    arguments = ["--ckpt_path", str(checkpoint), "--output", str(tmp_path), "--static", "96x128"]
+    assert export.run(arguments) == 0
+    assert operators(tmp_path / "suppressing.onnx") - COMMON == {"Trilu"}
+
+
 @pytest.mark.parametrize(
     "name", ["outside.onnx", "padded.onnx", "outside.xml", "padded.xml", "outside.pt2", "run", "job"]
 )
