@@ -22,7 +22,7 @@ SAMPLES_AT_A_TIME = 32_768  # for each thread: what is computed of more does not
 
 def can_gather(value: Tensor, queries: int) -> bool:
     """Whether `gathered` is for such values and so many queries: those on a CPU, where there are any."""
-    return value.device.type == "cpu" and value.numel() * queries > 0
+    return value.device.type == "cpu" and value.numel() * queries > 0 and MULTIPLIES_AT_PLACES
 
 
 def gathered(
@@ -290,3 +290,16 @@ torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor grad, Tensor maps, Tensor rows) -> Tensor",
 ).register_fake(_product_shapes)
+
+
+def _multiplies_at_places() -> bool:
+    """Whether this PyTorch has products at the places of a sparse matrix on a CPU; not every build of every version."""
+    one = torch.ones(1, 1, 1)
+    try:
+        _row_products(one, one, torch.zeros(4, 1, 1, 1, dtype=torch.int32))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+MULTIPLIES_AT_PLACES = _multiplies_at_places()  # now, and not in a pass that somebody traces
