@@ -148,8 +148,8 @@ class _Fused(torch.autograd.Function):
         ctx: Any, grad_exact: Tensor | None, grad_lowered: Tensor | None, grad_positioned: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, branch, weight = ctx.saved_tensors
-        grads = (torch.zeros_like(x) if grad_exact is None else grad_exact, grad_lowered, grad_positioned)
-        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
+        given = (torch.zeros_like(x) if grad_exact is None else grad_exact, grad_lowered, grad_positioned)
+        grads = [None if grad is None else grad.contiguous() for grad in given]
         programs = min(MOST_PROGRAMS, -(-x.numel() // (4 * x.shape[-1])))  # of at least four rows
         grad_x, grad_branch, parts = torch.ops.dino_lightning.residual_norm_backward(
             *grads, x, branch, weight, ctx.low, ctx.eps, programs
@@ -208,7 +208,7 @@ def _backward_shapes(
     return torch.empty_like(x), by_branch, x.new_empty(programs, 2, x.shape[-1])
 
 
-_library = torch.library.Library("dino_lightning", "FRAGMENT")
+_library: Any = torch.library.Library("dino_lightning", "FRAGMENT")  # type: ignore[no-untyped-call]  # nor its methods
 _library.define(
     "residual_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, Tensor? position, ScalarType low, bool copies, "
     "float eps) -> (Tensor, Tensor, Tensor)"
