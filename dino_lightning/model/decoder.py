@@ -10,6 +10,7 @@ from dino_lightning.boxes import inverse_sigmoid
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.deformable_attention.module import without_padding
 from dino_lightning.model.feed_forward import feed_forward
+from dino_lightning.model.linear import linear
 from dino_lightning.model.lower_precision import as_made, is_watched, lower_precision, lowered
 from dino_lightning.model.mlp import MLP, box_head
 from dino_lightning.model.position_encoding import query_position_embedding, sine_divisors
@@ -77,15 +78,15 @@ class DecoderLayer(nn.Module):
         def by_head(x: Tensor) -> Tensor:
             return x.view(batch, count, attention.num_heads, -1).transpose(1, 2)
 
-        query, key = F.linear(positioned, weight_qk, shift_qk).chunk(2, dim=-1)
+        query, key = linear(positioned, weight_qk, shift_qk).chunk(2, dim=-1)
         attended = F.scaled_dot_product_attention(
             by_head(query),
             by_head(key),
-            by_head(F.linear(queries, weight_v, shift_v)),
+            by_head(linear(queries, weight_v, shift_v)),
             attn_mask=bias,
             dropout_p=attention.dropout if self.training else 0.0,
         )
-        return F.linear(attended.transpose(1, 2).reshape(batch, count, dim), *to_output)
+        return linear(attended.transpose(1, 2).reshape(batch, count, dim), *to_output)
 
 
 class Decoder(nn.Module):
@@ -206,7 +207,7 @@ class Decoder(nn.Module):
         if not as_made(*projections):
             return tuple(without_padding(project(memory), geometry.padding_mask) for project in projections)
         weights = lowered(*(weight for projection in projections for weight in projection.parameters()))
-        values = F.linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
+        values = linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
         return without_padding(values, geometry.padding_mask).chunk(len(projections), dim=-1)
 
 

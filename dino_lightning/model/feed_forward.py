@@ -9,16 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dino_lightning.model.linear import linear, takes_onednn
 from dino_lightning.model.lower_precision import as_made, lower_precision, lowered, products
+
+ROWS_AT_A_TIME = 1024  # at inference on a CPU: what lies between the layers fits into its cache
 
 
 def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dropout) -> Tensor:
     """Two linear layers with ReLU and dropout between them: (..., D) -> (..., D).
 
     In training, ReLU is part of the first product, where the device's library has one like that: the widest tensor of
-    the model is written once, rather than written, read and written again.
+    the model is written once, rather than written, read and written again. At inference on a CPU, rows go through both
+    layers some at a time.
     """
-    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or (dropout.training and dropout.p > 0)
+    dropped = dropout.training and dropout.p > 0
+    if takes_onednn(x, first.weight) and as_made(first, second) and not dropped:
+        (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in (first, second))
+        rows = x.flatten(0, -2).split(ROWS_AT_A_TIME)
+        return torch.cat([linear(linear(some, w1, b1, relu=True), w2, b2) for some in rows]).view(*x.shape[:-1], -1)
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or dropped
     if plain or not as_made(first, second):
         to_hidden, to_output = products(first, second)
         return to_output(dropout(F.relu(to_hidden(x))))

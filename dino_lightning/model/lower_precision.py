@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention
+
+from dino_lightning.model.linear import linear
 
 
 def lower_precision(device_type: str) -> torch.dtype | None:
@@ -71,7 +72,7 @@ def products(*layers: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     if not as_made(*layers):
         return list(layers)
     weights = lowered(*(weight for layer in layers for weight in layer.parameters()))
-    return [partial(F.linear, weight=weights[i], bias=weights[i + 1]) for i in range(0, len(weights), 2)]
+    return [partial(linear, weight=weights[i], bias=weights[i + 1]) for i in range(0, len(weights), 2)]
 
 
 def lowered(*weights: Tensor) -> tuple[Tensor, ...]:
