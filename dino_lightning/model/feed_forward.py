@@ -25,7 +25,7 @@ def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear, dropout: nn.Dro
     dropped = dropout.training and dropout.p > 0
     if takes_onednn(x, first.weight) and as_made(first, second) and not dropped:
         (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in (first, second))
-        rows = x.flatten(0, -2).split(ROWS_AT_A_TIME)
+        rows = torch.split(x.flatten(0, -2), ROWS_AT_A_TIME)
         return torch.cat([linear(linear(some, w1, b1, relu=True), w2, b2) for some in rows]).view(*x.shape[:-1], -1)
     plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or dropped
     if plain or not as_made(first, second):

@@ -34,12 +34,13 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.numel() > 0
         and _has_both()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
 @functools.cache
 def _has_both() -> bool:
     """Whether PyTorch was built with MKL, and with the operation of oneDNN that its compiler calls."""
-    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return bool(onednn and torch.backends.mkl.is_available())
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
+    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return bool(onednn and mkl and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
