@@ -18,6 +18,7 @@ NAMES = {
     "eval": "COCO's average precision",
     "ddp": "two processes compared with one",
     "latency": "milliseconds from a batch to its boxes, compared with other detectors",
+    "predict": "images per second of predict, as a share of what its model alone does",
     "race": "AP, AP50 and F1 over minutes of training, compared with other detectors",
     "ladder": "the configurations from fast to accurate: milliseconds, and accuracy after equal minutes",
     "pretrain": "weights that know floor plans, from drawn ones alone",
