@@ -274,7 +274,9 @@ class Detections:
 def save_page(page: Image.Image, path: Path) -> None:
     """Write an image atomically: the file is complete or absent."""
     with atomic_write(path) as temporary:
-        page.save(temporary, quality=90)  # lossless formats ignore the quality
+        # Each format ignores what it does not know. A PNG of level 2 takes a third of the time of the default, 6; those
+        # of drawn plans are no larger.
+        page.save(temporary, quality=90, compress_level=2)
 
 
 def _printable(text: str) -> str:

@@ -117,6 +117,11 @@ def _report(folder: Path, summary: Summary) -> None:
     say(
         f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {summary.threshold:.3f}"
     )
+    if summary.done_now:
+        say(
+            f"Predicted {summary.done_now:,} in {summary.seconds:.1f} s: "
+            f"{summary.done_now / summary.seconds:.1f} images per second, reading and writing included"
+        )
     if summary.other_size:
         say(
             f"warning: {summary.other_size} images have another size than the COCO file says: its boxes and the "

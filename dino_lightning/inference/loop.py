@@ -1,4 +1,9 @@
-"""The loop of `predict`: views in, batches through the detector, each finished image recorded at once."""
+"""The loop of `predict`: views in, batches through the detector, each finished image recorded at once.
+
+Four things happen at a time: processes read and resize images, threads detect, threads draw and write pictures, and the
+main thread hands on. On a CPU two batches of small views are detected at once: the cores that one batch leaves idle
+between its operations work on the other. Results and their order are those of one batch after another.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +37,10 @@ from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
 
 OVERLAY_SIDE = 2400  # pixels of the long side of a picture, at the most
+BATCHES_AT_ONCE = 2  # on a CPU
+PIXELS_AT_ONCE = 1_000_000  # of all views that are detected or wait for it; larger batches are detected alone
 
+Detect = Callable[[Sequence[View]], list[Detections]]
 Found = tuple[tuple[int, int], Detections]  # the (height, width) of an image, and what is in it
 
 
@@ -72,11 +80,16 @@ def predict_images(
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     records = Records(folder=folder, process=fabric.global_rank)
-    with _Finisher(records, overlays, progress) as finisher, _interrupts_between_images() as stop_if_interrupted:
+    detect, at_once = partial(_detect, fabric, module, threshold), BATCHES_AT_ONCE if fabric.device.type == "cpu" else 1
+    with (
+        _Finisher(records, overlays, progress) as finisher,
+        _interrupts_between_images() as stop_if_interrupted,
+        _threads(at_once) as threads,
+    ):
         try:
             with ctrl_c_left_to_this_process():
                 stream = iter(loader)  # starts the processes
-            for listed, found in _found(stream, batch_size, partial(_detect, fabric, module, threshold)):
+            for listed, found in _found(_detected(batches(stream, batch_size), detect, threads, at_once)):
                 finisher.add(listed, found)
                 stop_if_interrupted()
         except RuntimeError as error:
@@ -113,16 +126,56 @@ def _interrupts_between_images() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that end with the block, which waits for what they do and cancels what they have not begun."""
+    threads = ThreadPoolExecutor(count)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _detected(
+    groups: Iterable[list[View] | Unreadable], detect: Detect, threads: ThreadPoolExecutor, at_once: int
+) -> Iterator[Unreadable | list[tuple[View, Detections]]]:
+    """Yields each batch in its turn, with the detections of its views; the next ones are detected meanwhile.
+
+    One batch more than threads waits, so that no thread does, unless there are more than `PIXELS_AT_ONCE`.
+    """
+    waiting: deque[tuple[list[View], Future[list[Detections]]]] = deque()
+
+    def first() -> list[tuple[View, Detections]]:
+        views, found = waiting.popleft()
+        return list(zip(views, found.result(), strict=True))
+
+    for group in groups:
+        if isinstance(group, Unreadable):
+            yield group
+            continue
+        while waiting and (
+            len(waiting) > at_once or _pixels(group) + sum(_pixels(views) for views, _ in waiting) > PIXELS_AT_ONCE
+        ):
+            yield first()
+        waiting.append((group, threads.submit(detect, group)))
+    while waiting:
+        yield first()
+
+
+def _pixels(views: Sequence[View]) -> int:
+    return sum(view.pixels.shape[1] * view.pixels.shape[2] for view in views)
+
+
 def _found(
-    stream: Iterator[View | Unreadable], size: int, detect: Callable[[Sequence[View]], list[Detections]]
+    detected: Iterable[Unreadable | list[tuple[View, Detections]]],
 ) -> Iterator[tuple[ListedImage, Found | Unreadable]]:
     """Yields each image as soon as all its views have been through the detector."""
     parts: dict[str, list[tuple[Window, Detections]]] = {}
-    for batch in batches(stream, size):
+    for batch in detected:
         if isinstance(batch, Unreadable):
             yield batch.listed, batch
             continue
-        for view, detections in zip(batch, detect(batch), strict=True):
+        for view, detections in batch:
             seen = parts.setdefault(view.listed.name, [])
             seen.append((view.window, detections))
             if len(seen) == view.number:
@@ -182,7 +235,7 @@ class _Finisher:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, Exception):  # what came before an error is kept; Ctrl-C does not wait
                 self._note(0)
         finally:
             self._threads.shutdown(cancel_futures=True)

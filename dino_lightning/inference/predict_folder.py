@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -114,12 +115,14 @@ def predict_folder(
         if refusal:
             return None
         on_start()
-        _predict_share(options, fabric, module.to(fabric.device), images, threshold)
+        module = module.to(fabric.device)
+        start = time.perf_counter()
+        done_now = _predict_share(options, fabric, module, images, threshold)
         fabric.barrier("predicted")
         if not fabric.is_global_zero:
             return None
         summary = write_results(options.output, images, _categories(module))
-        summary.threshold = threshold
+        summary.threshold, summary.done_now, summary.seconds = threshold, done_now, time.perf_counter() - start
         return summary
 
 
@@ -163,8 +166,8 @@ def _fabric(options: PredictOptions) -> Fabric:
 
 def _predict_share(
     options: PredictOptions, fabric: Fabric, module: DINOModule, images: Sequence[ListedImage], threshold: float
-) -> None:
-    """Predict this process's share of what is left."""
+) -> int:
+    """Predict this process's share of what is left; returns how many images all processes have left."""
     by_name = {image.name: image for image in images}
     done = {name for name, place in finished(options.output, images).items() if not place.failed}
     # shares of all images, not of what is left, on which another process may be at work already
@@ -190,6 +193,7 @@ def _predict_share(
         num_workers=default_workers(len(left), fabric.world_size) if workers is None else min(workers, len(left)),
         overlays=overlay_paths(options.output, images) if options.overlays else {},
     )
+    return len(by_name.keys() - done)
 
 
 def _categories(module: DINOModule) -> dict[int, str]:

@@ -49,6 +49,8 @@ class Summary:
         failed: images that could not be read.
         failures: the first reasons.
         other_size: images whose size is not the one that the COCO file says.
+        done_now: images that this call predicted or gave up, without those that were finished before.
+        seconds: from the first image read to the last file written, without loading the model.
     """
 
     threshold: float = 0.0
@@ -57,6 +59,8 @@ class Summary:
     failed: int = 0
     failures: list[str] = field(default_factory=list)
     other_size: int = 0
+    done_now: int = 0
+    seconds: float = 0.0
 
 
 def record(listed: ListedImage, size: tuple[int, int], detections: Detections) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from pycocotools.coco import COCO
 
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
+from dino_lightning.inference import loop
 from dino_lightning.inference import predict_folder as predict_command
 from dino_lightning.model import DINO
+from dino_lightning.training.module import DINOModule
 from tests.conftest import size_of
 from tests.inference.test_detector import save_tiny
 
@@ -92,7 +96,11 @@ def test_a_folder_gives_what_the_detector_finds(checkpoint, plans, tmp_path, cap
     results, table = content(output, "predictions.json"), rows(output)
     count = sum(map(len, found))
     assert len(results) == len(table) == count > 0
-    assert f"6 images: {count:,} detections with a score of at least 0.60" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"6 images: {count:,} detections with a score of at least 0.60" in printed
+    assert re.search(
+        r"^Predicted 6 in [0-9.]+ s: [0-9.]+ images per second, reading and writing included$", printed, re.M
+    )
     expected = [entry for number, each in enumerate(found, 1) for entry in each.to_coco(number)]
     for entry, other, row in zip(results, expected, table, strict=True):
         assert (entry["image_id"], entry["category_id"]) == (other["image_id"], other["category_id"])
@@ -157,6 +165,46 @@ def test_a_broken_image_is_reported_and_the_rest_done(checkpoint, plans, tmp_pat
     assert {entry["image_id"] for entry in content(output, "predictions.json")} == {1, 2, 3, 4, 5, 6}
 
 
+def test_small_batches_are_detected_two_at_once_and_large_ones_alone(checkpoint, plans, tmp_path, monkeypatch):
+    forward, together = DINOModule.forward, threading.Barrier(2, timeout=60)
+    running, most = [], []
+
+    def watched(module, batch, meet):
+        running.append(1)
+        most.append(len(running))
+        if meet:
+            together.wait()  # raises if no second batch comes
+        found = forward(module, batch)
+        running.pop()
+        return found
+
+    monkeypatch.setattr(DINOModule, "forward", lambda module, batch: watched(module, batch, True))
+    assert predict(checkpoint, "--images", plans, output=tmp_path / "two") == 0
+    monkeypatch.setattr(DINOModule, "forward", lambda module, batch: watched(module, batch, False))
+    monkeypatch.setattr(loop, "PIXELS_AT_ONCE", 1)
+    most.clear()
+    assert predict(checkpoint, "--images", plans, output=tmp_path / "one") == 0
+    assert most == [1] * 6
+    for name in ("predictions.json", "predictions.csv", "images.json", "predictions.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_an_error_in_a_detection_ends_it_and_what_came_before_is_kept(checkpoint, plans, tmp_path, monkeypatch):
+    forward, calls = DINOModule.forward, []
+
+    def failing(module, batch):
+        calls.append(batch)
+        if batch.original_sizes == ((64, 64),):  # the third image
+            raise torch.OutOfMemoryError("full")
+        return forward(module, batch)
+
+    monkeypatch.setattr(DINOModule, "forward", failing)
+    assert predict(checkpoint, "--images", plans, output=tmp_path / "out") == 1
+    lines = (tmp_path / "out" / "predictions.rank0.jsonl.part").read_text().splitlines()
+    kept = [Path(json.loads(line)["file"]).name for line in lines]
+    assert len(calls) < 6 and kept == ["0.png", "1.png"]
+
+
 def command(checkpoint, *options):
     arguments = [sys.executable, "-m", "dino_lightning", "predict", "--ckpt_path", checkpoint, *CPU, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -205,7 +253,9 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     assert [entry["file_name"] for entry in content(output, "images.json")["images"]] == names
     assert not list(output.glob("*.part"))
     before = (output / "predictions.json").read_bytes()
+    capsys.readouterr()
     assert predict(checkpoint, *options, output=output) == 0  # nothing is left to do
+    assert "per second" not in capsys.readouterr().out
     assert (output / "predictions.json").read_bytes() == before
 
 
