@@ -9,7 +9,8 @@ END = "exit"  # the command has done its work, and Python ends
 START = ("argparse", "lightning.pytorch")  # imports
 SAVE, READ = "torch.serialization:_save", "dino_lightning.data.read_files:read_files"
 MODULE = "dino_lightning.training.module:"
-STEP, CHECK = MODULE + "DINOModule.training_step", MODULE + "DINOModule.validation_step"
+STEP = MODULE + "DINOModule.training_step"
+CHECK = "dino_lightning.training.evaluated_module:EvaluatedModule.validation_step"
 LOAD, WRITE = "dino_lightning.weights.reading:read_checkpoint", "dino_lightning.files:atomic_write"
 
 
