@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +24,10 @@ from dino_lightning.model.encoder import Encoder
 from dino_lightning.model.kept_result import KeptResult
 from dino_lightning.model.neck import Neck
 from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE
+from dino_lightning.model.prepared_inputs import PreparedInputs, geometry_of
 from dino_lightning.model.query_selection import QuerySelection
 from dino_lightning.model.timm_backbone import PREFIX, TimmBackbone
-from dino_lightning.model.token_geometry import TokenGeometry, token_geometry, valid_cells
+from dino_lightning.model.token_geometry import TokenGeometry
 from dino_lightning.structures import Batch, DenoisingOutput, ModelOutput
 
 # The arguments beside its sizes that decide which numbers the same weights give; see `DINO.semantics`.
@@ -221,8 +221,43 @@ class DINO(nn.Module):
                 f"A batch with image ids {list(batch.image_ids)} has label {batch.targets.highest_label}; the model "
                 f"has {self.num_classes} classes, so labels go from 0 to {self.num_classes - 1}."
             )
-        levels = self.neck(self.backbone(self.normalize(batch.images)))
-        geometry = self._geometry(batch, levels)
+        levels = self.feature_maps(batch.images)
+        return self.detect(levels, self.prepare(batch, levels, noise))
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> L maps (B, D, h, w), finest first. The device alone works, as in `detect`."""
+        levels: list[Tensor] = self.neck(self.backbone(self.normalize(images)))
+        return levels
+
+    def prepare(self, batch: Batch, levels: Sequence[Tensor], noise: Noise | None = None) -> PreparedInputs:
+        """All that the host has to say about a batch: sizes, numbers of boxes and draws.
+
+        Args:
+            batch: as in `forward`.
+            levels: of which the shapes count.
+            noise: as in `forward`.
+        """
+        shapes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
+        geometry = geometry_of(batch, shapes, self._unpadded, dim=self.level_embedding.shape[1], **self.position)
+        targets = batch.targets
+        if not self.training or targets is None or not self.num_denoising or not max(targets.num_boxes, default=0):
+            return PreparedInputs(geometry)
+        if noise is None:
+            groups = num_denoising_groups(self.num_denoising, max(targets.num_boxes), self.denoising_rule)
+            noise = draw_noise(targets, num_groups=groups, num_classes=self.num_classes)
+        return PreparedInputs(geometry, targets, noise)
+
+    def detect(self, levels: Sequence[Tensor], prepared: PreparedInputs) -> ModelOutput:
+        """From feature maps to the output. The device alone works: no copy from or to the host, no synchronisation.
+
+        Nor does any shape depend on the values of a tensor, so that the same launches serve other batches of the same
+        shapes and numbers.
+
+        Args:
+            levels: of `feature_maps`.
+            prepared: of `prepare`.
+        """
+        geometry = prepared.geometry
         tokens, position = flatten_levels(levels, geometry, self.level_embedding)
         memory = self.encoder(tokens, position, geometry)
         selected = self.query_selection(memory, geometry)
@@ -233,7 +268,7 @@ class DINO(nn.Module):
             further = self.group_queries.weight.view(groups - 1, -1, queries.shape[2])[:, :count].flatten(0, 1)
             queries = torch.cat((queries, further.expand(len(queries), -1, -1)), dim=1)
             reference_logits = reference_logits.repeat(1, groups, 1)
-        denoising = self._denoising_queries(batch, noise)
+        denoising = self._denoising_queries(prepared)
         if denoising is not None or groups > 1:
             attention_mask = denoising_attention_mask(
                 num_groups=0 if denoising is None else denoising.num_groups,
@@ -276,39 +311,17 @@ class DINO(nn.Module):
             return images
         return (images.float() - self.image_mean) / self.image_std
 
-    def _denoising_queries(self, batch: Batch, noise: Noise | None) -> DenoisingQueries | None:
-        targets = batch.targets
-        if not self.training or targets is None or not self.num_denoising or not max(targets.num_boxes, default=0):
+    def _denoising_queries(self, prepared: PreparedInputs) -> DenoisingQueries | None:
+        if prepared.targets is None or prepared.noise is None:
             return None
-        if noise is None:
-            groups = num_denoising_groups(self.num_denoising, max(targets.num_boxes), self.denoising_rule)
-            noise = draw_noise(targets, num_groups=groups, num_classes=self.num_classes)
         return denoising_queries(
-            targets,
-            noise,
+            prepared.targets,
+            prepared.noise,
             self.label_embedding,
             label_noise_ratio=self.label_noise_ratio,
             box_noise_scale=self.box_noise_scale,
             multiple=self.denoising_multiple,
         )
-
-    def _geometry(self, batch: Batch, levels: Sequence[Tensor]) -> TokenGeometry:
-        """Where the tokens of the levels lie; kept from step to step while nothing is padded and sizes are the same."""
-        shapes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
-        canvas, device = (batch.images.shape[-2], batch.images.shape[-1]), batch.images.device
-        padded = any(tuple(size) != canvas for size in batch.image_sizes)
-
-        def geometry() -> TokenGeometry:
-            # The host knows the sizes: it counts, and one small copy goes to the device.
-            cells = valid_cells(batch.image_sizes if padded else [canvas], canvas, shapes)
-            ratios = (cells / np.asarray(shapes, dtype=np.float32))[..., ::-1]
-            both = torch.from_numpy(np.stack((cells, ratios))).to(device, non_blocking=True)
-            dim = self.level_embedding.shape[1]
-            return token_geometry(shapes, both[0], both[1], padded=padded, dim=dim, **self.position)
-
-        if padded:
-            return geometry()
-        return self._unpadded.of((), (canvas, shapes, device), geometry)
 
 
 def _by_group(values: Tensor, count: int) -> Tensor:
