@@ -24,6 +24,7 @@ from dino_lightning.console import without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.files import atomic_write
 from dino_lightning.model import deformable_attention, residual_norm
+from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.stored import OPTIONS_KEY
 
 PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pillow", "faster-coco-eval", "triton")
@@ -32,8 +33,8 @@ PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pil
 class RunRecord(lightning.Callback):
     """Writes versions, commit, data, classes and command line to a file; each start of the run adds an entry.
 
-    What computes deformable attention and residual norms is added after the first batch, since a kernel is tried when
-    it is first called.
+    What computes deformable attention and residual norms, and whether layers are compiled, is added after the first
+    batch: a kernel is tried when it is first called, and a compiler can fail then.
 
     Args:
         path: the JSON file.
@@ -67,7 +68,7 @@ class RunRecord(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write which kernels run, and again if that has changed: no device is asked."""
+        """Write which kernels run and whether layers are compiled, and again if that has changed: no device is asked."""
         if self._record is None:
             return
         start, device = self._record["starts"][-1], trainer.strategy.root_device
@@ -75,6 +76,8 @@ class RunRecord(lightning.Callback):
             "deformable_attention": deformable_attention.implementation_in_use(device),
             "residual_norm": residual_norm.implementation_in_use(device),
         }
+        if isinstance(pl_module, DINOModule):
+            found["compiled"] = str(pl_module.compilation)
         if not found.items() <= start.items():
             start.update(found)
             self._write()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, NormKind
+from dino_lightning.model.compiled_layers import Backend, CompiledLayers
 from dino_lightning.model.decoder import Decoder
 from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention
 from dino_lightning.model.denoising import (
@@ -168,20 +169,23 @@ class DINO(nn.Module):
             "box_epsilon": self.decoder.box_epsilon,
         }
 
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile the layers of encoder and decoder at their first use; names of parameters stay as they are.
+    def compile_layers(self, backend: Backend = "inductor") -> CompiledLayers:
+        """Compile the layers of encoder and decoder at their first use, and for all later shapes at the second ones.
 
-        They have many small operations between the large ones; the backbone, made of large ones, gains nothing.
+        They have many small operations between the large ones; the backbone, made of large ones, gains nothing. Where
+        the compiler fails, the layers run as they are, and a warning says why.
 
         Args:
             backend: of `torch.compile`.
+
+        Returns:
+            The compiled layers, which know whether the compiler has failed.
         """
         if self.level_embedding.device.type == "cpu":
             for module in self.modules():
                 if isinstance(module, MultiScaleDeformableAttention):
                     module.keep_sampling_out_of_compilation()
-        for layer in (*self.encoder.layers, *self.decoder.layers):
-            layer.compile(backend=backend)
+        return CompiledLayers((*self.encoder.layers, *self.decoder.layers), backend)
 
     def _reset_parameters(self) -> None:
         """Xavier for the transformer's matrices; heads and deformable attention keep the start they gave themselves."""

@@ -21,6 +21,7 @@ from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.model import DINO
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
+from dino_lightning.training.compilation import Compilation, CompileOption
 from dino_lightning.training.detection import take_from_data
 from dino_lightning.training.evaluated_module import EvaluatedModule
 from dino_lightning.training.freed_memory import keep_freed_memory
@@ -113,8 +114,9 @@ class DINOModule(EvaluatedModule):
         cost_giou: weight of the GIoU in it.
         box_noise_scale: how far corners of denoising boxes move, in half box sizes; 1 as published, 0.4 in short runs.
         freeze: parts of the detector that are not trained, such as `backbone`; they stay in evaluation mode.
-        compile: compile the layers of encoder and decoder, which takes minutes at the start and again for new batch
-            shapes, until the compiler uses dynamic ones; best with the data's `fixed_size`. Needs a C compiler.
+        compile: compile the layers of encoder and decoder, which takes about half a minute at the start, more with
+            images of many sizes, and needs a C compiler. `auto`: on CUDA devices with the data's `fixed_size`, for
+            3,000 batches or more, where nothing is missing for it. If it fails, a warning says why.
         max_detections: detections kept for each image.
         nms_iou_threshold: non-maximum suppression: of detections whose boxes overlap by more than this IoU, whatever
             their classes, the best is kept; null for none, as published. A detector that has seen few images finds
@@ -163,7 +165,7 @@ class DINOModule(EvaluatedModule):
         cost_giou: float = 2.0,
         box_noise_scale: float | None = None,
         freeze: list[str] | None = None,
-        compile: bool = False,
+        compile: CompileOption = "auto",
         max_detections: int = 300,
         nms_iou_threshold: float | None = None,
         image_size: int | None = None,
@@ -186,6 +188,7 @@ class DINOModule(EvaluatedModule):
         self.own_schedule: Callable[[torch.optim.Optimizer], OptimizerLRScheduler] | None = None
         self._noise_seed: int | None = None
         self._stored_rate: StoredRate | None = None  # of the checkpoint that a run is resumed from
+        self.compilation = Compilation(compile)
         self.step_metrics = StepMetrics()
         self._shown: dict[str, float] = {}  # metrics of this step, if they are logged
         self._accumulated = AccumulatedBoxes()
@@ -220,11 +223,9 @@ class DINOModule(EvaluatedModule):
         self.criterion = criterion_of(self.hparams, self.recipe)
 
     def on_fit_start(self) -> None:
-        """Compile the layers if asked to; the model is on its device by now. On a CPU, keep the memory of a step."""
+        """On a CPU, keep the memory that the tensors of a step free."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        if self.hparams["compile"]:
-            self.model.compile_layers()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, fused into one kernel for each group, or the user's optimizer, and its learning-rate schedule."""
@@ -242,7 +243,8 @@ class DINOModule(EvaluatedModule):
         return "AdamW" if self.own_optimizer is None else self.own_optimizer.name
 
     def on_train_start(self) -> None:
-        """Set the noise seed and the learning rates; a resumed run has those of its current options."""
+        """Set noise seed and learning rates, a resumed run's by its current options; compile if that is to be."""
+        self.compilation.begin(self.model, self.trainer)
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
         schedule = self.lr_schedulers()
