@@ -170,10 +170,11 @@ class DINO(nn.Module):
         }
 
     def compile_layers(self, backend: Backend = "inductor") -> CompiledLayers:
-        """Compile the layers of encoder and decoder at their first use, and for all later shapes at the second ones.
+        """Compile the layers of encoder and decoder at their first use in training; names of parameters stay the same.
 
-        They have many small operations between the large ones; the backbone, made of large ones, gains nothing. Where
-        the compiler fails, the layers run as they are, and a warning says why.
+        They have many small operations between the large ones; the backbone, made of large ones, gains nothing. Sizes
+        take further graphs, with and without padding, until the compiler has those for any size. Where it fails, the
+        layers run as they are, and a warning says why.
 
         Args:
             backend: of `torch.compile`.

@@ -99,7 +99,10 @@ def test_compiled_layers_are_evaluated_copied_and_exported_as_they_are():
 
 @pytest.mark.slow
 def test_later_sizes_compile_nothing(monkeypatch):
-    """As on a GPU, with the kernel's operator within the graphs; its numbers do not matter here."""
+    """As on a GPU, with the kernel's operator within the graphs; its numbers do not matter here.
+
+    The first sizes take many graphs, as each comes with and without padding and in batches of two and of one.
+    """
 
     def forward(value, reference_points, offsets, logits, shapes):
         return value.new_ones(value.shape[0], offsets.shape[1], value.shape[1] * value.shape[3])
