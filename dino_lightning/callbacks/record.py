@@ -68,7 +68,7 @@ class RunRecord(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write which kernels run and whether layers are compiled, and again if that has changed: no device is asked."""
+        """Write which kernels run and whether layers are compiled, again if that has changed; no device is asked."""
         if self._record is None:
             return
         start, device = self._record["starts"][-1], trainer.strategy.root_device
