@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from dino_lightning.console import say
+from dino_lightning.files import atomic_write
 
 SECONDS_OF_SILENCE = 2.0  # a trial that finds its kernels in Triton's cache takes less
+SECONDS_FOR_A_PROCESS = 300
 _said_that_it_compiles = False
 
 
@@ -60,6 +66,39 @@ def in_a_thread(trial: Callable[[], str | None]) -> str | None:
         return trouble
     finally:
         watch.cancel()
+
+
+def in_a_process(module: str, argument: str, mark: Path) -> str | None:
+    """What a trial in a process of its own says is wrong; None if nothing.
+
+    After a wrong access to memory a process can use its device no more. A kernel that has never run on such a device is
+    therefore tried apart first; that it passed is kept on the disk.
+
+    Args:
+        module: run as `python -m MODULE ARGUMENT`; ends with 0, or says on its last line what is wrong.
+        argument: what the kernel is compiled for.
+        mark: the file that says that the trial has been passed; one that cannot be written costs a trial, no more.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    if mark.is_file():
+        return None
+    place = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "LIGHTNING_"))}
+    place["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    command = [sys.executable, "-m", module, argument]
+    try:
+        ended = subprocess.run(command, env=place, capture_output=True, text=True, timeout=SECONDS_FOR_A_PROCESS)
+    except subprocess.TimeoutExpired:
+        return f"its trial took more than {SECONDS_FOR_A_PROCESS} seconds"
+    if ended.returncode < 0:
+        return f"the process of its trial was ended by {signal.Signals(-ended.returncode).name}"
+    if ended.returncode > 0:
+        lines = (ended.stdout.strip() or ended.stderr.strip() or "its trial failed").splitlines()
+        return lines[-1]
+    with contextlib.suppress(OSError), atomic_write(mark) as temporary:
+        temporary.write_text("passed\n", encoding="utf-8")
+    return None
 
 
 def _once(trial: Callable[[], str | None]) -> tuple[str | None, bool]:

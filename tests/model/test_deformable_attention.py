@@ -1,5 +1,6 @@
 """Which implementation of deformable attention runs, and that all of them say the same."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ def untried(monkeypatch):
     monkeypatch.setattr(dispatch, "_missing", lambda call: None)
     monkeypatch.setattr(dispatch, "_found", {})
     monkeypatch.setattr(dispatch, "_found_of_cuda", {})
+    monkeypatch.setattr(dispatch, "_tried_apart", lambda call: None)
     monkeypatch.setattr(kernel_trial, "_said_that_it_compiles", False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
     for known in (dispatch._trouble_with, dispatch._cuda_trouble_with):
@@ -322,6 +324,33 @@ def test_a_cuda_kernel_that_fails_its_trial_leaves_the_gradients_to_triton(monke
     set_implementation("cuda")
     with pytest.raises(RuntimeError, match="cannot run in CUDA: no NVRTC"):
         dispatch._takes_cuda(16, CALL)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print('its output is off')\nraise SystemExit(1)", "its output is off"),
+        ("raise RuntimeError('no NVRTC')", "RuntimeError: no NVRTC"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "the process of its trial was ended by SIGSEGV"),
+        ("import sys\nassert sys.argv[1] == 'a call'", None),
+    ],
+)
+def test_a_trial_in_a_process_of_its_own(tmp_path, monkeypatch, code, said):
+    (tmp_path / "the_trial.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    mark = tmp_path / "cache" / "kernel.passed"
+    assert kernel_trial.in_a_process("the_trial", "a call", mark) == said
+    assert mark.exists() is (said is None)
+    (tmp_path / "the_trial.py").write_text("raise SystemExit(1)")
+    assert kernel_trial.in_a_process("the_trial", "a call", mark) == (None if said is None else "its trial failed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel passes on a device")
+def test_a_trial_apart_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    assert re.search("NVIDIA|CUDA", dispatch._tried_apart(CALL))
+    assert not list(tmp_path.rglob("*.passed"))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -57,6 +57,11 @@ def macros(
     return {**sizes, "REFERENCE_GRADIENT": int(reference_gradient), **types, **launch}
 
 
+def source() -> str:
+    """The kernel as it is written, without `macros`."""
+    return SOURCE.read_text(encoding="utf-8")
+
+
 def missing(dim: int, count: int) -> str | None:
     """Why there is no such kernel; None if there is.
 
@@ -151,5 +156,5 @@ def _kernel(
         reference_gradient=reference_gradient,
         capability=10 * major + minor,
     )
-    code = nvrtc.compiled(SOURCE.read_text(encoding="utf-8"), chosen, 10 * major + minor)
+    code = nvrtc.compiled(source(), chosen, 10 * major + minor)
     return nvrtc.Kernel(code, NAME, device.index if device.index is not None else torch.cuda.current_device())

@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from dino_lightning import kernel_trial
 from dino_lightning.console import shown
-from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits
+from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits, nvrtc
 from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
 
 Implementation = Literal["auto", "pytorch", "triton", "cuda"]
+TRIAL = "dino_lightning.model.deformable_attention.cuda_trial"  # of the CUDA kernel, in a process of its own
 _implementation: Implementation = "auto"
 
 
@@ -228,7 +231,7 @@ def _cuda_trouble(*call: object) -> str | None:
 def _cuda_trouble_with(call: Call) -> str | None:
     trouble = cuda_kernels.missing(call.dim, call.levels * call.points)
     if trouble is None:
-        trouble = kernel_trial.in_a_thread(lambda: _try(call, True))
+        trouble = kernel_trial.in_a_thread(lambda: _tried_apart(call) or _try(call, True))
         if trouble is not None and _implementation == "auto":
             warnings.warn(
                 "The gradients of deformable attention are computed by Triton, which is slower, since the CUDA kernel "
@@ -279,6 +282,28 @@ def _missing(call: Call) -> str | None:
 def _try(call: Call, cuda_backward: bool = False) -> str | None:
     """Compile and run both directions on small examples, compare with plain PyTorch; waits for the device, once."""
     return kernel_trial.allowed_to_wait(call.device_index, lambda: _tried(call, cuda_backward))
+
+
+def _tried_apart(call: Call) -> str | None:
+    """What a process of its own says of the CUDA kernel, which has run on few kinds of devices so far."""
+    named = json.dumps([one if isinstance(one, (int, str)) else str(one).removeprefix("torch.") for one in call])
+    device = f"{torch.cuda.get_device_name(call.device_index)}, torch {torch.__version__}"
+    key = hashlib.sha256("\0".join([cuda_kernels.source(), named, device]).encode()).hexdigest()
+    return kernel_trial.in_a_process(TRIAL, named, nvrtc.cache_folder() / f"{key}.passed")
+
+
+def try_cuda(named: str) -> str | None:
+    """Try the CUDA kernel in this process.
+
+    Args:
+        named: a `Call` as JSON, dtypes by their names.
+
+    Returns:
+        What is wrong; None if nothing.
+    """
+    parts = json.loads(named)
+    call = Call(*parts[:2], *(getattr(torch, name) for name in parts[2:5]), *parts[5:])
+    return kernel_trial.in_a_thread(lambda: _try(call, True))
 
 
 def _tried(call: Call, cuda_backward: bool = False) -> str | None:
