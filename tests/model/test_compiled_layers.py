@@ -12,6 +12,7 @@ from dino_lightning.export.traceable import TraceableDetector
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
 from dino_lightning.model.deformable_attention import dispatch, triton_kernels
+from dino_lightning.model.residual_norm import Normed
 from tests.conftest import TINY_SIZES
 from tests.model.test_dino import random_batch
 
@@ -78,7 +79,7 @@ def test_layers_computed_again_on_the_way_back_stay_compiled():
 def test_what_the_layer_itself_refuses_is_no_fault_of_the_compiler():
     model, layers = made("eager")
     with pytest.raises(Exception, match=r"shape|size|dimension"):
-        model.encoder.layers[0](torch.zeros(1, 5, 32), torch.zeros(1, 4, 32), None, (), None)
+        model.encoder.layers[0](Normed(torch.zeros(1, 5, 32)), torch.zeros(1, 4, 32), None, (), None)
     assert layers.trouble is None
 
 

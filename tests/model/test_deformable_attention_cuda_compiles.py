@@ -29,9 +29,13 @@ def test_registers_spills_occupancy_and_instructions(capability, coordinates, dt
     assert found["occupancy"] >= (0.75 if coordinates == 2 or capability in (86, 89) else 0.62)
 
 
-def test_five_levels_of_three_points_and_eight_of_four():
-    for levels, points in ((5, 3), (8, 4)):
-        found = figures(86, 4, torch.bfloat16, reference_gradient=True, levels=levels, points=points)
+@pytest.mark.parametrize("capability", [80, 86, 89])
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize(("levels", "points"), [(5, 3), (5, 4), (8, 4)])
+def test_other_numbers_of_levels_and_points_keep_all_in_registers(capability, coordinates, levels, points):
+    for reference_gradient in (False, True):
+        options = {"reference_gradient": reference_gradient, "levels": levels, "points": points}
+        found = figures(capability, coordinates, torch.bfloat16, **options)
         assert found["registers"] <= 64 and found["stack"] == 0
 
 

@@ -50,10 +50,13 @@ def macros(
     """
     # Registers: 48 a thread, of which a multiprocessor of sm_86 and sm_89 (48 warps) has enough for 40 warps. One of
     # sm_80 and sm_90 (64 warps) has room for more warps with 40, which is enough where little else is kept.
-    spare = capability in (80, 90) and coordinates == 2 and not reference_gradient
+    # The most is kept with boxes that get a gradient: with other than 16 samples it takes up to 64.
+    usual = levels * points == 16
+    spare = capability in (80, 90) and coordinates == 2 and not reference_gradient and usual
+    blocks = 6 if spare else 4 if reference_gradient and coordinates == 4 and not usual else 5
     sizes = {"HEADS": heads, "LEVELS": levels, "POINTS": points, "COORDINATES": coordinates}
     types = dict(zip(("VALUE", "OFFSET", "LOGIT"), (TYPES[dtype] for dtype in dtypes), strict=True))
-    launch = {"WARPS": WARPS, "MIN_BLOCKS": 6 if spare else 5}
+    launch = {"WARPS": WARPS, "MIN_BLOCKS": blocks}
     return {**sizes, "REFERENCE_GRADIENT": int(reference_gradient), **types, **launch}
 
 
