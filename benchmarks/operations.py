@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ class Launches(TorchDispatchMode):
         module.register_forward_pre_hook(lambda *_: self.part.append(name))
         module.register_forward_hook(lambda *_: self.part.pop() and None)
 
+    def watched(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function whose operations count as a part of that name."""
+
+        def counted(*given: Any) -> Any:
+            with self.during(name):
+                return function(*given)
+
+        return counted
+
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Count what happens here as a part of that name."""
@@ -83,14 +92,16 @@ def launches(height: int, width: int, size: int, precision: str = "bf16") -> dic
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         mock.patch.object(dispatch, "_takes_kernel", lambda *_: True),
         mock.patch.object(residual_norm, "_takes_kernel", lambda *_: True),
-        mock.patch.object(matcher, "to_host", lambda cost: arbitrary.random(cost.shape, dtype=np.float32)),
+        mock.patch.object(
+            matcher, "to_host_later", lambda cost: lambda: arbitrary.random(cost.shape, dtype=np.float32)
+        ),
     ):
         step = OurStep([_as_fake(batch, fake)], "cpu", precision)
         model, criterion = step.model, step.criterion
         for name in ("backbone", "neck", "encoder", "query_selection", "decoder"):
             count.watch(model.get_submodule(name), name.replace("_", " "))
         count.watch(criterion, "loss")
-        count.watch(criterion.matcher, "match")
+        criterion.matcher.launch = count.watched(criterion.matcher.launch, "match")
         step()  # frozen layers are folded and the optimizer makes its state in the first
         with count:
             loss = step.forward()

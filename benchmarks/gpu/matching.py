@@ -1,7 +1,7 @@
 """Part 7: where matching should be solved, by the number of boxes in an image.
 
-- as it is: the costs are copied, scipy solves, then all losses are computed.
-- pinned, overlapped: the costs go to pinned memory while the device computes the denoising queries' losses.
+- as it is: the costs go to pinned memory while the device computes the denoising queries' losses, then scipy solves.
+- copied first: the costs are copied, scipy solves, then all losses are computed, as before.
 - solved on the device: `HungarianMatcher(solver="device")`, which waits for some bytes once the losses are launched;
   on a CPU Triton interprets it.
 - another solver, given as `--solver module:callable`: it takes the costs, (L, B, N, Q) float32 on the device, and the
@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +24,9 @@ from benchmarks import match
 from benchmarks.gpu.report import Report, by_reference, last_line
 from benchmarks.measure import interleaved
 from benchmarks.step import synchronized
-from dino_lightning.losses import Criterion, HungarianMatcher, Matches, mean_num_boxes
-from dino_lightning.losses.criterion import _denoising_losses
-from dino_lightning.losses.matcher import to_host
-from dino_lightning.structures import ModelOutput, Targets
+from dino_lightning.losses import Criterion, HungarianMatcher, Matches
+from dino_lightning.losses.assignment import to_host_later
+from dino_lightning.structures import Targets
 
 BOXES = (10, 50, 100, 300)
 Solver = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -45,7 +43,7 @@ def compare(report: Report, count: int) -> dict[str, Any]:
     output, targets = match.example(count, report.device)
     criteria: dict[str, Callable[[], tuple[Tensor, ...]]] = {
         "as it is": partial(match.ours, Criterion(), output, targets),
-        "pinned, overlapped": partial(overlapped, Criterion(matcher=PinnedMatcher()), output, targets),
+        "copied first": partial(match.ours, Criterion(matcher=CopiedFirst()), output, targets),
         "solved on the device": partial(
             match.ours, Criterion(matcher=HungarianMatcher(solver="device")), output, targets
         ),
@@ -66,10 +64,10 @@ def compare(report: Report, count: int) -> dict[str, Any]:
 
     matcher, layers = HungarianMatcher(), (output.pred_logits, output.pred_boxes)
     cost = matcher.cost(*layers, targets)
-    on_host = to_host(cost)
+    on_host = to_host_later(cost)()
     parts: dict[str, Callable[[], object]] = {
         "costs alone": lambda: matcher.cost(*layers, targets),
-        "copy alone": lambda: to_host(cost),
+        "copy alone": lambda: to_host_later(cost)(),
         "scipy alone": lambda: solved(on_host, targets.num_boxes),
     }
     timed = {name: synchronized(call, report.device) for name, call in (calls | parts).items()}
@@ -87,31 +85,18 @@ def solved(cost: np.ndarray[Any, Any], num_boxes: Sequence[int]) -> np.ndarray[A
     return assigned
 
 
-class PinnedMatcher(HungarianMatcher):
-    """Copies the costs to pinned memory, and calls `meanwhile` before it waits for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meanwhile: Callable[[], object] = lambda: None
-        self._pinned: Tensor | None = None
+class CopiedFirst(HungarianMatcher):
+    """Waits for the costs and for scipy before anything else is launched."""
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: object = None) -> Matches:
+    def launch(
+        self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: object = None
+    ) -> Callable[[], Matches]:
         """As of `HungarianMatcher`, without its check for what is not finite."""
-        cost = self.cost(logits, boxes_cxcywh, targets)
-        if self._pinned is None or self._pinned.shape != cost.shape:
-            self._pinned = torch.empty(cost.shape, pin_memory=cost.is_cuda)
-        self._pinned.copy_(cost, non_blocking=True)
-        arrived = torch.cuda.Event() if cost.is_cuda else None
-        if arrived is not None:
-            arrived.record()
-        with torch.enable_grad():
-            self.meanwhile()
-        if arrived is not None:
-            arrived.synchronize()
-        queries = torch.from_numpy(solved(self._pinned.numpy(), targets.num_boxes))
-        queries = queries.to(logits.device, non_blocking=True)
-        return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
+        costs = self.cost(logits, boxes_cxcywh, targets).cpu().numpy()
+        queries = torch.from_numpy(solved(costs, targets.num_boxes)).to(logits.device, non_blocking=True)
+        matches = Matches(queries=queries.clamp(min=0), matched=queries >= 0)
+        return lambda: matches
 
 
 class SolvedBy(HungarianMatcher):
@@ -127,17 +112,3 @@ class SolvedBy(HungarianMatcher):
         solver: Solver = by_reference(self._reference)
         queries = solver(self.cost(logits, boxes_cxcywh, targets), targets.num_boxes)
         return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
-
-
-def overlapped(criterion: Criterion, output: ModelOutput, targets: Targets) -> tuple[Tensor, ...]:
-    """The loss of the criterion and its gradients, with the denoising losses computed while the costs travel."""
-    assert isinstance(criterion.matcher, PinnedMatcher) and output.denoising is not None
-    denoising, parts = output.denoising, []
-
-    def denoising_losses() -> None:
-        num_boxes = mean_num_boxes(targets, output.pred_boxes.device).clamp(min=1.0)
-        parts.append(criterion._weighted(_denoising_losses(denoising, targets, num_boxes, criterion.class_loss)))
-
-    criterion.matcher.meanwhile = denoising_losses
-    loss: Tensor = criterion(replace(output, denoising=None), targets)["loss"] + parts[0]
-    return (loss.detach(), *torch.autograd.grad(loss, match.inputs(output)))

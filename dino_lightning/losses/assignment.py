@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,22 +85,23 @@ def solve_on_device(cost: Tensor, num_boxes: Sequence[int]) -> tuple[Tensor, Ten
     return assignment_kernel.solve(cost, counts, rows=blocks.rows, columns=blocks.columns, excess=blocks.excess)
 
 
-def to_host_later(marks: Tensor) -> Callable[[], npt.NDArray[np.int32]]:
-    """Start to copy marks to the host; what is returned waits for them, and for nothing that was launched since.
+def to_host_later(tensor: Tensor) -> Callable[[], npt.NDArray[Any]]:
+    """Start to copy a tensor to the host; what is returned waits for it, and for nothing that was launched since.
 
     Args:
-        marks: any shape, int32.
+        tensor: any shape and type, without a gradient. From a CUDA device it travels to pinned memory meanwhile; one
+            on the CPU is not copied.
     """
-    if not marks.is_cuda:
-        return marks.numpy
-    copy = torch.empty(marks.shape, dtype=marks.dtype, pin_memory=True)
-    copy.copy_(marks, non_blocking=True)
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(marks.device))
+    arrived.record(torch.cuda.current_stream(tensor.device))
 
-    def wait() -> npt.NDArray[np.int32]:
+    def wait() -> npt.NDArray[Any]:
         arrived.synchronize()
-        array: npt.NDArray[np.int32] = copy.numpy()
+        array: npt.NDArray[Any] = copy.numpy()
         return array
 
     return wait

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -82,9 +83,15 @@ class Criterion(nn.Module):
             num_boxes = (mean_num_boxes(targets, boxes.device) if num_boxes is None else num_boxes).clamp(min=1.0)
             # Every layer is matched and supervised on its own (DETR's auxiliary losses), so that each refines the one
             # before; the encoder's proposals are one more layer (two-stage, arXiv 2010.04159 A.4).
-            # Where the device solves, whether costs were finite is asked when the losses have been launched.
-            match = self.matcher if self.matcher.solver == "scipy" else self.matcher.begin
-            matches: Matches = match(logits, boxes, targets, image_ids)
+            # Denoising queries need no matching, each knows the box that it was made from: the device computes their
+            # losses while the costs travel to the host and scipy solves. Where the device solves, whether costs were
+            # finite is asked when all losses have been launched.
+            assignments = self._launch_matching(logits, boxes, targets, image_ids)
+            of_denoising = output.denoising
+            rebuilt = (
+                None if of_denoising is None else _denoising_losses(of_denoising, targets, num_boxes, self.class_loss)
+            )
+            matches = assignments()
             terms = _matched_losses(logits, boxes, targets, matches, num_boxes, self.class_loss)
             names = [*_layer_suffixes(len(output.pred_logits), ""), "_encoder"]
             named = {f"{term}{suffix}": values[i] for term, values in terms.items() for i, suffix in enumerate(names)}
@@ -95,15 +102,22 @@ class Criterion(nn.Module):
                 groups = len(output.group_logits) / len(output.pred_logits)
                 named |= {f"{term}_groups": values.sum() / groups for term, values in further.items()}
                 total = total + self._weighted(further) / groups
-            # Denoising queries need no matching: each knows the box that it was made from.
-            if output.denoising is not None:
-                terms = _denoising_losses(output.denoising, targets, num_boxes, self.class_loss)
+            if rebuilt is not None:
                 names = _layer_suffixes(len(output.pred_logits), "_denoising")
-                for term, values in terms.items():
+                for term, values in rebuilt.items():
                     named.update({f"{term}{suffix}": values[i] for i, suffix in enumerate(names)})
-                total = total + self._weighted(terms)
+                total = total + self._weighted(rebuilt)
         matches.check()
         return {"loss": total, **named}
+
+    def _launch_matching(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, image_ids: Sequence[int] | None
+    ) -> Callable[[], Matches]:
+        """What gives the assignments when it is called; a matcher with a `forward` of its own starts only then."""
+        own = type(self.matcher).forward is not HungarianMatcher.forward
+        if own:
+            return partial(self.matcher, logits, boxes, targets, image_ids)
+        return self.matcher.launch(logits, boxes, targets, image_ids)
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[term] * values.sum() for term, values in terms.items()]).sum()

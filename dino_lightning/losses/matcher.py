@@ -181,22 +181,40 @@ class HungarianMatcher(nn.Module):
 
         So whatever needs the assignments can be launched first.
         """
+        return self.launch(logits, boxes_cxcywh, targets, image_ids)()
+
+    @torch.no_grad()
+    def launch(
+        self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, image_ids: Sequence[int] | None = None
+    ) -> Callable[[], Matches]:
+        """The first half of `begin`, which waits for nothing: costs, and their copy, or their solution by the device.
+
+        So whatever needs no assignments can be launched before what is returned is called: that is the second half. It
+        waits for the copy where scipy solves, and raises what `forward` does.
+        """
         layers, batch = logits.shape[:2]
         boxes_per_image = targets.labels.shape[1]
         ids = range(batch) if image_ids is None else image_ids
-        assigned = np.full((layers, batch, boxes_per_image), -1, dtype=np.int64)
+        arriving: Callable[[], npt.NDArray[np.float32]] | None = None
         if boxes_per_image:
             cost = self.cost(logits, boxes_cxcywh, targets)
             if takes_device(self.solver, cost, targets.num_boxes):
-                return _matched_on_device(cost, targets.num_boxes, ids)
-            costs = to_host(cost)
-            _refuse([not np.isfinite(costs[:, image, :n]).all() for image, n in enumerate(targets.num_boxes)], ids)
-            for layer in range(layers):
-                for image, count in enumerate(targets.num_boxes):
-                    rows, columns = linear_sum_assignment(costs[layer, image, :count])
+                matches = _matched_on_device(cost, targets.num_boxes, ids)
+                return lambda: matches
+            arriving = to_host_later(cost)  # for the one device synchronisation of a training step
+
+        def solve() -> Matches:
+            assigned = np.full((layers, batch, boxes_per_image), -1, dtype=np.int64)
+            if arriving is not None:
+                costs = arriving()
+                _refuse([not np.isfinite(costs[:, image, :n]).all() for image, n in enumerate(targets.num_boxes)], ids)
+                for layer, image in np.ndindex(layers, batch):
+                    rows, columns = linear_sum_assignment(costs[layer, image, : targets.num_boxes[image]])
                     assigned[layer, image, rows] = columns
-        queries = torch.from_numpy(assigned).to(logits.device, non_blocking=True)
-        return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
+            queries = torch.from_numpy(assigned).to(logits.device, non_blocking=True)
+            return Matches(queries=queries.clamp(min=0), matched=queries >= 0)
+
+        return solve
 
 
 def _matched_on_device(cost: Tensor, num_boxes: Sequence[int], ids: Sequence[int]) -> Matches:
@@ -213,9 +231,3 @@ def _refuse(bad: Sequence[bool], ids: Sequence[int]) -> None:
     """Raise `NonFiniteError` if some images, in the order of the batch, are bad."""
     if any(bad):
         raise NonFiniteError([image_id for image_id, is_bad in zip(ids, bad, strict=True) if is_bad])
-
-
-def to_host(cost: Tensor) -> npt.NDArray[np.float32]:
-    """Copy the costs to the host: the one device synchronisation of a training step, unless the device solves."""
-    array: npt.NDArray[np.float32] = cost.cpu().numpy()
-    return array

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from dino_lightning import DINOModule
 from dino_lightning.errors import NonFiniteError, UsageError
 from dino_lightning.losses import Criterion, HungarianMatcher, assignment, criterion, matcher
-from dino_lightning.structures import ModelOutput
+from dino_lightning.structures import DenoisingOutput, ModelOutput
 from tests.conftest import TINY_SIZES
 from tests.interpreter import run_interpreted
 from tests.losses.test_matching_and_losses import random_problem
@@ -164,8 +164,10 @@ def test_the_verdict_sees_every_fault():
     assert "one to one" in assignment.verdict(cost, counts, padded, bad)
 
 
-def test_the_losses_are_launched_before_anything_waits(monkeypatch):
-    """The criterion asks whether costs were finite when all its terms are there; `forward` of a matcher, at once."""
+def test_what_can_be_launched_is_launched_before_anything_waits(monkeypatch):
+    """Scipy's costs travel during the losses of the denoising queries, which need no matching; where the device solves,
+    the criterion asks whether costs were finite when all its terms are there; `forward` of a matcher asks at once.
+    """
     order = []
 
     def later(marks):
@@ -175,30 +177,49 @@ def test_the_losses_are_launched_before_anything_waits(monkeypatch):
 
         return wait
 
+    class OwnMatcher(HungarianMatcher):
+        def forward(self, *given):
+            order.append("own")
+            return super().forward(*given)
+
     launched = criterion._denoising_losses, criterion._matched_losses
 
     def noted(function):
         def call(*given):
-            order.append("losses")
+            order.append(function.__name__)
             return function(*given)
 
         return call
 
-    monkeypatch.setattr(matcher, "takes_device", lambda *problem: True)
+    monkeypatch.setattr(matcher, "takes_device", lambda solver, *problem: solver == "device")
     monkeypatch.setattr(matcher, "solve_on_device", by_scipy)
     monkeypatch.setattr(matcher, "to_host_later", later)
     for function in launched:
         monkeypatch.setattr(criterion, function.__name__, noted(function))
     logits, boxes, targets = random_problem([2, 1], 5)
-    output = ModelOutput(pred_logits=logits[:2], pred_boxes=boxes[:2], encoder_logits=logits[2], encoder_boxes=boxes[2])
+    rebuilt = DenoisingOutput(pred_logits=logits[:2, :, :4], pred_boxes=boxes[:2, :, :4], num_groups=1, max_boxes=2)
+    output = ModelOutput(
+        pred_logits=logits[:2],
+        pred_boxes=boxes[:2],
+        encoder_logits=logits[2],
+        encoder_boxes=boxes[2],
+        denoising=rebuilt,
+    )
+    expected = Criterion()(output, targets)
+    assert order == ["_denoising_losses", "wait", "_matched_losses"]
+    order.clear()
+    assert Criterion(matcher=OwnMatcher())(output, targets) == expected  # it starts only when it is asked
+    assert order == ["_denoising_losses", "own", "wait", "_matched_losses"]
+    order.clear()
     Criterion(matcher=HungarianMatcher(solver="device"))(output, targets)
-    assert order == ["losses", "wait"]
+    assert order == ["_denoising_losses", "_matched_losses", "wait"]
+    order.clear()
     logits[0, 1, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"\[8\]"):
         Criterion(matcher=HungarianMatcher(solver="device"))(output, targets, (7, 8))
     with pytest.raises(NonFiniteError, match=r"\[8\]"):
         HungarianMatcher(solver="device")(logits, boxes, targets, (7, 8))
-    assert order == ["losses", "wait", "losses", "wait", "wait"]
+    assert order == ["_denoising_losses", "_matched_losses", "wait", "wait"]
 
 
 @pytest.mark.slow
