@@ -140,7 +140,8 @@ def explain_argument_error(message: str) -> str:
         if name not in known:
             group = name.rpartition(".")[0]
             siblings = [option for option in known if option.rpartition(".")[0] == group]
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            longer = [option for option in known if option.startswith(name)]  # names are not abbreviated
+            close = longer if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.6)
             hint = f" Did you mean --{close[0]}?" if close else ""
             names = ", ".join(option.rpartition(".")[2] for option in siblings)
             listed = f" Options of {group}: {names}." if group and siblings else f" Options: {names}." if names else ""

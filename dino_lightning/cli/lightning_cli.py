@@ -90,6 +90,10 @@ class Commands(LightningCLI):
         }
         super().__init__(*self.classes, args=list(args), **{**usual, **self.options})
 
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        """Without abbreviations: one would change its meaning when an option is added."""
+        return super().init_parser(**{"allow_abbrev": False, **options})
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer methods on offer."""

@@ -276,6 +276,12 @@ BAD_INPUT = {
         2,
         ["--model.hiden_dim", "Did you mean --model.hidden_dim?", "num_queries"],
     ),
+    "abbreviated option": (
+        lambda d: None,
+        ["--trainer.max_e=2"],
+        2,
+        ["no option --trainer.max_e.", "Did you mean --trainer.max_epochs?"],
+    ),
     "wrong type": (lambda d: None, ["--data.batch_size=many"], 2, ["batch_size", "many"]),
     "missing config": (lambda d: None, ["--config=none.yaml"], 2, ["none.yaml"]),
     "unknown key in config": (
