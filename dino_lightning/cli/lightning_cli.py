@@ -54,10 +54,11 @@ from dino_lightning.cli.user_optimizer import use_own_optimizer
 from dino_lightning.console import say, without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
+from dino_lightning.losses.assignment import check_solver
 from dino_lightning.report import dominating_error, find_report, load_report
 from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
-from dino_lightning.training.precision import settled_precision
+from dino_lightning.training.precision import settled_precision, uses_cuda
 from dino_lightning.training.resume import changed_options
 
 
@@ -160,9 +161,10 @@ class Commands(LightningCLI):
             raise UsageError(str(error)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Ask again for addresses that were stored without their secrets; settle the precision, by the device."""
+        """Ask again for addresses that were stored without their secrets; settle what the device decides."""
         refuse_redacted_addresses(self._given.as_dict())
         trainer = self._given.trainer
+        check_solver(self._given.model.get("matching_solver"), "cuda" if uses_cuda(trainer.accelerator) else "cpu")
         trainer.precision = settled_precision(trainer.precision, trainer.accelerator)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:

@@ -60,11 +60,28 @@ def takes_device(solver: Solver, cost: Tensor, num_boxes: Sequence[int]) -> bool
     if trouble is None:
         return True
     if solver == "device":
-        raise UsageError(
-            f"Assignments cannot be solved on the device: {trouble}; choose matching_solver scipy or auto."
-        )
+        raise _unsolvable(trouble)
     _warn_once(trouble)
     return False
+
+
+def check_solver(solver: Solver, device_type: str) -> None:
+    """Refuse the solver `device` before anything starts, where it is known already that its kernel cannot run.
+
+    Args:
+        solver: as chosen.
+        device_type: of PyTorch, such as `cuda`; the first of these devices is looked at.
+
+    Raises:
+        UsageError: as of `takes_device`.
+    """
+    trouble = kernel_trial.missing(device_type, 0) if solver == "device" else None
+    if trouble is not None:
+        raise _unsolvable(trouble)
+
+
+def _unsolvable(trouble: str) -> UsageError:
+    return UsageError(f"Assignments cannot be solved on the device: {trouble}; choose matching_solver scipy or auto.")
 
 
 def solve_on_device(cost: Tensor, num_boxes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,14 @@ OTHERS = ("bf16-true", "16-true", "64-true", "64", "transformer-engine", "transf
 
 def default_precision(accelerator: Any) -> str:
     """`bf16-mixed` on a GPU that supports bfloat16, `16-mixed` on any other GPU, `32-true` elsewhere."""
-    if accelerator in ("cpu", "mps") or not torch.cuda.is_available():
+    if not uses_cuda(accelerator):
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def uses_cuda(accelerator: Any) -> bool:
+    """Whether a Trainer with that accelerator computes on a GPU of PyTorch's `cuda`."""
+    return accelerator not in ("cpu", "mps") and torch.cuda.is_available()
 
 
 def settled_precision(given: Any, accelerator: Any) -> Any:

@@ -313,6 +313,15 @@ def test_bad_input_ends_in_one_sentence(case, rooms, capsys):
         assert part in said[0], said[0]
 
 
+def test_a_solver_that_this_device_lacks_is_refused_before_anything_is_written(rooms, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args = ["--data.root", str(rooms), "--model.matching_solver=device", *TINY_ARGS]
+    assert run(["fit", *args]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "it needs a CUDA device" in said and "choose matching_solver scipy or auto" in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_an_exit_code_reaches_the_shell_and_no_traceback_is_shown(tmp_path):
     command = [sys.executable, "-m", "dino_lightning.fit", "--data.root", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}, check=False)
