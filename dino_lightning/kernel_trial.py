@@ -10,13 +10,13 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from dino_lightning.console import say
+from dino_lightning.console import say, shown
 from dino_lightning.files import atomic_write
 
 SECONDS_OF_SILENCE = 2.0  # a trial that finds its kernels in Triton's cache takes less
@@ -42,6 +42,27 @@ def missing(device_type: str, device_index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def plain_pytorch(implementation: str, device: torch.device) -> str | None:
+    """What is said to be in use where no kernel is tried; None where one may be.
+
+    Args:
+        implementation: "auto", "pytorch" or the name of a kernel.
+        device: of the model.
+    """
+    if implementation == "pytorch":
+        return "PyTorch (as chosen)"
+    if implementation == "auto" and device.type != "cuda":
+        return "PyTorch"
+    if implementation == "auto" and torch.are_deterministic_algorithms_enabled():
+        return "PyTorch (deterministic algorithms were asked for)"
+    return None
+
+
+def reasons(troubles: Collection[str | None]) -> str:
+    """What trials have said, on one line; empty if all were passed."""
+    return "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
 
 
 def in_a_thread(trial: Callable[[], str | None]) -> str | None:

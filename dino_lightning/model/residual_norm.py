@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_lightning import kernel_trial
-from dino_lightning.console import shown
 from dino_lightning.model.lower_precision import is_watched, lower_precision
 
 Implementation = Literal["auto", "pytorch", "triton"]
@@ -252,17 +251,14 @@ def implementation_in_use(device: torch.device) -> str:
         On one line, such as "Triton kernel", "PyTorch", or "PyTorch (the device is older than compute capability 8.0)";
         of a CUDA device "not known yet" before the first forward pass.
     """
-    if _implementation == "pytorch":
-        return "PyTorch (as chosen)"
-    if _implementation == "auto" and device.type != "cuda":
-        return "PyTorch"
-    if _implementation == "auto" and torch.are_deterministic_algorithms_enabled():
-        return "PyTorch (deterministic algorithms were asked for)"
+    plain = kernel_trial.plain_pytorch(_implementation, device)
+    if plain is not None:
+        return plain
     place = (device.type, device.index or 0)
     troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
     if not troubles:
         return "not known yet"
-    reasons = "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
+    reasons = kernel_trial.reasons(troubles)
     if not reasons:
         return "Triton kernel"
     return f"Triton kernel, for some calls PyTorch ({reasons})" if None in troubles else f"PyTorch ({reasons})"

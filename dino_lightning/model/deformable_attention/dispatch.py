@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dino_lightning import kernel_trial
-from dino_lightning.console import shown
 from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits, nvrtc
 from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
 from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
@@ -76,17 +75,14 @@ def implementation_in_use(device: torch.device) -> str:
         On one line, such as "Triton kernel", "Triton kernel, CUDA kernel backward", "PyTorch", or "PyTorch (the device
         is older than compute capability 8.0)"; of a CUDA device "not known yet" before the first forward pass.
     """
-    if _implementation == "pytorch":
-        return "PyTorch (as chosen)"
-    if _implementation == "auto" and device.type != "cuda":
-        return "PyTorch"
-    if _implementation == "auto" and torch.are_deterministic_algorithms_enabled():
-        return "PyTorch (deterministic algorithms were asked for)"
+    plain = kernel_trial.plain_pytorch(_implementation, device)
+    if plain is not None:
+        return plain
     place = (device.type, device.index or 0)
     troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
     if not troubles:
         return "not known yet"
-    reasons = _reasons(troubles)
+    reasons = kernel_trial.reasons(troubles)
     if None not in troubles:
         return f"PyTorch ({reasons})"
     said = "Triton kernel" if _implementation == "triton" else f"Triton kernel{_said_of_cuda(place)}"
@@ -96,14 +92,10 @@ def implementation_in_use(device: torch.device) -> str:
 def _said_of_cuda(place: tuple[str, int]) -> str:
     """What follows "Triton kernel", where the CUDA kernel has been tried for the backward pass; else nothing."""
     troubles = {trouble for call, trouble in _found_of_cuda.items() if (call.device_type, call.device_index) == place}
-    reasons = _reasons(troubles)
+    reasons = kernel_trial.reasons(troubles)
     if None in troubles:
         return f", CUDA kernel backward{f', for some calls Triton ({reasons})' if reasons else ''}"
     return f", backward as well ({reasons})" if reasons else ""
-
-
-def _reasons(troubles: set[str | None]) -> str:
-    return "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
 
 
 def sample(
