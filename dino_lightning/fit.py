@@ -44,7 +44,7 @@ def run(args: Sequence[str]) -> int:
 
     def action() -> int:
         given = args or demo_arguments()
-        from dino_lightning.cli.lightning_cli import run_subcommand  # takes seconds to import
+        from dino_lightning.cli.running import run_subcommand  # takes seconds to import
 
         return run_subcommand("fit", given)
 

@@ -26,7 +26,7 @@ def run(report: Report) -> dict[str, Any]:
     """
     started = time.monotonic()
     try:
-        from dino_lightning.cli.lightning_cli import execute
+        from dino_lightning.cli.running import execute
         from dino_lightning.floor_plans import write_rooms_dataset
         from sagemaker_entry.container import trial
         from sagemaker_entry.protocol.trial import TRIAL_FILE

@@ -25,7 +25,7 @@ def _evaluate(command: str, args: Sequence[str]) -> int:
         return 0
 
     def action() -> int:
-        from dino_lightning.cli.lightning_cli import run_subcommand  # takes seconds to import
+        from dino_lightning.cli.running import run_subcommand  # takes seconds to import
 
         return run_subcommand(command, args)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,22 @@ from dino_lightning.callbacks import (
     AtomicCheckpointIO,
     GracefulCheckpoint,
     LearningCurves,
-    OutOfMemoryReporter,
     SavedConfig,
-    StoppedOnRequest,
 )
-from dino_lightning.callbacks.rank_watchdog import hold_back_ctrl_c_in_new_processes, watch_first_process
+from dino_lightning.callbacks.rank_watchdog import hold_back_ctrl_c_in_new_processes
 from dino_lightning.cli import run_folder
 from dino_lightning.cli.arguments import (
     DEFAULT_SEED,
     explain_argument_error,
-    prepare,
     refuse_redacted_addresses,
-    take_option,
 )
-from dino_lightning.cli.checkpoints import raise_if_restoring
-from dino_lightning.cli.command import PROGRAM, SIGNAL_EXIT_CODE, Terminated, expected_errors
+from dino_lightning.cli.command import PROGRAM, Terminated, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
-from dino_lightning.cli.help_pages import asks_for_all
 from dino_lightning.cli.introduction import introduce, load_weights
 from dino_lightning.cli.option_checks import check_options
 from dino_lightning.cli.options_of_weights import with_options_of_weights
-from dino_lightning.cli.own_loggers import all_loggers, refuse_options_of_fit
+from dino_lightning.cli.own_loggers import all_loggers
 from dino_lightning.cli.plain_options import ONLY_ON_COMMAND_LINE
-from dino_lightning.cli.quiet import quiet
 from dino_lightning.cli.results import metrics_table, save_report, show_classes, show_places
 from dino_lightning.cli.run_options import (
     add_own_options,
@@ -53,10 +46,9 @@ from dino_lightning.cli.stored_options import FROM_DATA, options_text, other_siz
 from dino_lightning.cli.user_optimizer import use_own_optimizer
 from dino_lightning.console import say, without_secrets
 from dino_lightning.data import CocoDataModule
-from dino_lightning.errors import CheckpointError, DataError, OutOfMemory, UsageError
+from dino_lightning.errors import CheckpointError, DataError, UsageError
 from dino_lightning.losses.assignment import check_solver
 from dino_lightning.report import dominating_error, find_report, load_report
-from dino_lightning.training.memory import is_out_of_memory
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.precision import settled_precision, uses_cuda
 from dino_lightning.training.resume import changed_options
@@ -164,7 +156,7 @@ class Commands(LightningCLI):
         """Ask again for addresses that were stored without their secrets; settle what the device decides."""
         refuse_redacted_addresses(self._given.as_dict())
         trainer = self._given.trainer
-        check_solver(self._given.model.get("matching_solver"), "cuda" if uses_cuda(trainer.accelerator) else "cpu")
+        check_solver(self._given.get("model.matching_solver"), "cuda" if uses_cuda(trainer.accelerator) else "cpu")
         trainer.precision = settled_precision(trainer.precision, trainer.accelerator)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
@@ -263,91 +255,6 @@ class Commands(LightningCLI):
     def after_test(self) -> None:
         """As after validation."""
         self.after_validate()
-
-
-def run_subcommand(
-    subcommand: str, args: Sequence[str], start: Callable[..., object] = Commands, program: str = PROGRAM
-) -> int:
-    """Run `fit`, `validate` or `test`; returns the exit code, also of a run that was stopped and saved.
-
-    Args:
-        subcommand: `fit`, `validate` or `test`.
-        args: its options.
-        start: as in `execute`.
-        program: what runs this, for the line that says how to resume.
-
-    Raises:
-        UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
-    """
-    try:
-        execute(subcommand, args, start=start)
-    except StoppedOnRequest as stopped:
-        say(
-            f"\nStopped at step {stopped.step} on request. Resume with:\n"
-            f"    {program} fit --ckpt_path {stopped.checkpoint}"
-        )
-        # To the first process, an exit code of another would mean that it has failed.
-        return 0 if os.environ.get("LOCAL_RANK", "0") != "0" else SIGNAL_EXIT_CODE + stopped.signal_number
-    return 0
-
-
-def execute(
-    subcommand: str,
-    args: Sequence[str],
-    callbacks: Sequence[Callback] = (),
-    stop_flag: Path | None = None,
-    start: Callable[..., object] = Commands,
-) -> None:
-    """Run one subcommand, with more callbacks than its own.
-
-    Args:
-        subcommand: `fit`, `validate` or `test`.
-        args: its options.
-        callbacks: what else is to watch it.
-        stop_flag: a file that asks to save and stop as soon as it exists.
-        start: takes the arguments of `Commands`, and runs.
-
-    Raises:
-        UserError, ArgumentError, MisconfigurationException: bad input, see `command.expected_errors`.
-        StoppedOnRequest: the run was asked to stop, and its checkpoint is saved.
-    """
-    with quiet(subcommand):
-        _execute(subcommand, args, callbacks, stop_flag, start)
-
-
-def _execute(
-    subcommand: str,
-    args: Sequence[str],
-    callbacks: Sequence[Callback],
-    stop_flag: Path | None,
-    start: Callable[..., object],
-) -> None:
-    watch_first_process()
-    overwrite, given = run_folder.take_overwrite(args)
-    if asks_for_all(given):
-        start([subcommand, "--help"], Path())
-        return
-    if subcommand != "fit":
-        refuse_options_of_fit(args)
-    prepared, run_dir = prepare(subcommand, given)
-    watch = OutOfMemoryReporter()
-    with ExitStack() as held:
-        held.callback(run_folder.remove_unused, run_dir)
-        if subcommand == "fit":
-            run_folder.hold(run_dir, take_option(prepared, "--ckpt_path")[0], held, overwrite=overwrite)
-        else:
-            run_dir = run_folder.evaluation_folder(run_dir, subcommand)
-        held.enter_context(run_folder.shared(run_dir))
-        try:
-            start([subcommand, *prepared], run_dir, [*callbacks, watch], stop_flag, held)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
-                raise_if_restoring(error, prepared)
-                raise
-            raise watch.explained(error) from error
-        except Exception as error:
-            raise_if_restoring(error, prepared)
-            raise
 
 
 class _ParseOnly(Commands):

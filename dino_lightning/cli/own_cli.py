@@ -9,8 +9,9 @@ from typing import Any
 
 from dino_lightning.cli.by_hand import RunTrainer, prepare_by_hand
 from dino_lightning.cli.command import run_command
-from dino_lightning.cli.lightning_cli import Commands, execute, run_subcommand
+from dino_lightning.cli.lightning_cli import Commands
 from dino_lightning.cli.quiet import quiet
+from dino_lightning.cli.running import execute, run_subcommand
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule

@@ -13,7 +13,7 @@ import torch
 
 from dino_lightning.callbacks import StoppedOnRequest
 from dino_lightning.cli.command import expected_errors, explain
-from dino_lightning.cli.lightning_cli import execute
+from dino_lightning.cli.running import execute
 from sagemaker_entry.container.callbacks import ProgressLines, SameStart
 from sagemaker_entry.container.failure import Failure, write_record
 from sagemaker_entry.container.trial import MeasureTrial

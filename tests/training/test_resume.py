@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dino_lightning.__main__ import run
-from dino_lightning.cli.lightning_cli import execute
+from dino_lightning.cli.running import execute
 from dino_lightning.files import atomic_write
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model import DINO
