@@ -6,7 +6,8 @@ import argparse
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ from dino_lightning.files import atomic_write
 
 if TYPE_CHECKING:
     from dino_lightning.export.check import Compared
+    from dino_lightning.training.module import DINOModule
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 SMALLEST, LARGEST = 32, 4096  # sides of images of fixed size, in pixels
+PRECISIONS = ("fp16", "int8")
 DESCRIPTION = """Write a trained model in a form that others can run. The file gets its name only after it has been run
 beside the checkpoint, on several sizes of images and batches, and found the same: boxes within 0.5 pixels, scores
 within 0.001, from the same resized pixels and the same proposals (some, of nearly the same score, change places).
@@ -47,6 +50,12 @@ only constants decide is computed when the file is written. Nothing is resized i
 
 --opset 16 or 17 go with --static or with --preprocessing outside: resizing inside needs 18.
 
+--precision int8, of ONNX files: convolutions and products with weights in 8 bits; the ranges of activations are those
+of up to 32 validation images. --precision fp16, of ONNX files: the same in 16 bits, for GPUs; for OpenVINO, weights
+stored in 16 bits. Inputs, outputs, coordinates and boxes stay in float32. AP, AP50 and F1 of the validation split and
+the latency, before and after, are printed and stored in the metadata. A loss of more than half a point of F1 is
+refused, unless --accept-loss is given. The images are those of --data.root, or of the run's own dataset.
+
 --format openvino: a .xml file and its weights in a .bin file beside it, with the same inputs, outputs and metadata.
 --format torch: a .pt2 file for torch.export.load, its preprocessing outside.
 --format directory: a model directory as a SageMaker job leaves it: model.ckpt, model.json, and the code to serve it.
@@ -60,6 +69,7 @@ def run(args: Sequence[str]) -> int:
         parser = _parser()
         options = parser.parse_args(args)
         preprocessing, static = _preprocessing(parser, options), _static(parser, options)
+        _check_precision(parser, options)
         checkpoint = model_file(options.ckpt_path)
         refuse_exported(checkpoint, "give the checkpoint that it came from.")
         if options.format == "directory":
@@ -68,8 +78,15 @@ def run(args: Sequence[str]) -> int:
                 _export_directory(checkpoint, output)
         else:
             output = _file(options.output, checkpoint, SUFFIXES[options.format])
+            opset, precision = options.opset or DEFAULT_OPSET, options.precision
             with writing(output, "--output"):
-                export_file(checkpoint, output, options.format, preprocessing, options.opset or DEFAULT_OPSET, static)
+                if precision is None:
+                    export_file(checkpoint, output, options.format, preprocessing, opset, static)
+                else:
+                    export_fewer_bits(
+                        checkpoint, output, options.format, preprocessing, opset, static,
+                        precision=precision, root=options.root, accept_loss=options.accept_loss,
+                    )  # fmt: skip
         print(output)
         return 0
 
@@ -89,7 +106,19 @@ def _parser() -> CommandParser:
     add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx and openvino)")
     add("--static", metavar="HEIGHTxWIDTH", help="fix batch 1 and the size of images, such as 640x640 (left open)")
     add("--opset", type=int, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} ({DEFAULT_OPSET})")
+    add("--precision", choices=PRECISIONS, help="products in 16 or 8 bits, with accuracy before and after (float32)")
+    add("--data.root", dest="root", metavar="DIR", help="dataset whose validation images --precision uses (the run's)")
+    add("--accept-loss", action="store_true", help="write it even if it loses more than half a point of F1")
     return parser
+
+
+def _check_precision(parser: CommandParser, options: argparse.Namespace) -> None:
+    if options.precision is not None and options.format in ("torch", "directory"):
+        parser.error(f"--precision is for onnx and openvino; --format {options.format} has the weights as trained.")
+    if options.precision == "int8" and options.format == "openvino":
+        parser.error("--precision int8 is for onnx; --format openvino takes fp16 only.")
+    if options.precision is None and (options.root is not None or options.accept_loss):
+        parser.error("--data.root and --accept-loss go with --precision; an export without it needs no images.")
 
 
 def _preprocessing(parser: CommandParser, options: argparse.Namespace) -> str:
@@ -167,25 +196,77 @@ def export_file(
         UsageError: they do not agree, or a package is missing.
         CheckpointError: not a checkpoint of ours.
     """
-    from dino_lightning.export.check import compare_with_module, table  # imports PyTorch
-    from dino_lightning.export.exported_model import ImageRule
-    from dino_lightning.export.formats import describe_module, write_and_run
-    from dino_lightning.inference.detector import load_module
+    from dino_lightning.inference.detector import load_module  # imports PyTorch
 
     module = load_module(checkpoint)
-    description = describe_module(module, preprocessing, static)
-    rule = ImageRule(**{field.name: description[field.name] for field in fields(ImageRule)})
+    with _written_in_full(output, kind) as temporary:
+        _write_checked(module, output, temporary, kind, preprocessing, opset, static)
+
+
+def export_fewer_bits(
+    checkpoint: Path,
+    output: Path,
+    kind: str = "onnx",
+    preprocessing: str = "inside",
+    opset: int = DEFAULT_OPSET,
+    static: tuple[int, int] | None = None,
+    *,
+    precision: str,
+    root: str | None = None,
+    accept_loss: bool = False,
+) -> None:
+    """As `export_file`, in a lower precision; prints accuracy and latency before and after, and stores them in it.
+
+    Args:
+        checkpoint: one of ours.
+        output: the file; written only if it loses no more than half a point of F1.
+        kind: "onnx" or "openvino".
+        preprocessing: see `export_file`.
+        opset: see there.
+        static: see there.
+        precision: "fp16" or "int8".
+        root: the dataset folder of the validation images; by default that of the run, by the checkpoint's options.
+        accept_loss: write it whatever it loses.
+
+    Raises:
+        UsageError: it loses more; what it was made of does not agree with the checkpoint; there are no validation
+            images, or their classes are others; or a package is missing.
+        CheckpointError: not a checkpoint of ours.
+        DataError: something is wrong with the dataset.
+    """
+    from dino_lightning.cli.validation_images import validation_images
+    from dino_lightning.export.fewer_bits import LARGEST_LOSS, loss_of, table, write_fewer_bits
+    from dino_lightning.export.formats import describe_module
+    from dino_lightning.export.openvino_model import require_openvino
+    from dino_lightning.inference.detector import load_module
+
+    if kind == "openvino":
+        require_openvino()
+    module = load_module(checkpoint)
+    images = validation_images(checkpoint, module, root)
+    with _written_in_full(output, kind) as temporary, tempfile.TemporaryDirectory() as folder:
+        onnx_file = Path(folder) / "float32.onnx"
+        _write_checked(module, output, onnx_file, "onnx", preprocessing, opset, static)
+        description = describe_module(module, preprocessing, static)
+        measured = write_fewer_bits(onnx_file, temporary, kind, precision, description, images)
+        print(table(measured, len(images)), flush=True)
+        if (loss := loss_of(measured, precision)) > LARGEST_LOSS and not accept_loss:
+            raise UsageError(
+                f"{output} is not written: {precision} loses {100 * loss:.2f} points of F1 on {len(images)} validation "
+                f"images, more than {100 * LARGEST_LOSS:g}; add --accept-loss to write it nevertheless."
+            )
+
+
+@contextmanager
+def _written_in_full(output: Path, kind: str) -> Iterator[Path]:
+    """A temporary file that becomes `output` in the end, for OpenVINO with its weights beside it; or neither does."""
     weights = output.with_suffix(".bin") if kind == "openvino" else None
     placed = False
     try:
         with atomic_write(output) as temporary:
             written = temporary.with_suffix(".bin")
             try:
-                detect, prepare = write_and_run(module, temporary, kind, description, opset)
-                rows = compare_with_module(module, detect, prepare, rule=rule)
-                print(table(rows), flush=True)
-                if not all(row.same for row in rows):
-                    raise UsageError(_disagreement(output, rows))
+                yield temporary
                 if weights is not None:
                     written.replace(weights)
                     placed = True
@@ -195,6 +276,33 @@ def export_file(
         if placed and weights is not None:  # the other half did not get its name
             weights.unlink(missing_ok=True)
         raise
+
+
+def _write_checked(
+    module: DINOModule,
+    output: Path,
+    temporary: Path,
+    kind: str,
+    preprocessing: str,
+    opset: int,
+    static: tuple[int, int] | None,
+) -> None:
+    """Write a file in float32 that will be `output`, compare it with its module, and print how far they agree.
+
+    Raises:
+        UsageError: they do not, or a package is missing.
+    """
+    from dino_lightning.export.check import compare_with_module, table
+    from dino_lightning.export.exported_model import ImageRule
+    from dino_lightning.export.formats import describe_module, write_and_run
+
+    description = describe_module(module, preprocessing, static)
+    rule = ImageRule(**{field.name: description[field.name] for field in fields(ImageRule)})
+    detect, prepare = write_and_run(module, temporary, kind, description, opset)
+    rows = compare_with_module(module, detect, prepare, rule=rule)
+    print(table(rows), flush=True)
+    if not all(row.same for row in rows):
+        raise UsageError(_disagreement(output, rows))
 
 
 def _disagreement(output: Path, rows: Sequence[Compared]) -> str:

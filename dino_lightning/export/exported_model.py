@@ -164,19 +164,28 @@ class ExportedModel:
         threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
         return [self._detect(to_pixels(image), image_size, max_size).above(threshold) for image in images]
 
+    def inputs(
+        self, pixels: Tensor, image_size: int | None = None, max_size: int | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        """What the file is given for an image (3, H, W) uint8, and the (height, width) of the image in it."""
+        resized = self.rule.resized(pixels, image_size, max_size)
+        size = (int(resized.shape[1]), int(resized.shape[2]))
+        image = self.rule.padded(resized)[None]
+        if self.preprocessing == "inside":
+            return (image,), size
+        prepared = ((image.float() - self._mean) / self._std).contiguous()
+        return (prepared, torch.tensor([size]), torch.tensor([[int(side) for side in pixels.shape[1:]]])), size
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`OUTPUTS` for `inputs`."""
+        return self._run(*inputs)
+
     def _detect(self, pixels: Tensor, image_size: int | None, max_size: int | None) -> Detections:
         size = (int(pixels.shape[1]), int(pixels.shape[2]))
-        resized = self.rule.resized(pixels, image_size, max_size)
-        inputs = [self.rule.padded(resized)[None]]
-        if self.preprocessing == "outside":
-            inputs = [
-                (inputs[0].float() - self._mean) / self._std,
-                torch.tensor([resized.shape[1:]]),
-                torch.tensor([size]),
-            ]
+        inputs, resized = self.inputs(pixels, image_size, max_size)
         boxes, scores, labels = (values[0].cpu() for values in self._run(*inputs)[:3])
         if self.preprocessing == "inside":  # boxes are in pixels of what the file was given
-            boxes = boxes * torch.tensor([size[1] / resized.shape[2], size[0] / resized.shape[1]]).repeat(2)
+            boxes = boxes * torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
         kept = scores > 0  # 0: taken out by non-maximum suppression
         return Detections(
             boxes_xyxy=boxes[kept],

@@ -129,6 +129,7 @@ def write_onnx(
                 for name, inner in zip(PREPARED, INPUTS["outside"], strict=True)
             ],
         )
+        del model.opset_import[1:]  # of both graphs, the same
     _name_dimensions(model)
     model.producer_name, model.doc_string = "dino_lightning", "DINO object detector (arXiv 2203.03605)"
     onnx.helper.set_model_props(model, stored_text(description))

@@ -57,8 +57,8 @@ def require_openvino() -> Any:
     return openvino
 
 
-def write_openvino(onnx_file: Path, path: Path, stored: Mapping[str, str]) -> None:
-    """Write an ONNX file as .xml, with its weights in float32 in a .bin file beside it.
+def write_openvino(onnx_file: Path, path: Path, stored: Mapping[str, str], *, half: bool = False) -> None:
+    """Write an ONNX file as .xml, with its weights in a .bin file beside it; `half` stores those of float32 as float16.
 
     Raises:
         UsageError: OpenVINO is not installed.
@@ -67,7 +67,7 @@ def write_openvino(onnx_file: Path, path: Path, stored: Mapping[str, str]) -> No
     model = openvino.convert_model(str(onnx_file))
     for name, value in stored.items():
         model.set_rt_info(value, [SECTION, name])
-    openvino.save_model(model, str(path), compress_to_fp16=False)
+    openvino.save_model(model, str(path), compress_to_fp16=half)
 
 
 def _read(path: Path) -> Any:
