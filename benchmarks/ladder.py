@@ -94,7 +94,9 @@ def gmac(run: Run) -> float:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not look into fused attention
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        # oneDNN's products are not among those that the counter knows
+        plain = torch.backends.mkldnn.flags(enabled=False)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plain:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -12,6 +12,9 @@ from PIL import Image
 from dino_lightning.cli.run_folder import RUN_DIR_VARIABLE
 from dino_lightning.floor_plans import write_rooms_dataset
 
+# Some choice, so that no test leaves its process as large as it once was; see training/freed_memory.py.
+os.environ.setdefault("MALLOC_ARENA_TEST", "8")
+
 TINY_SIZES = {
     "backbone": "resnet10",
     "backbone_norm": "group",

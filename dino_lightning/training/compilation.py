@@ -86,6 +86,15 @@ def missing_here(device: torch.device) -> str | None:
     return None
 
 
+def has_one_size(trainer: Any) -> bool:
+    """Whether all training images have one size, by the data's `fixed_size`.
+
+    Args:
+        trainer: a Lightning Trainer.
+    """
+    return getattr(getattr(trainer, "datamodule", None), "pad_to", None) is not None
+
+
 def batches_left(trainer: Any) -> float:
     """Batches that a run still trains on, at most; infinite where it has no end.
 
@@ -124,7 +133,7 @@ class Compilation:
             self.option,
             device_type=device.type,
             batches=batches_left(trainer),
-            one_size=getattr(getattr(trainer, "datamodule", None), "pad_to", None) is not None,
+            one_size=has_one_size(trainer),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             missing=missing_here(device) if device.type == "cuda" else None,
         )

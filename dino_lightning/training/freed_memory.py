@@ -16,7 +16,8 @@ def keep_freed_memory() -> bool:
 
     Every step has the same large tensors. Those of 32 MB and more glibc takes from the system each time and gives back,
     and the system fills each of their pages with zeros before the first write: a seventh of a step's time in the
-    model of `small_cpu` (benchmarks/RESULTS.md). The process stays as large as it once was.
+    model of `small_cpu` (benchmarks/RESULTS.md). The process stays as large as it once was, and larger where sizes vary
+    from step to step: what was freed then fits less often.
 
     Returns:
         Whether it was done: not where the C library is another one, nor where a MALLOC_ or GLIBC_TUNABLES variable of

@@ -21,7 +21,7 @@ from dino_lightning.losses.matcher import MatchingCost
 from dino_lightning.model import DINO
 from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
-from dino_lightning.training.compilation import Compilation, CompileOption
+from dino_lightning.training.compilation import Compilation, CompileOption, has_one_size
 from dino_lightning.training.detection import take_from_data
 from dino_lightning.training.evaluated_module import EvaluatedModule
 from dino_lightning.training.freed_memory import keep_freed_memory
@@ -223,8 +223,8 @@ class DINOModule(EvaluatedModule):
         self.criterion = criterion_of(self.hparams, self.recipe)
 
     def on_fit_start(self) -> None:
-        """On a CPU, keep the memory that the tensors of a step free."""
-        if self.device.type == "cpu":
+        """On a CPU, keep the memory that the tensors of a step free, where the next step has tensors of those sizes."""
+        if self.device.type == "cpu" and has_one_size(self.trainer):
             keep_freed_memory()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
