@@ -2,6 +2,7 @@
 
 from dino_lightning.callbacks.auto_batch_size import AutoBatchSize
 from dino_lightning.callbacks.best import BestCheckpoint, EarlyStop
+from dino_lightning.callbacks.device_settings import DeviceSettings
 from dino_lightning.callbacks.ema import EMA
 from dino_lightning.callbacks.learning_curves import LearningCurves
 from dino_lightning.callbacks.metrics_csv import MetricsCsvResume
@@ -17,6 +18,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "AutoBatchSize",
     "BestCheckpoint",
+    "DeviceSettings",
     "EarlyStop",
     "GracefulCheckpoint",
     "LearningCurves",

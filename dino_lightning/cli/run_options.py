@@ -21,6 +21,7 @@ from dino_lightning.callbacks import (
     EMA,
     AutoBatchSize,
     BestCheckpoint,
+    DeviceSettings,
     EarlyStop,
     GracefulCheckpoint,
     LearningCurves,
@@ -31,6 +32,7 @@ from dino_lightning.callbacks import (
     WatchProcesses,
 )
 from dino_lightning.callbacks.best import check_metric
+from dino_lightning.callbacks.device_settings import MatmulPrecision, may_benchmark
 from dino_lightning.callbacks.run_loggers import MetricsCsv, TensorBoardIfPossible
 
 
@@ -91,6 +93,9 @@ def run_callbacks(
     if config.get("enable_progress_bar") is not False and not own_bar:
         callbacks.append(Progress())
     callbacks += [*extra, *asked_for(options, fitting=fitting)]
+    if fitting:
+        chosen = options.float32_matmul_precision
+        callbacks.append(DeviceSettings(float32_matmul_precision=chosen, benchmark=may_benchmark(options)))
     callbacks += [report, PredictionImages(path=str(run_dir / "detections.png"))]
     if config.get("logger"):
         callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -202,6 +207,13 @@ def add_own_options(parser: LightningArgumentParser) -> None:
         type=bool,
         default=False,
         help="With strategy ddp on GPUs: send gradients as bfloat16, half the bytes over the network.",
+    )
+    parser.add_argument(
+        "--float32_matmul_precision",
+        type=MatmulPrecision | None,
+        default=None,
+        help="fit, on CUDA: what float32 products are computed in, as of torch.set_float32_matmul_precision; by "
+        "default high (TensorFloat-32) in precision 32-true, unless PyTorch has been set otherwise.",
     )
     parser.add_argument(
         "--save_every_minutes",
