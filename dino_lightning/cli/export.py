@@ -51,12 +51,13 @@ only constants decide is computed when the file is written. Nothing is resized i
 --opset 16 or 17 go with --static or with --preprocessing outside: resizing inside needs 18.
 
 --precision int8, of ONNX files: convolutions and products with weights in 8 bits; the ranges of activations are those
-of up to 32 validation images. --precision fp16, of ONNX files: the same in 16 bits, for GPUs; for OpenVINO, weights
-stored in 16 bits. Inputs, outputs, coordinates and boxes stay in float32. AP, AP50 and F1 of the validation split and
+of up to 32 validation images. --precision fp16, of ONNX files: the same in 16 bits; for OpenVINO, weights stored in 16
+bits. Inputs, outputs, coordinates and boxes stay in float32. AP, AP50 and F1 of the validation split and
 the latency, before and after, are printed and stored in the metadata. A loss of more than half a point of F1 is
 refused, unless --accept-loss is given. The images are those of --data.root, or of the run's own dataset.
 
---format openvino: a .xml file and its weights in a .bin file beside it, with the same inputs, outputs and metadata.
+--format openvino: a .xml file and its weights in a .bin file beside it, with the same inputs, outputs and metadata;
+preprocessing inside with --static only, since OpenVINO resizes in another way than training does.
 --format torch: a .pt2 file for torch.export.load, its preprocessing outside.
 --format directory: a model directory as a SageMaker job leaves it: model.ckpt, model.json, and the code to serve it.
 """
@@ -103,7 +104,7 @@ def _parser() -> CommandParser:
     add("--ckpt_path", required=True, help=HELP)
     add("--output", type=Path, help="the file to write, or the folder for it (next to the checkpoint's name, here)")
     add("--format", choices=(*SUFFIXES, "directory"), default="onnx", help="what to write (onnx)")
-    add("--preprocessing", choices=("inside", "outside"), help="see above (inside for onnx and openvino)")
+    add("--preprocessing", choices=("inside", "outside"), help="see above (inside where nothing or ONNX resizes)")
     add("--static", metavar="HEIGHTxWIDTH", help="fix batch 1 and the size of images, such as 640x640 (left open)")
     add("--opset", type=int, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} ({DEFAULT_OPSET})")
     add("--precision", choices=PRECISIONS, help="products in 16 or 8 bits, with accuracy before and after (float32)")
@@ -135,7 +136,13 @@ def _preprocessing(parser: CommandParser, options: argparse.Namespace) -> str:
         parser.error(f"--opset is for onnx and openvino; --format {options.format} has no ONNX operators.")
     if options.opset is not None and options.opset not in OPSETS:
         parser.error(f"--opset is {options.opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
-    preprocessing = options.preprocessing or ("outside" if options.format == "torch" else "inside")
+    resized_outside = options.format == "openvino" and options.static is None
+    preprocessing = options.preprocessing or ("outside" if options.format == "torch" or resized_outside else "inside")
+    if resized_outside and preprocessing == "inside":
+        parser.error(
+            "--preprocessing inside is for --format openvino with --static only: OpenVINO resizes in another way than "
+            "training does, and boxes would be others."
+        )
     if (options.opset or DEFAULT_OPSET) < RESIZING_OPSET and preprocessing == "inside" and options.static is None:
         parser.error(
             f"--opset {options.opset} has no resizing with antialiasing; add --preprocessing outside or --static, or "

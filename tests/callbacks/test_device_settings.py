@@ -8,7 +8,8 @@ import torch
 
 from dino_lightning.callbacks import DeviceSettings
 from dino_lightning.callbacks.device_settings import may_benchmark
-from dino_lightning.cli.lightning_cli import execute, parsed_options
+from dino_lightning.cli.lightning_cli import parsed_options
+from dino_lightning.cli.running import execute
 from tests.conftest import TINY_ARGS
 
 
