@@ -16,7 +16,7 @@ GROUPS = ("--data.", "--model.", "--trainer.", "--optimizer.", "--lr_scheduler."
 GO_ALONG = (
     "--seed_everything", "--compress_gradients", "--save_every_minutes", "--save_every_steps", "--ema_decay",
     "--ema_tau", "--ema_evaluate", "--best_by", "--early_stopping_patience", "--auto_batch_size", "--optimizer",
-    "--lr_scheduler",
+    "--lr_scheduler", "--float32_matmul_precision",
 )  # fmt: skip
 _FOR_EVALUATIONS = "it belongs to validate and test; `fetch` the model and evaluate it on your machine"
 _BY_OPTIONS = "write its options one by one, such as {}.{}=..., or in the configuration file"
