@@ -154,7 +154,9 @@ def launch_shapes(report: Report) -> dict[str, Any]:
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         list(pool.map(partial(_compile, report.device), shapes))
     makers = {f"{warps} warps, {block} queries": partial(_shaped, arguments, warps, block) for warps, block in shapes}
-    return {"now": f"{_module().NUM_WARPS} warps, {_block()} queries", **replayed(makers, report.device)}
+    warps = _module().backward_warps(_module().capability(torch.device(report.device)))
+    block = _module().block_size(op.DIM, bytes_per_thread=16, itemsize=4, warps=warps)
+    return {"now": f"{warps} warps, {block} queries", **replayed(makers, report.device)}
 
 
 def _compile(device: str, shape: tuple[int, int]) -> None:
@@ -169,11 +171,6 @@ def _module() -> ModuleType:
     return triton_kernels
 
 
-def _block() -> int:
-    block: int = _module().block_size(op.DIM, bytes_per_thread=16, itemsize=4)
-    return block
-
-
 def _direct(module: ModuleType, arguments: tuple[Any, ...]) -> Callable[[], object]:
     """The backward kernel without PyTorch's way to it."""
     return partial(module.backward, *arguments, reference_gradient=False)
@@ -184,7 +181,7 @@ def _shaped(arguments: tuple[Any, ...], warps: int, block: int) -> Callable[[], 
     module = _module()
 
     def call() -> object:
-        with mock.patch.multiple(module, NUM_WARPS=warps, block_size=lambda *_, **__: block):
+        with mock.patch.multiple(module, backward_warps=lambda *_: warps, block_size=lambda *_, **__: block):
             return module.backward(*arguments, reference_gradient=False)
 
     return call

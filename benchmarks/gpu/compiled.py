@@ -42,6 +42,8 @@ def build(
     coordinates: int = 2,
     reference_gradient: bool = False,
     ptx_version: int | None = None,
+    warps: int | None = None,
+    share: float = 1.0,
 ) -> Any:
     """Compile a kernel as a call of it would be, for a device that need not be here.
 
@@ -54,11 +56,16 @@ def build(
         coordinates: 2 for reference points, 4 for boxes.
         reference_gradient: whether the reference points get a gradient.
         ptx_version: 80 for version 8.0, which older drivers and assemblers take; by default the newest that Triton has.
+        warps: of a program; by default as it is launched.
+        share: of the queries that a program of so many warps would take.
 
     Returns:
         Triton's compiled kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`; `constants` is added.
     """
     itemsize = 4 if kernel is kernels._backward or dtype == "fp32" else 2
+    if warps is None:
+        warps = kernels.backward_warps(capability) if kernel is kernels._backward else kernels.NUM_WARPS
+    block = kernels.block_size(dim, bytes_per_thread=16, itemsize=itemsize, warps=warps)
     constants = {
         "HEADS": 8,
         "LEVELS": levels,
@@ -66,7 +73,7 @@ def build(
         "DIM": dim,
         "COORDINATES": coordinates,
         "REFERENCE_GRADIENT": reference_gradient,
-        "BLOCK": kernels.block_size(dim, bytes_per_thread=16, itemsize=itemsize),
+        "BLOCK": max(1, int(share * block)),
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(SINGLE, "*fp32") | dict.fromkeys(HALF, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
@@ -76,7 +83,7 @@ def build(
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     else:  # Triton 3.2
         source = ASTSource(fn=kernel, signature=signature, constants=constants)
-    options = {"num_warps": kernels.NUM_WARPS} | ({} if ptx_version is None else {"ptx_version": ptx_version})
+    options = {"num_warps": warps} | ({} if ptx_version is None else {"ptx_version": ptx_version})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     compiled.constants = constants
     return compiled

@@ -212,7 +212,8 @@ def launched(report: Report, built: Any, folder: Path) -> Backward:
     launcher = Launcher(built, through_cupy(built, folder))
 
     def backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        with mock.patch.object(kernels, "_backward", launcher):
+        warps = built.metadata.num_warps
+        with mock.patch.multiple(kernels, _backward=launcher, backward_warps=lambda *_: warps):
             return kernels.backward(*arguments, **options)
 
     return backward

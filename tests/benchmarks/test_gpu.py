@@ -201,18 +201,19 @@ def test_a_kernel_compiled_ahead_gets_as_many_arguments_as_it_takes(tmp_path):
     inputs = op.draw("encoder", 1, "cpu", torch.bfloat16, shapes=op.SMALL_SHAPES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled.kernels, "_backward", launcher)
+        patch.setattr(compiled.kernels, "capability", lambda device: 86)
         compiled.kernels.backward(*backward_arguments(inputs), reference_gradient=False)
         with pytest.raises(ValueError, match="compiled for"):
             compiled.kernels.backward(*backward_arguments(inputs), reference_gradient=True)
     path, _ = compiled.store(tmp_path)  # as this Triton compiles them; read back, they launch as before
     ((name, again),) = compiled.stored(tmp_path, 2).items()
-    assert name == path.stem and again.constants["COORDINATES"] == 2 and again.metadata.num_warps == 4
+    assert name == path.stem and again.constants["COORDINATES"] == 2 and again.metadata.num_warps == 1
     assert compiled.entry(again.asm["ptx"])[1] == compiled.entry(built.asm["ptx"])[1]
     with pytest.raises(SystemExit, match="has no kernels"):
         compiled.stored(tmp_path / "empty", 2)
     (grid, block, arguments, options) = launched[0]
     _, types = compiled.entry(built.asm["ptx"])
-    assert grid == (8,) and block == (128,) and options == {"shared_mem": built.metadata.shared}
+    assert grid == (16,) and block == (32,) and options == {"shared_mem": built.metadata.shared}
     assert [type(one) for one in arguments] == [np.uint64 if kind == "u64" else np.int32 for kind in types]
     assert arguments[types.index("u32")] == 6  # the number of queries comes first
     assert all(one == 0 for one in arguments[21:])  # no maps beyond the first level, and no scratch memory

@@ -21,6 +21,7 @@ places nor the weights nor the samples ever exist in memory; the backward pass w
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -380,7 +381,8 @@ def backward(
     grad_weights = grad_logits if single else torch.empty_like(attention_logits, dtype=torch.float32)
     shape = (batch, heads, queries, levels, coordinates) if reference_gradient else (0,)
     parts = reference_points.new_empty(shape)
-    block = block_size(dim, bytes_per_thread=16, itemsize=4)  # the sums are float32
+    warps = backward_warps(capability(value.device))
+    block = block_size(dim, bytes_per_thread=16, itemsize=4, warps=warps)  # the sums are float32
     if grad_out.numel() > 0:
         with _on(value.device):
             _backward[(triton.cdiv(queries, block) * batch * heads,)](
@@ -404,15 +406,37 @@ def backward(
                 COORDINATES=coordinates,
                 REFERENCE_GRADIENT=reference_gradient,
                 BLOCK=block,
-                num_warps=NUM_WARPS,
+                num_warps=warps,
             )
     grad_reference = parts.sum(1) if reference_gradient else parts
     return grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits
 
 
-def block_size(dim: int, *, bytes_per_thread: int, itemsize: int) -> int:
+def backward_warps(capability: int) -> int:
+    """Warps of a program of the backward pass, by what the compiler makes of it (benchmarks/RESULTS.md has the table).
+
+    Before 9.0, where additions have another layout than loads, one warp passes results on without the other warps of
+    the program waiting at 129 barriers: 17 are left, each of one warp, with no more registers, nothing spilled and 7 %
+    fewer instructions. From 9.0 on one warp has fewer of them too, but four are what was measured on a device.
+
+    Args:
+        capability: 86 for sm_86.
+    """
+    return 1 if capability < 90 else NUM_WARPS
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """86 for sm_86; 90 for a CPU, on which Triton interprets."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def block_size(dim: int, *, bytes_per_thread: int, itemsize: int, warps: int = NUM_WARPS) -> int:
     """Queries of a program in which every thread holds as many bytes of one query's channels."""
-    return max(1, NUM_WARPS * 32 * bytes_per_thread // (itemsize * dim))
+    return max(1, warps * 32 * bytes_per_thread // (itemsize * dim))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
