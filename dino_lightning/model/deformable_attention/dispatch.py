@@ -4,6 +4,7 @@
 |---|---|
 | CUDA device of capability 8.0 or newer | the Triton kernels, if they pass their trial |
 | of those, 8.0 to 8.9, the backward pass | the CUDA kernel, if it passes its own, see `cuda_kernels.py` |
+| a CUDA device that is older, in float16 | PyTorch in float16, some heads at a time, see `halves.py` |
 | a CPU | PyTorch and SciPy, gathered, see `gathered.py` |
 | any other device, compiled or exported code | plain PyTorch, level by level, see `reference.py` |
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from dino_lightning import kernel_trial
 from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits, nvrtc
 from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
+from dino_lightning.model.deformable_attention.halves import halves_on, in_halves, takes_halves
 from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
 
 Implementation = Literal["auto", "pytorch", "triton", "cuda"]
@@ -34,8 +36,9 @@ def set_implementation(implementation: Implementation) -> None:
 
     Args:
         implementation: "auto" takes the kernels where they run and are the fastest, and PyTorch elsewhere; "pytorch"
-            never takes a kernel; "triton" always takes Triton's, on CPU tensors too if Triton interprets
-            (TRITON_INTERPRET=1 before the start); "cuda" always takes Triton's and for the backward pass the CUDA one.
+            never takes a kernel, and computes in float32; "triton" always takes Triton's, on CPU tensors too if Triton
+            interprets (TRITON_INTERPRET=1 before the start); "cuda" always takes Triton's and for the backward pass the
+            CUDA one.
 
     Raises:
         ValueError: there is no such implementation.
@@ -72,8 +75,9 @@ def implementation_in_use(device: torch.device) -> str:
         device: of the model.
 
     Returns:
-        On one line, such as "Triton kernel", "Triton kernel, CUDA kernel backward", "PyTorch", or "PyTorch (the device
-        is older than compute capability 8.0)"; of a CUDA device "not known yet" before the first forward pass.
+        On one line, such as "Triton kernel", "Triton kernel, CUDA kernel backward", "PyTorch", or "PyTorch in float16
+        (the device is older than compute capability 8.0)"; of a CUDA device "not known yet" before the first forward
+        pass.
     """
     plain = kernel_trial.plain_pytorch(_implementation, device)
     if plain is not None:
@@ -84,7 +88,8 @@ def implementation_in_use(device: torch.device) -> str:
         return "not known yet"
     reasons = kernel_trial.reasons(troubles)
     if None not in troubles:
-        return f"PyTorch ({reasons})"
+        halves = any(halves_on(device, call.value_dtype) for call in _found if call[:2] == place)
+        return f"PyTorch{' in float16' if halves else ''} ({reasons})"
     said = "Triton kernel" if _implementation == "triton" else f"Triton kernel{_said_of_cuda(place)}"
     return f"{said}, for some calls PyTorch ({reasons})" if reasons else said
 
@@ -140,6 +145,8 @@ def _in_pytorch(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
+    if _implementation == "auto" and takes_halves(value):
+        return in_halves(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     gathers = not torch.compiler.is_compiling() and can_gather(value, sampling_offsets.shape[1])
     with torch.autocast(device_type=value.device.type, enabled=False):
         # float32: locations in bfloat16 would be off by several pixels on a large image
