@@ -48,6 +48,7 @@ class OurStep:
         device: "cuda" or "cpu".
         precision: fp32, or bf16 or fp16 by autocast.
         backend: of `torch.compile`, for the layers of encoder and decoder; None leaves them as they are.
+        cuda_graphs: replay the compiled layers as CUDA graphs.
         num_denoising: 0 for the work of a detector without denoising queries.
         sizes: further arguments of `DINO`.
     """
@@ -59,14 +60,14 @@ class OurStep:
         precision: str,
         *,
         backend: str | None = None,
+        cuda_graphs: bool = False,
         num_denoising: int = 100,
         sizes: Mapping[str, Any] | None = None,
     ) -> None:
         torch.manual_seed(0)
         with torch.device(device):  # made there: tensors that only have shapes cannot be moved
             self.model = DINO(num_classes=CLASSES, num_denoising=num_denoising, **(sizes or {})).train()
-        if backend is not None:
-            self.model.compile_layers(backend)
+        self.layers = None if backend is None else self.model.compile_layers(backend, cuda_graphs=cuda_graphs)
         self.criterion = Criterion()
         groups = parameter_groups(self.model, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -82,6 +83,8 @@ class OurStep:
         """Run one whole training step."""
         loss = self.forward()
         loss.backward()
+        if self.layers is not None:
+            self.layers.keep_gradients()
         self.update()
 
     def all_batches(self) -> None:
@@ -93,6 +96,8 @@ class OurStep:
         """The loss of the next batch."""
         batch = self.batches[self.number % len(self.batches)]
         self.number += 1
+        if self.layers is not None:
+            self.layers.begin_step()
         with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
             output = self.model(batch)
         loss: torch.Tensor = self.criterion(output, batch.targets)["loss"]

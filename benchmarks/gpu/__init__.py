@@ -63,7 +63,7 @@ PARTS = {
     2: Part("deformable attention, each way alone", 100, 32, f"{HERE}.attention:operator", interpreted=True),
     3: Part("backward kernel compiled for sm_86", 60, 10, f"{HERE}.kernels:sm_86"),
     4: Part("training step, eager bf16", 110, 15, f"{HERE}.steps:eager"),
-    5: Part("training step, compiled bf16", 120, 28, f"{HERE}.steps:compiled"),
+    5: Part("training step, compiled bf16, with CUDA graphs", 160, 34, f"{HERE}.steps:compiled"),
     6: Part("changes to the step, one by one", 60, 14, f"{HERE}.levers:levers"),
     7: Part("matching: where it is solved", 40, 12, f"{HERE}.matching:matching", interpreted=True),
     8: Part("a whole fit on drawn plans", 70, 18, f"{HERE}.fit:fit"),

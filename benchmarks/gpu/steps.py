@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._dynamo.utils import counters
@@ -15,6 +16,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.measure import interleaved
 from benchmarks.peers import random_batch, transformers_step
 from benchmarks.step import COCO_MIX, OurStep, count_flops, figures, rates, synchronized
+from dino_lightning.model import compiled_layers
 
 # What is most worth knowing comes first: the rest is skipped when time runs out.
 CASES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
@@ -46,11 +48,17 @@ def cases(report: Report) -> dict[str, tuple[tuple[tuple[int, int], ...], int]]:
 
 
 def make_step(
-    report: Report, sizes: tuple[tuple[int, int], ...], batch_size: int, *, backend: str | None = None
+    report: Report,
+    sizes: tuple[tuple[int, int], ...],
+    batch_size: int,
+    *,
+    backend: str | None = None,
+    cuda_graphs: bool = False,
 ) -> OurStep:
     """A step in bfloat16; of a small model on a CPU."""
     batches = [random_batch(*size, batch_size, report.device) for size in sizes]
-    return OurStep(batches, report.device, "bf16", backend=backend, sizes=SMALL_SIZES if report.small else None)
+    own = SMALL_SIZES if report.small else None
+    return OurStep(batches, report.device, "bf16", backend=backend, cuda_graphs=cuda_graphs, sizes=own)
 
 
 def eager(report: Report) -> None:
@@ -67,26 +75,48 @@ def eager(report: Report) -> None:
 
 
 def compiled(report: Report) -> None:
-    """Part 5: as part 4, compiled. Operations are those that part 4 counted: counting them ends compiled code."""
+    """Part 5: as part 4, compiled. Operations are those that part 4 counted: counting them ends compiled code.
+
+    CUDA graphs come after the case that they are compared with, and once more where launches count the most.
+    """
     chosen = cases(report)
-    mix = next(name for name in chosen if "mix" in name)  # shows what other sizes cost, so it comes early
-    for name in (next(iter(chosen)), mix, *chosen):
+    first, mix = next(iter(chosen)), next(name for name in chosen if "mix" in name)
+    graphed = [name for name in (first, "640x640 batch 4") if name in chosen]
+    for name in (first, mix, *chosen):  # the mix shows what other sizes cost, so it comes early
+        seconds = 0 if report.small else 25
         if name not in report.results:
-            report.attempt(name, partial(compiled_case, report, name, *chosen[name]), seconds=0 if report.small else 25)
+            report.attempt(name, partial(compiled_case, report, name, *chosen[name]), seconds=seconds)
+        if name in graphed:
+            graphed.remove(name)
+            case = partial(compiled_case, report, name, *chosen[name], cuda_graphs=True)
+            report.attempt(f"{name}, CUDA graphs", case, seconds=seconds)
 
 
-def compiled_case(report: Report, name: str, sizes: tuple[tuple[int, int], ...], batch_size: int) -> dict[str, Any]:
-    """A case with `warm up`: seconds of each step of two rounds through the sizes, and graphs made until then."""
+def compiled_case(
+    report: Report, name: str, sizes: tuple[tuple[int, int], ...], batch_size: int, *, cuda_graphs: bool = False
+) -> dict[str, Any]:
+    """A case with `warm up`: seconds of each step of the rounds through the sizes, and graphs made until then.
+
+    Raises:
+        RuntimeError: there are no CUDA graphs, so that what is measured would be something else.
+    """
     torch._dynamo.reset()
     counters.clear()
-    step = make_step(report, sizes, batch_size, backend="eager" if report.small else "inductor")
+    backend = "eager" if report.small else "inductor"
+    recorded = {"backend": "eager"} if report.small else compiled_layers.GRAPHED  # there are no CUDA graphs on a CPU
+    with mock.patch.object(compiled_layers, "GRAPHED", recorded):
+        step = make_step(report, sizes, batch_size, backend=backend, cuda_graphs=cuda_graphs)
     warm_up: list[dict[str, float]] = []
-    for _ in range(2):
+    for _ in range(4 if cuda_graphs else 2):  # CUDA graphs are recorded in the second, and replayed from the third on
         for _ in step.batches:
             start = time.perf_counter()
             synchronized(step, report.device)()
             graphs = counters["stats"]["unique_graphs"]
             warm_up.append({"seconds": time.perf_counter() - start, "graphs": graphs})
+    if cuda_graphs and step.layers is not None and not report.small:
+        skipped = counters["inductor"]["cudagraph_skips"]
+        if skipped or not step.layers.cuda_graphs:
+            raise RuntimeError(step.layers.trouble_with_graphs or f"PyTorch left out {skipped} CUDA graphs")
     counted = report.earlier(4).get(name, {}).get("flops per image")
     found = measured(report, step, None if counted is None else lambda: counted * step.images)
     typical = found["seconds"]["median"] / found["steps"]

@@ -33,8 +33,8 @@ PACKAGES = ("dino-lightning", "torch", "torchvision", "lightning", "numpy", "pil
 class RunRecord(lightning.Callback):
     """Writes versions, commit, data, classes and command line to a file; each start of the run adds an entry.
 
-    What computes deformable attention and residual norms, and whether layers are compiled, is added after the first
-    batch: a kernel is tried when it is first called, and a compiler can fail then.
+    What computes deformable attention and residual norms, and whether layers are compiled and replayed as CUDA graphs,
+    is added after the first batch: a kernel is tried when it is first called, and a compiler can fail then.
 
     Args:
         path: the JSON file.
@@ -78,6 +78,7 @@ class RunRecord(lightning.Callback):
         }
         if isinstance(pl_module, DINOModule):
             found["compiled"] = str(pl_module.compilation)
+            found["cuda_graphs"] = pl_module.compilation.of_graphs
         if not found.items() <= start.items():
             start.update(found)
             self._write()

@@ -49,6 +49,7 @@ from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, UsageError
 from dino_lightning.losses.assignment import check_solver
 from dino_lightning.report import dominating_error, find_report, load_report
+from dino_lightning.training.compilation import check_graphs_of
 from dino_lightning.training.module import DINOModule
 from dino_lightning.training.precision import settled_precision, uses_cuda
 from dino_lightning.training.resume import changed_options
@@ -157,6 +158,8 @@ class Commands(LightningCLI):
         refuse_redacted_addresses(self._given.as_dict())
         trainer = self._given.trainer
         check_solver(self._given.get("model.matching_solver"), "cuda" if uses_cuda(trainer.accelerator) else "cpu")
+        if self.subcommand in ("fit", None):
+            check_graphs_of(self._given, "cuda" if uses_cuda(trainer.accelerator) else "cpu")
         trainer.precision = settled_precision(trainer.precision, trainer.accelerator)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:

@@ -169,7 +169,7 @@ class DINO(nn.Module):
             "box_epsilon": self.decoder.box_epsilon,
         }
 
-    def compile_layers(self, backend: Backend = "inductor") -> CompiledLayers:
+    def compile_layers(self, backend: Backend = "inductor", *, cuda_graphs: bool = False) -> CompiledLayers:
         """Compile the layers of encoder and decoder at their first use in training; names of parameters stay the same.
 
         They have many small operations between the large ones; the backbone, made of large ones, gains nothing. Sizes
@@ -178,6 +178,8 @@ class DINO(nn.Module):
 
         Args:
             backend: of `torch.compile`.
+            cuda_graphs: replay each layer as a CUDA graph, see `CompiledLayers` for what a training loop has to do
+                then.
 
         Returns:
             The compiled layers, which know whether the compiler has failed.
@@ -186,7 +188,10 @@ class DINO(nn.Module):
             for module in self.modules():
                 if isinstance(module, MultiScaleDeformableAttention):
                     module.keep_sampling_out_of_compilation()
-        return CompiledLayers((*self.encoder.layers, *self.decoder.layers), backend)
+        layers = (*self.encoder.layers, *self.decoder.layers)
+        # the gradients of the backbone come from operations that no graph has
+        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
+        return CompiledLayers(layers, backend, cuda_graphs=cuda_graphs, parameters=others)
 
     def _reset_parameters(self) -> None:
         """Xavier for the transformer's matrices; heads and deformable attention keep the start they gave themselves."""

@@ -23,9 +23,9 @@ from dino_lightning.model.postprocess import check_nms_iou_threshold
 from dino_lightning.structures import Batch
 from dino_lightning.training.compilation import Compilation, CompileOption, has_one_size
 from dino_lightning.training.detection import take_from_data
-from dino_lightning.training.evaluated_module import EvaluatedModule
 from dino_lightning.training.freed_memory import keep_freed_memory
 from dino_lightning.training.initial_weights import start, take_addresses
+from dino_lightning.training.logged_module import LoggedModule
 from dino_lightning.training.non_finite import NonFiniteSteps
 from dino_lightning.training.optim import (
     AccumulatedBoxes,
@@ -41,7 +41,6 @@ from dino_lightning.training.precision import check_precision
 from dino_lightning.training.recipe import RecipeName, choose_recipe, criterion_of, planned_steps
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
 from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
-from dino_lightning.training.step_metrics import StepMetrics
 from dino_lightning.training.stored_state import (
     check_callbacks,
     check_training_state,
@@ -58,7 +57,7 @@ from dino_lightning.weights.stored import (
 from dino_lightning.weights.zoo import needed_options
 
 
-class DINOModule(EvaluatedModule):
+class DINOModule(LoggedModule):
     """DINO as a LightningModule: the published recipe by default.
 
     Every constructor argument of `DINO` is an argument here too. Class names, category ids and image sizes that are
@@ -117,6 +116,9 @@ class DINOModule(EvaluatedModule):
         compile: compile the layers of encoder and decoder, which takes about half a minute at the start, more with
             images of many sizes, and needs a C compiler. `auto`: on CUDA devices with the data's `fixed_size`, for
             3,000 batches or more, where nothing is missing for it. If it fails, a warning says why.
+        cuda_graphs: record the compiled layers as CUDA graphs and replay them, which takes fewer launches (not run on
+            a GPU yet); with the data's `fixed_size`, on CUDA devices. Tried on the first batch; where they fail, the
+            layers are compiled without them, and a warning says why.
         max_detections: detections kept for each image.
         nms_iou_threshold: non-maximum suppression: of detections whose boxes overlap by more than this IoU, whatever
             their classes, the best is kept; null for none, as published. A detector that has seen few images finds
@@ -166,6 +168,7 @@ class DINOModule(EvaluatedModule):
         box_noise_scale: float | None = None,
         freeze: list[str] | None = None,
         compile: CompileOption = "auto",
+        cuda_graphs: bool = False,
         max_detections: int = 300,
         nms_iou_threshold: float | None = None,
         image_size: int | None = None,
@@ -188,9 +191,7 @@ class DINOModule(EvaluatedModule):
         self.own_schedule: Callable[[torch.optim.Optimizer], OptimizerLRScheduler] | None = None
         self._noise_seed: int | None = None
         self._stored_rate: StoredRate | None = None  # of the checkpoint that a run is resumed from
-        self.compilation = Compilation(compile)
-        self.step_metrics = StepMetrics()
-        self._shown: dict[str, float] = {}  # metrics of this step, if they are logged
+        self.compilation = Compilation(compile, cuda_graphs=cuda_graphs)
         self._accumulated = AccumulatedBoxes()
         self._non_finite = NonFiniteSteps(max_non_finite_steps)
 
@@ -296,6 +297,7 @@ class DINOModule(EvaluatedModule):
         if batch.targets is None:
             raise ValueError("The batch has no targets; training needs them.")
         num_boxes = mean_num_boxes(batch.targets, self.device)
+        self.compilation.begin_step(self.model, batch)
         output = self.model(batch)
         folder = Path(self.trainer.default_root_dir) / "non_finite"
         try:
@@ -309,42 +311,9 @@ class DINOModule(EvaluatedModule):
             return losses["loss"]
         return losses["loss"] * self._accumulated.share(num_boxes)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Log every N steps, with one copy from the device for all metrics: each copy is a device synchronisation.
-
-        Directly to the loggers: Lightning logs only after the callbacks have saved their checkpoints, and a run killed
-        in between would lack the metrics.
-        """
-        super().optimizer_step(*args, **kwargs)
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, not declared
-        self._shown = {}
-        if every and (self.global_step + 1) % every == 0:
-            self._shown = self.step_metrics.of_step()
-            self._send(self._shown, self.global_step)
-
-    def _send(self, metrics: dict[str, float], step: int) -> None:
-        for logger in self.loggers if metrics else ():
-            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Show the logged metrics in the progress bar and to callbacks."""
-        for name, value in self._shown.items():
-            shown = name == "train/loss_step"
-            self.log(name, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        self._shown = {}
-
-    def on_train_epoch_end(self) -> None:
-        """Log the mean loss of the epoch."""
-        loss = self.epoch_loss
-        if loss is not None:
-            self._send({"train/loss_epoch": loss}, self.global_step - 1)
-            self.log("train/loss_epoch", loss, logger=False, batch_size=1, sync_dist=True)
-        self.step_metrics.start_epoch()
-
-    @property
-    def epoch_loss(self) -> float | None:
-        """The mean training loss of the epoch so far; None before its first step. Synchronises with the device."""
-        return self.step_metrics.epoch_loss
+    def on_after_backward(self) -> None:
+        """Copy the gradients out of memory that the next step writes to."""
+        self.compilation.end_backward()
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -11,6 +11,7 @@ import torch
 from dino_lightning import Batch, CocoDataModule, DINOModule
 from dino_lightning.cli.lightning_cli import parsed_options
 from dino_lightning.cli.run_options import asked_for, check_metrics
+from dino_lightning.training.compilation import check_graphs_of
 from sagemaker_entry.laptop.checked import Checked, mean_size
 from sagemaker_entry.laptop.fit_options import refuse_for_a_job, refuse_secrets
 from sagemaker_entry.laptop.model_size import is_published, published_operations
@@ -32,6 +33,7 @@ def checked_by_fit(arguments: Sequence[str]) -> Checked:
     parsed = as_parsed.as_dict()
     refuse_secrets(parsed)
     refuse_for_a_job(parsed)
+    check_graphs_of(as_parsed, "cuda")  # an instance without a GPU refuses them itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the printed summary counts the repairs
         dataset = CocoDataModule(**parsed["data"])

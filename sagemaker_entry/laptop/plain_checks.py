@@ -65,7 +65,7 @@ def _is_ordinary(options: Mapping[str, Any]) -> bool:
         return False
     if not (options["ema_decay"] is None or options["ema_decay"] == 0 or 0 < options["ema_decay"] < 1):
         return False
-    if any(data[name] != value for name, value in ONLY_READ.items()):
+    if model["cuda_graphs"] or any(data[name] != value for name, value in ONLY_READ.items()):
         return False
     weights = [model[name] for name in WEIGHTS_OF_LOSSES if model[name] is not None]
     if not all(0 < weight < math.inf for weight in weights):

@@ -195,6 +195,7 @@ def test_the_record_has_what_the_run_was_made_with(copied, rooms):
     assert [start["deformable_attention"] for start in again["starts"]] == ["PyTorch", "PyTorch (as chosen)"]
     assert [start["residual_norm"] for start in again["starts"]] == ["PyTorch", "PyTorch"]
     assert {start["compiled"] for start in again["starts"]} == {"no (it pays on CUDA devices only)"}
+    assert {start["cuda_graphs"] for start in again["starts"]} == {"no (not asked for)"}
     assert again["data"] == record["data"]
 
 

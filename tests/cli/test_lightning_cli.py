@@ -186,7 +186,9 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
         for given in ("bf16-mixed", None):
             trainer = Namespace(precision=given, accelerator="gpu")
-            cli.Commands.before_instantiate_classes(SimpleNamespace(_given=Namespace(trainer=trainer)))
+            cli.Commands.before_instantiate_classes(
+                SimpleNamespace(_given=Namespace(trainer=trainer), subcommand="fit")
+            )
             assert trainer.precision == expected
     assert "16-mixed instead of bf16-mixed" in capsys.readouterr().out
 
@@ -319,6 +321,14 @@ def test_a_solver_that_this_device_lacks_is_refused_before_anything_is_written(r
     assert run(["fit", *args]) == 1
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "it needs a CUDA device" in said and "choose matching_solver scipy or auto" in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(rooms, tmp_path, capsys):
+    args = ["--data.root", str(rooms), "--data.fixed_size=96", "--model.cuda_graphs=true", *TINY_ARGS]
+    assert run(["fit", *args, "--trainer.accelerator=cpu"]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "they need a CUDA device" in said and "leave out --model.cuda_graphs" in said
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -97,3 +97,32 @@ def test_a_touch_of_the_host_is_seen(monkeypatch, disturb, said):
     prepared = model.prepare(batch, model.feature_maps(batch.images))
     with OnDevice(), NoNumbers(), pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=said):
         model.detect(model.feature_maps(batch.images), prepared)
+
+
+class Backwards(torch.autograd.Function):
+    """Leaves a tensor as it is, and disturbs its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, disturb):
+        ctx.disturb = disturb
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.disturb(grad), None
+
+
+@pytest.mark.parametrize(
+    ("disturb", "said"),
+    [
+        (lambda grad: grad * float(grad.sum()), "meta tensors"),
+        (lambda grad: grad.cpu().to("meta"), "Cannot copy out of meta tensor"),
+        (lambda grad: grad * torch.ones(()), "touches the host"),
+    ],
+)
+def test_a_touch_of_the_host_on_the_way_back_is_seen(monkeypatch, disturb, said):
+    model, batch = model_and_batch()
+    original = model.query_selection.output_norm.forward
+    monkeypatch.setattr(model.query_selection.output_norm, "forward", lambda x: Backwards.apply(original(x), disturb))
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=said):
+        run(model, batch)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.model import DINO
+from dino_lightning.errors import UsageError
+from dino_lightning.model import DINO, compiled_layers
 from dino_lightning.training import compilation
-from dino_lightning.training.compilation import LEAST_BATCHES, choose
+from dino_lightning.training.compilation import LEAST_BATCHES, check_graphs, choose
 from tests.conftest import TINY_SIZES
 
 PAYS = {"device_type": "cuda", "batches": LEAST_BATCHES, "one_size": True, "deterministic": False, "missing": None}
@@ -96,7 +97,8 @@ def test_with_auto_one_line_says_what_was_decided(monkeypatch, capsys):
         level_embedding = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0))
         compiled = 0
 
-        def compile_layers(self):
+        def compile_layers(self, *, cuda_graphs):
+            assert not cuda_graphs
             self.compiled += 1
 
     trainer = SimpleNamespace(
@@ -116,3 +118,51 @@ def test_with_auto_one_line_says_what_was_decided(monkeypatch, capsys):
     few.begin(model, trainer)
     assert model.compiled == 1 and "2,998 batches are fewer than the 3,000" in capsys.readouterr().out
     assert str(few).startswith("no (2,998 batches")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device_type": "cpu"}, "need a CUDA device"),
+        ({"one_size": False}, "--data.fixed_size"),
+        ({"compile": False}, "--model.compile false turns off"),
+        ({"deterministic": True}, "deterministic"),
+        ({"recomputes": True}, "--model.recompute_encoder"),
+        ({}, None),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(changes, said):
+    can_be = {"device_type": "cuda", "one_size": True, "deterministic": False, "recomputes": False, "compile": "auto"}
+    given = {**can_be, **changes}
+    if said is None:
+        check_graphs(given.pop("compile"), **given)
+        return
+    with pytest.raises(UsageError, match=said) as refused:
+        check_graphs(given.pop("compile"), **given)
+    assert "leave out --model.cuda_graphs" in str(refused.value)
+
+
+def test_a_run_says_whether_it_has_cuda_graphs(rooms, tmp_path, monkeypatch, capsys):
+    """On a CPU that passes for a CUDA device; the graphs fail their trial."""
+    with pytest.raises(UsageError, match="need a CUDA device"):
+        fitted(rooms, tmp_path, cuda_graphs=True)
+    assert fitted(rooms, tmp_path).compilation.of_graphs == "no (not asked for)"
+    monkeypatch.setattr(compilation, "check_graphs", lambda *given, **more: None)
+    original, trials = DINO.compile_layers, []
+    monkeypatch.setattr(DINO, "compile_layers", partialmethod(original, "eager"))
+    monkeypatch.setattr(compiled_layers, "GRAPHED", {"backend": "eager"})
+
+    def trial(model, layers, batch):
+        trials.append(layers)
+        return "a replay is off by 9.0%" if len(trials) == 1 else None
+
+    monkeypatch.setattr(compilation, "trouble_with_graphs", trial)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        failed = fitted(rooms, tmp_path, cuda_graphs=True)
+    assert sum("without CUDA graphs, since those failed (a replay" in str(one.message) for one in warned) == 1
+    assert failed.compilation.of_graphs == "no (it failed: a replay is off by 9.0%)"
+    assert str(failed.compilation) == "yes (as chosen)"
+    assert "recording them as CUDA graphs" in capsys.readouterr().out
+    assert fitted(rooms, tmp_path, cuda_graphs=True).compilation.of_graphs == "yes (as chosen)"
+    assert len(trials) == 2  # one a run, of two steps

@@ -72,6 +72,7 @@ def test_an_ordinary_training_comes_out_as_by_fit(own, rooms):
         ["--best_by=val/AP_class/room"],
         ["--auto_batch_size=16"],
         ["--run_dir=runs/mine"],
+        ["--model.cuda_graphs=true"],
     ],
     ids=" ".join,
 )
@@ -112,6 +113,11 @@ def test_a_wrong_dataset_is_refused_in_the_same_sentence(tmp_path):
     arguments = [*CONFIG, f"--data.root={tmp_path}"]
     assert found(checked_plainly, arguments) == found(checked_by_fit, arguments)
     assert "no annotation file found" in found(checked_plainly, arguments)
+
+
+def test_cuda_graphs_of_images_of_many_sizes_are_refused_before_anything_is_sent(rooms):
+    said = found(checked_by_fit, [*CONFIG, "--model.cuda_graphs=true", f"--data.root={rooms}"])
+    assert "--data.fixed_size" in said and "leave out --model.cuda_graphs" in said
 
 
 @pytest.mark.parametrize("group", ["model", "trainer"])
