@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dino_lightning.console import WHOLE_WORDS, wrapped
 from dino_lightning.files import atomic_write
 
 HERE = Path(__file__).parent
@@ -46,7 +48,7 @@ FIT = """usage: python -m dino_lightning.fit --data.root DIR [--config FILE] [op
 
 Train DINO on a COCO-format dataset. Without any option: a demo on floor plans that it draws itself.
 
-    python -m dino_lightning.fit --config configs/room_detection.yaml --data.root room_detection_dataset_coco
+    python -m dino_lightning.fit --config room_detection.yaml --data.root DIR
     python -m dino_lightning.fit --ckpt_path last          resume the newest run
 """
 EVALUATE = """usage: python -m dino_lightning COMMAND --ckpt_path RUN_OR_CHECKPOINT [options]
@@ -61,8 +63,6 @@ OWN_WORDS = {
     "config": "YAML file with options, a packaged one too; later files and options win",
     "ckpt_path": "a checkpoint, the folder of a run, or 'last': the newest run in runs/",
     "seed_everything": "seed of all random numbers",
-    "data.image_size": "largest short side of a training image, and the short side in evaluation, in pixels",
-    "data.max_size": "limit of the long side in pixels",
     "trainer.max_epochs": "epochs to train",
     "trainer.accelerator": "gpu, cpu, mps or auto",
     "trainer.devices": "how many devices, or which: 2, or 0,1",
@@ -76,7 +76,7 @@ VALUES |= {"overwrite": "", "wandb": "PROJECT", "mlflow": "URI"}
 
 
 def help_page(command: str, args: Sequence[str]) -> str | None:
-    """The short page, where the options ask for it; None for other options, `--help all` among them.
+    """The short page, as wide as the terminal; None for other options than `--help`, `--help all` among them.
 
     Args:
         command: `fit`, `validate` or `test`.
@@ -84,7 +84,43 @@ def help_page(command: str, args: Sequence[str]) -> str | None:
     """
     if not {"-h", "--help"} & set(args) or asks_for_all(args):
         return None
-    return (HERE / PAGES[command]).read_text(encoding="utf-8").replace("COMMAND", command).rstrip()
+    page = (HERE / PAGES[command]).read_text(encoding="utf-8").replace("COMMAND", command).rstrip()
+    return in_columns(page, min(shutil.get_terminal_size().columns, WIDTH))
+
+
+def in_columns(page: str, width: int) -> str:
+    """A stored page in lines of at most so many characters, but for commands and for the names of options.
+
+    Options and what they do stay in their two columns; where the second would have less than 30 characters, it moves
+    to the left and what an option does begins on a line of its own.
+
+    Args:
+        page: as `pages` makes it: options are indented by two spaces, what they do begins at `COLUMN`.
+        width: characters in a line.
+    """
+    sections: list[str] = []
+    for section in page.split("\n\n"):
+        title, *lines = section.splitlines()
+        if not any(line.startswith("  --") for line in lines):
+            sections.append(wrapped(section, width))
+            continue
+        options: list[tuple[str, str]] = []
+        for line in lines:
+            name, text = line[:COLUMN].rstrip(), line[COLUMN:]
+            if line.startswith("  --"):
+                options.append((name, text) if len(name) < COLUMN - 1 else (line, ""))
+            else:
+                options[-1] = (options[-1][0], f"{options[-1][1]} {text}".strip())
+        sections.append("\n".join([title, *(_option(name, text, width) for name, text in options)]))
+    return "\n\n".join(sections)
+
+
+def _option(left: str, text: str, width: int) -> str:
+    """One option of a page: its name and, from a column on, what it does."""
+    column = COLUMN if width >= COLUMN + 30 else 6
+    lines = textwrap.wrap(text, max(width - column, 20), **WHOLE_WORDS)
+    first = f"{left:<{column}}{lines.pop(0)}" if len(left) < column - 1 else left
+    return "\n".join([first, *(" " * column + line for line in lines)])
 
 
 def asks_for_all(args: Sequence[str]) -> bool:
@@ -149,13 +185,7 @@ def _section(title: str, names: Sequence[str], options: dict[str, argparse.Actio
         text = _described(name, action)
         default = _default(action)
         text += f" ({default})" if default and not name.startswith("trainer.") else ""
-        wrapped = textwrap.wrap(text, WIDTH - COLUMN)
-        if len(left) < COLUMN - 1:
-            lines.append(f"{left:<{COLUMN}}{wrapped[0]}")
-            wrapped = wrapped[1:]
-        else:
-            lines.append(left)
-        lines += [" " * COLUMN + line for line in wrapped]
+        lines.append(_option(left, text, WIDTH))
     return "\n".join(lines) + "\n"
 
 

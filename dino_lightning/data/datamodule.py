@@ -35,12 +35,15 @@ class CocoDataModule(SplitLoaders):
     The annotation files are read and checked when the module is made, so that the classes are known at once;
     no image is opened before the first batch.
 
+    The attributes `root`, `image_size` and `max_size` are those given, the sizes within `fixed_size`, and `root` is ""
+    for map-style datasets; `classes` is the table of classes, by label.
+
     Args:
-        root: the dataset folder. The files in it are found by the usual conventions: train/annotations.json,
-            train/_annotations.coco.json (Roboflow), annotations/instances_train2017.json with train2017/,
-            train.json with images/, or one annotations.json, and otherwise by what their names say of the split.
-            YOLO's folders with a data.yaml and Pascal VOC's are read too. Without a validation split, a part of the
-            training images becomes it.
+        root: the dataset's folder, in COCO, YOLO or Pascal VOC format. The files in it are found by the usual
+            conventions: train/annotations.json, train/_annotations.coco.json (Roboflow),
+            annotations/instances_train2017.json with train2017/, train.json with images/, or one annotations.json, and
+            otherwise by what their names say of the split. YOLO's folders have a data.yaml. Without a validation split,
+            a part of the training images becomes it.
         train_annotations: the training JSON, where it is not found by itself, or several as a list or a pattern
             (`annotations/train*.json`); like all paths here relative to the working directory or to `root`.
         train_images: the folder that the file names of `train_annotations` are relative to.
@@ -97,13 +100,9 @@ class CocoDataModule(SplitLoaders):
             epoch.
 
     Attributes:
-        root: as given; "" for map-style datasets.
-        classes: the classes, by label.
         train_set: the training images.
         val_set: the validation images.
         test_set: the test images, or None.
-        image_size: short side in evaluation, in pixels, within `fixed_size`.
-        max_size: limit of the long side in pixels, within `fixed_size`.
         stretch_to: side in pixels of the square that all images are stretched to, or None.
         split_files: where the splits lie on disk, by name; without "val" where it is held out of "train".
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.__main__ import COMMANDS, run
 from dino_lightning.cli.command import Terminated, run_command
-from dino_lightning.cli.help_pages import pages
+from dino_lightning.cli.help_pages import PAGES, pages
 from sagemaker_entry import launch
 from tests.conftest import TINY_ARGS
 
@@ -291,13 +293,33 @@ def test_generated_pages_are_those_of_the_parser(path):
     assert path.read_text(encoding="utf-8") == pages()[path]
 
 
-def test_the_short_help_begins_with_what_most_people_set(capsys):
+def test_the_short_help_begins_with_what_most_people_set(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
     assert run(["fit", "--help"]) == 0
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 100
-    assert max(map(len, printed.splitlines())) <= 110
     places = [printed.index(f"--{name}") for name in ("data.root", "data.batch_size", "model.lr", "trainer.devices")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_short_help_is_as_wide_as_the_terminal(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= min(width, 100) or "python -m" in line or len(line.split()) == 2 for line in lines)
+    stored = next(path for path in pages() if path.name == PAGES[command])
+    assert " ".join(lines).split() == stored.read_text(encoding="utf-8").replace("COMMAND", command).split()
+    column = lines[[line.split()[:1] == ["--data.root"] for line in lines].index(True)].find("the dataset")
+    assert column == (-1 if width == 40 else 32)
+
+
+def test_no_attribute_takes_the_place_of_an_option_in_help():
+    for made in (CocoDataModule, DINOModule):
+        options, _, attributes = str(made.__doc__).partition("Attributes:")
+        names = [set(re.findall(r"^ {8}(\w+): ", part, re.MULTILINE)) for part in (options, attributes)]
+        assert names[0] and not names[0] & names[1]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
