@@ -10,7 +10,7 @@ from dino_lightning.cli.command import writing
 from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.metrics import ClassResult
-from dino_lightning.model.deformable_attention import implementation_in_use
+from dino_lightning.model import deformable_attention, residual_norm
 from dino_lightning.report import Source, as_text, write_report
 from dino_lightning.training.module import DINOModule
 
@@ -58,10 +58,11 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 def show_classes(rows: Sequence[ClassResult]) -> None:
     """Print the results of the classes, a line each."""
-    say(f"{'class':<24}{'boxes':>8}{'AP':>8}{'AP50':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'threshold':>11}")
+    width = min(24, max(8, *(len(row.name) + 1 for row in rows))) if rows else 8
+    say(f"{'class':<{width}}{'boxes':>8}{'AP':>8}{'AP50':>8}{'F1':>8}{'precision':>11}{'recall':>8}{'threshold':>11}")
     for row in rows:
         say(
-            f"{row.name[:23]:<24}{row.num_boxes:>8}{row.ap:>8.3f}{row.ap50:>8.3f}{row.f1:>8.3f}"
+            f"{row.name[: width - 1]:<{width}}{row.num_boxes:>8}{row.ap:>8.3f}{row.ap50:>8.3f}{row.f1:>8.3f}"
             f"{row.precision:>11.3f}{row.recall:>8.3f}{row.threshold:>11.3f}"
         )
 
@@ -92,11 +93,19 @@ def save_report(
         return
     dataset = data.test_set if subcommand == "test" and data.test_set is not None else data.val_set
     folder = run_dir / "report"
-    computed_by = implementation_in_use(module.trainer.strategy.root_device)
+    device = module.trainer.strategy.root_device
+    source = Source(
+        subcommand,
+        dataset.annotations,
+        data.category_ids,
+        checkpoint,
+        deformable_attention=deformable_attention.implementation_in_use(device),
+        residual_norm=residual_norm.implementation_in_use(device),
+    )
     with writing(folder, "--run_dir"):
         summary = write_report(
             module.evaluation,
-            Source(subcommand, dataset.annotations, data.category_ids, checkpoint, computed_by),
+            source,
             folder,
             threshold=module.score_threshold,
             against=against,

@@ -47,6 +47,7 @@ class Source:
         category_ids: the `category_id` of each label.
         checkpoint: path of the evaluated weights; empty if there were none.
         deformable_attention: which implementation computed it, such as "Triton kernel"; empty if it is not known.
+        residual_norm: the same of the sums with their layer norms.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Source:
     category_ids: Sequence[int]
     checkpoint: str = ""
     deformable_attention: str = ""
+    residual_norm: str = ""
 
 
 def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
         "stage": source.stage,
         "checkpoint": source.checkpoint,
         "deformable_attention": source.deformable_attention,
+        "residual_norm": source.residual_norm,
         "annotations": str(source.annotations.path),
         "num_images": len(rows),
         "num_boxes": int(evaluation.matches.num_boxes.sum()),

@@ -16,7 +16,10 @@ from dino_lightning.cli.command import CommandParser
 from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from sagemaker_entry.protocol.job import CONFIG_CHANNEL, CONFIG_FILE, JOB_FILE, WEIGHTS_CHANNEL, Job
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# what arrives here -> what the job gets; a terminal that is closed sends SIGHUP, which Windows lacks
+PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+if hasattr(signal, "SIGHUP"):
+    PASSED_ON[signal.SIGHUP] = signal.SIGTERM
 
 
 def without_effect(parser: CommandParser, options: argparse.Namespace, used: Collection[str]) -> str | None:
@@ -78,7 +81,8 @@ def prepare_opt_ml(
 def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> tuple[int, int | None]:
     """Run `sagemaker_entry.train` on a folder that `prepare_opt_ml` filled.
 
-    Ctrl-C and SIGTERM stop it as SageMaker would: it saves a checkpoint first, and a second Ctrl-C stops it at once.
+    Ctrl-C, SIGTERM and the end of the terminal stop it as SageMaker would: it saves a checkpoint first, and a second
+    Ctrl-C stops it at once. Signals that are ignored, as SIGHUP is under `nohup`, stay so.
 
     Returns:
         Its exit code, which is 0 if it had only the model left to write; and the signal that asked it to stop, or None.
@@ -86,7 +90,8 @@ def run_locally(root: Path, environ: Mapping[str, str] = os.environ) -> tuple[in
     kept = {name: value for name, value in environ.items() if not name.startswith("SM_")}
     variables = {**kept, "SM_INPUT_DIR": str(root / "input"), "TRAINING_JOB_NAME": "local"}
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOPPING}
+    heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heard}
     try:
         with ctrl_c_left_to_this_process():  # `train` lets it in again, once it has handlers
             # In its own session: a terminal would send Ctrl-C to it as well, or, while it starts, not to it.
@@ -105,7 +110,7 @@ def _wait(child: subprocess.Popen[bytes], received: Sequence[int]) -> int:
     passed_on = 0
     while True:
         for number in received[passed_on:]:
-            child.send_signal(number)
+            child.send_signal(PASSED_ON[signal.Signals(number)])
             passed_on += 1
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=0.1)

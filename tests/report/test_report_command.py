@@ -58,7 +58,8 @@ def test_validate_writes_a_report_and_says_where(checkpoint, capsys):
     assert [row["file_name"] for row in summary["images"]]
     page = (folder / "index.html").read_text()
     assert page.count("data:image/jpeg") == 4
-    assert summary["deformable_attention"] == "PyTorch" and "; deformable attention: PyTorch; " in page
+    assert summary["deformable_attention"] == summary["residual_norm"] == "PyTorch"
+    assert "; deformable attention: PyTorch; residual and layer norm: PyTorch; " in page
 
 
 def test_test_writes_its_own_and_compares(checkpoint, capsys):
