@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
+
+from dino_lightning.console import wrapped
 
 NAMES = {
     "data": "images per second and core, from the file to the batch",
@@ -31,8 +34,9 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in NAMES:
         width = max(map(len, NAMES))
-        print("usage: python -m benchmarks NAME [--help | options]\n")
-        print("\n".join(f"  {name:<{width}}  {what}" for name, what in NAMES.items()))
+        table = "\n".join(f"  {name:<{width}}  {what}" for name, what in NAMES.items())
+        columns = shutil.get_terminal_size().columns
+        print(wrapped(f"usage: python -m benchmarks NAME [--help | options]\n\n{table}", columns))
         return 0 if name in ("-h", "--help") else 2
     del sys.argv[1]
     importlib.import_module(f"benchmarks.{name}").main()

@@ -70,7 +70,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         f"{PROGRAM} convert",
         DESCRIPTION,
-        epilog=f"Example: {PROGRAM} convert --weights runs/.../best.ckpt --output published.pth",
+        epilog=f"Example: {PROGRAM} convert --weights best.ckpt --output dino.pth",
     )
     parser.add_argument(
         "--weights",

@@ -98,7 +98,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         f"{PROGRAM} export",
         DESCRIPTION,
-        epilog="Example: python -m dino_lightning export --ckpt_path runs/.../best.ckpt --output rooms.onnx",
+        epilog="Example: python -m dino_lightning export --ckpt_path last --output rooms.onnx",
     )
     add = parser.add_argument
     add("--ckpt_path", required=True, help=HELP)

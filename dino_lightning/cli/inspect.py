@@ -29,7 +29,7 @@ def run(args: Sequence[str]) -> int:
         parser = CommandParser(
             f"{PROGRAM} inspect",
             DESCRIPTION,
-            epilog=f"Example: {PROGRAM} inspect --data.root room_detection_dataset_coco",
+            epilog=f"Example: {PROGRAM} inspect --data.root plans",
         )
         folder = Path("inspection")
         parser.add_argument("--output", type=Path, default=folder, help="folder for health.html and health.json")

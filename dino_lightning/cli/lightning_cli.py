@@ -135,8 +135,9 @@ class Commands(LightningCLI):
             use_own_optimizer(self.model, optimizer, lr_scheduler, self.configure_optimizers)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Without Lightning's own table of results: ours follows it."""
+        """Without Lightning's own table of results, as ours follows it, and with a usage of one line."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"{self.program} {subcommand} [options]"
         if subcommand != "fit":
             parser.set_defaults(verbose=False)
         return parser

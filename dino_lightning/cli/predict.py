@@ -69,7 +69,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         f"{PROGRAM} predict",
         DESCRIPTION,
-        epilog="Example: python -m dino_lightning predict --ckpt_path runs/.../best.ckpt --images plans scans/*.tif",
+        epilog="Example: python -m dino_lightning predict --ckpt_path last --images plans",
     )
     add = parser.add_argument
     add("--ckpt_path", required=True, help=HELP)
@@ -117,10 +117,11 @@ def _report(folder: Path, summary: Summary) -> None:
     say(
         f"{summary.images:,} images: {summary.detections:,} detections with a score of at least {summary.threshold:.3f}"
     )
-    if summary.done_now:
+    predicted = summary.done_now - summary.failed  # all that failed were tried now
+    if predicted > 0:
         say(
-            f"Predicted {summary.done_now:,} in {summary.seconds:.1f} s: "
-            f"{summary.done_now / summary.seconds:.1f} images per second, reading and writing included"
+            f"Predicted {predicted:,} in {summary.seconds:.1f} s: "
+            f"{predicted / summary.seconds:.1f} images per second, reading and writing included"
         )
     if summary.other_size:
         say(
@@ -133,4 +134,6 @@ def _report(folder: Path, summary: Summary) -> None:
     if summary.failed:
         more = summary.failed - len(summary.failures)
         lines = [*summary.failures, *([f"... and {more} more, in {folder / 'images.json'}"] if more else [])]
+        if summary.images == 0 and all(line.endswith("does not exist.") for line in summary.failures):
+            lines.append("The images of a COCO file may lie elsewhere: give their folder with --image_folder.")
         say(f"error: {summary.failed} images could not be read:\n  " + "\n  ".join(lines), sys.stderr)

@@ -40,7 +40,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         f"{PROGRAM} to_coco",
         DESCRIPTION,
-        epilog=f"Example: {PROGRAM} to_coco --data.root rooms_yolo --output rooms_coco",
+        epilog=f"Example: {PROGRAM} to_coco --data.root yolo --output coco",
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; must be new or empty")
     parser.add_argument(

@@ -20,7 +20,7 @@ CASE_LENGTH = 170  # columns, on two or three lines
 CLASSES_SHOWN = 30
 SMALL, LARGE = 32.0**2, 96.0**2  # square pixels, COCO's limits; a box of just that area is on both sides
 RELATIVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the square root of the image's area
-WIDTH = 100
+WIDTH, PROSE = 100, 80  # of tables, of sentences
 SPREAD = (
     "sizes in pixels; three numbers are minimum / median / maximum; small, medium and large are by the area of the "
     "annotation, as evaluation counts them"
@@ -40,13 +40,13 @@ MEDIANS = (
 
 
 def as_text(report: HealthReport) -> str:
-    """Splits, classes and findings as tables of at most 100 columns."""
+    """Splits, classes and findings: tables of at most 100 columns, sentences of 80."""
     rows = splits_rows(report)
     return "\n\n".join([aligned(rows) + f"\n{_remark(SPREAD)}", _class_table(report), _findings_text(report)])
 
 
 def _remark(text: str) -> str:
-    return textwrap.fill(f"({text})", WIDTH)
+    return textwrap.fill(f"({text})", PROSE)
 
 
 def as_json(report: HealthReport) -> dict[str, Any]:
@@ -296,11 +296,11 @@ def _findings_text(report: HealthReport) -> str:
     for finding in report.findings:
         kind = KINDS[finding.kind]
         lines.append(f"\n{finding.severity.upper():<8}{finding.split}: {len(finding.cases)} x {kind.title}")
-        lines += textwrap.wrap(kind.advice, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += textwrap.wrap(kind.advice, PROSE, initial_indent=" " * 8, subsequent_indent=" " * 8)
         for case in finding.cases[:CASES_SHOWN]:
             text = describe(case)
             if text:
-                first, *rest = _wrapped(shown(text, CASE_LENGTH), WIDTH - 10)
+                first, *rest = _wrapped(shown(text, CASE_LENGTH), PROSE - 10)
                 lines += ["        - " + first, *(" " * 10 + line for line in rest)]
         if len(finding.cases) > CASES_SHOWN:
             lines.append(f"        - ... and {len(finding.cases) - CASES_SHOWN} more")

@@ -328,6 +328,7 @@ def test_help_all_lists_this_programs_options_first_and_the_trainers_last(comman
         run([command, "--help", "all"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m dino_lightning {command} [options]\n")
     options = ("--run_dir", "--data.root", "--model.lr", "--trainer.accelerator")
     places = [printed.index(f"\n  {option}") for option in options]
     assert places == sorted(places)

@@ -138,6 +138,10 @@ def test_images_of_another_folder_and_size(checkpoint, plans, tmp_path, capsys):
     options = ["--images", tmp_path / "a" / "test.json", "--image_folder", plans]
     assert predict(checkpoint, *options, output=tmp_path / "out") == 0
     assert "1 images have another size than the COCO file says" in capsys.readouterr().out
+    assert predict(checkpoint, *options[:2], output=tmp_path / "none") == 1
+    printed = capsys.readouterr()
+    assert "0.png does not exist." in printed.err and "give their folder with --image_folder." in printed.err
+    assert "images per second" not in printed.out
 
 
 def test_a_broken_image_is_reported_and_the_rest_done(checkpoint, plans, tmp_path, capsys):
@@ -148,7 +152,8 @@ def test_a_broken_image_is_reported_and_the_rest_done(checkpoint, plans, tmp_pat
     output = tmp_path / "out"
     assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 1
     printed = capsys.readouterr()
-    assert "5 images: " in printed.out and "Traceback" not in printed.err
+    assert "5 images: " in printed.out and "Predicted 5 in " in printed.out and "Traceback" not in printed.err
+    assert "--image_folder" not in printed.err
     assert "error: 2 images could not be read:" in printed.err
     assert printed.err.count("2.png cannot be decoded") == printed.err.count("empty.jpg cannot be decoded") == 1
     entries = content(output, "images.json")["images"]
