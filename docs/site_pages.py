@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
+LONGEST = 40  # characters of a name that is kept on one line
 REFERENCE = {
     "reference/python.md": ("Python", ["dino_lightning"]),
     "reference/callbacks.md": ("Callbacks", ["dino_lightning.callbacks"]),
@@ -33,6 +34,22 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to files of the root lead to their pages."""
     return re.sub(r"\]\(\.\./(?:benchmarks/)?(README|CHANGELOG|CONTRIBUTING|RESULTS)\.md", r"](\1.md", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Options and names in the text do not break at their hyphens, and commands may wrap; see docs/site.css."""
+    return re.sub(r"<pre.*?</pre>|(<code>)([^<]*)(</code>)", _unbroken, html, flags=re.DOTALL)
+
+
+def _unbroken(found: re.Match[str]) -> str:
+    if found[1] is None:
+        return re.sub(r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0])
+    words = re.sub(r"\S+", lambda word: word[0] if len(word[0]) > LONGEST else _word(word[0]), found[2])
+    return f"{found[1]}{words}{found[3]}"
+
+
+def _word(text: str) -> str:
+    return f'<span class="{"option" if text.startswith("-") else "word"}">{text}</span>'
 
 
 def _moved(text: str) -> str:

@@ -71,6 +71,13 @@ def test_the_reference_has_every_public_name(site):
     assert {f"dino_lightning.{name}" for name in dino_lightning.__all__} <= anchors
 
 
+def test_options_do_not_break_and_commands_wrap(site):
+    page = (site / "train" / "index.html").read_text(encoding="utf-8")
+    assert '<code><span class="option">--ckpt_path</span> <span class="word">last</span></code>' in page
+    assert '<pre class="command"><span></span><code>python -m dino_lightning fit --ckpt_path last ' in page
+    assert (site / "site.css").is_file() and 'href="../site.css"' in page
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TCP without encryption")
 def test_the_notebook_runs(tmp_path):
     import nbformat
