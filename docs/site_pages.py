@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
-LONGEST = 40  # characters of a name that is kept on one line
+LONGEST = 44  # characters of a name that is kept on one line
 REFERENCE = {
     "reference/python.md": ("Python", ["dino_lightning"]),
     "reference/callbacks.md": ("Callbacks", ["dino_lightning.callbacks"]),

@@ -54,6 +54,12 @@ from dino_lightning.training.module import DINOModule
 from dino_lightning.training.precision import settled_precision, uses_cuda
 from dino_lightning.training.resume import changed_options
 
+NO_GPU = (
+    "PyTorch finds no GPU here, and trainer.accelerator is gpu: add --trainer.accelerator cpu --trainer.devices 1 "
+    "(slow with a ResNet-50), or train --config small_cpu.yaml, which is made for CPUs. On a machine with a GPU, compare "
+    "its driver with the CUDA of the installed PyTorch."
+)
+
 
 class Commands(LightningCLI):
     """`fit`, `validate` and `test` for `DINOModule` on `CocoDataModule`; users make theirs of `DINOCLI`."""
@@ -149,7 +155,11 @@ class Commands(LightningCLI):
         """Build data, model and Trainer; values they refuse are the user's, not a crash."""
         try:
             super().instantiate_classes()
-        except (DataError, CheckpointError, MisconfigurationException):
+        except (DataError, CheckpointError):
+            raise
+        except MisconfigurationException as error:
+            if "No supported gpu backend" in str(error):
+                raise UsageError(NO_GPU) from error
             raise
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error

@@ -362,3 +362,13 @@ def test_packaged_configs_are_found_from_anywhere(rooms):
     assert config_files.config_path("rooms_demo.yaml").is_file()
     args = ["--config", "configs/rooms_demo.yaml", "--data.root", str(rooms), "--trainer.fast_dev_run=1"]
     assert fit.run([*args, "--trainer.accelerator=cpu", "--data.num_workers=0"]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has a GPU")
+def test_a_configuration_for_gpus_says_what_to_do_without_one(rooms, tmp_path, capsys):
+    config = str(CONFIGS / "room_detection.yaml")
+    args = ["--config", config, "--data.root", str(rooms), "--model.weights=null", "--model.backbone_weights=null"]
+    assert run(["fit", *args, "--run_dir", str(tmp_path / "run")]) == 1
+    printed = capsys.readouterr().err
+    assert "error: PyTorch finds no GPU here" in printed and "--config small_cpu.yaml" in printed
+    assert not (tmp_path / "run" / "config.yaml").exists()
