@@ -1,4 +1,4 @@
-"""What printers, screens and cameras make of a drawn page: other inks and papers, filled rooms, photographs, copies.
+"""What brochures, printers, screens and cameras make of a drawn page: coloured rooms, other inks, photographs, copies.
 
 Plans that are drawn on the fly go through it (`dino_lightning.data.drawn_plans`), so that a detector made from them
 knows more styles than the generator draws.
@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageOps
 
+from dino_lightning.floor_plans.brochure import cut_close, on_a_sheet
 from dino_lightning.floor_plans.drawing import Ink, Room, font
+from dino_lightning.floor_plans.materials import colour_furniture, lay_floors, paint_walls, soft_light
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,14 +36,29 @@ def restyle(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> t
         The page, RGB, and its rooms, whose outlines move with it.
     """
     page = page.convert("RGB")
-    if rng.random() < 0.2:
+    if rng.random() < 0.25:
+        page, rooms = cut_close(page, rooms, rng)
+    if rng.random() < 0.25:
+        page = colour_furniture(page, rooms, rng)
+    floors = rng.random()
+    if floors < 0.2:
         page = fill_rooms(page, rooms, rng)
+    elif floors < 0.4:
+        page = lay_floors(page, rooms, rng)
+    if rng.random() < 0.3:
+        page = paint_walls(page, rng)
+    if rng.random() < 0.08:
+        page = soft_light(page, rng)
+    if rng.random() < 0.2:
+        page, rooms = on_a_sheet(page, rooms, rng)
     if rng.random() < 0.05:
         page = watermark(page, rng)
     if rng.random() < 0.25:
         page = recolour(page, rng)
     if rng.random() < 0.12:
         page, rooms = photograph(page, rooms, rng)
+    if rng.random() < 0.2:
+        page = other_colours(page, rng)
     if rng.random() < 0.15:
         page = small_copy(page, float(rng.uniform(0.4, 0.8)))
     return page, rooms
@@ -73,6 +90,13 @@ def recolour(page: Image.Image, rng: np.random.Generator) -> Image.Image:
         paper = np.array(PAPERS[int(rng.integers(len(PAPERS)))])
     table = [round(float(ink[c] + (paper[c] - ink[c]) * value / 255)) for c in range(3) for value in range(256)]
     return page.point(table)
+
+
+def other_colours(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Other brightness, contrast and saturation, as cameras and screens make them; seldom the negative."""
+    for enhancer in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+        page = enhancer(page).enhance(float(rng.uniform(0.6, 1.4)))
+    return ImageOps.invert(page) if rng.random() < 0.1 else page
 
 
 def watermark(page: Image.Image, rng: np.random.Generator) -> Image.Image:
