@@ -1,8 +1,9 @@
 """Make weights that know floor plans from drawn ones alone: `python -m benchmarks pretrain --output rooms_small.pt`.
 
 Two runs of `fit`: a long one on small pages at a constant rate, and a short one on larger pages whose rate falls to
-zero. Both can be stopped and go on where they were when the command is given again. 240 drawn plans serve as the
-"images" of the dataset, and 60 others to measure; every other plan is seen once.
+zero; with `--weights` the second alone, from weights that were made before. Both can be stopped and continue where they
+were when the command is given again. Options of `fit` may follow. 240 drawn plans serve as the "images" of the dataset,
+and 60 others to measure; every other plan is seen once.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ def main() -> None:
     add("--long_epochs", type=int, default=100, help="of 1,200 plans each, at the config's size")
     add("--short_epochs", type=int, default=8, help="the same, at --size")
     add("--size", type=int, default=320, help="side of the larger pages in pixels")
+    add("--weights", help="name or file to start the short run from, instead of the long one")
     add("--seed", type=int, default=1)
     options, more = parser.parse_known_args()
     plans = write_rooms_dataset(options.folder / "plans", num_train=240, num_val=60, style="realistic", seed=SEED)
     common = ["--config", options.config, "--data.root", str(plans), "--seed_everything", str(options.seed), *more]
-    average = ["--ema_decay", "0.999", "--ema_tau", "500"]
-    first = fit(options.folder / "long", [*common, *average, "--trainer.max_epochs", str(options.long_epochs)])
+    first = options.weights
+    if first is None:
+        average = ["--ema_decay", "0.999", "--ema_tau", "500"]
+        first = fit(options.folder / "long", [*common, *average, "--trainer.max_epochs", str(options.long_epochs)])
     second = fit(
         options.folder / "short",
         [
-            *[*common, "--ema_decay", "0.99", "--ema_tau", "50", "--model.weights", str(first)],
-            *["--trainer.max_epochs", str(options.short_epochs), "--model.lr_schedule", "cosine"],
-            *["--data.fixed_size", str(options.size), "--model.warmup_steps", "20"],
+            *["--ema_decay", "0.99", "--ema_tau", "50", "--model.warmup_steps", "20", "--model.lr_schedule", "cosine"],
+            *["--trainer.max_epochs", str(options.short_epochs), "--data.fixed_size", str(options.size)],
+            *[*common, "--model.weights", str(first)],
         ],
     )
     checkpoint = torch.load(second, map_location="cpu", weights_only=True)

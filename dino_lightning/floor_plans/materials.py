@@ -36,22 +36,41 @@ def wall_mask(page: Image.Image) -> Mask:
 
 
 def paint_walls(page: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Thick walls in another colour: plain, with dark faces, or with a shadow on the floor beside them."""
+    """Thick walls in another colour or pattern: plain, hatched or hollow, with dark faces or none, with a shadow."""
     walls = wall_mask(page)
     if not walls.any():
         return page
     pixels = np.asarray(page).copy()
-    how = str(rng.choice(("plain", "faced", "shadow", "hollow"), p=(0.35, 0.25, 0.25, 0.15)))
-    colour = (255, 255, 255) if how == "hollow" else WALL_COLOURS[int(rng.integers(len(WALL_COLOURS)))]
-    if how == "shadow":
+    if rng.random() < 0.2:
         reach = max(max(page.size) / float(rng.uniform(80, 200)), 1.0)
         moved = ndimage.shift(walls.astype(np.float32), rng.uniform(0, reach, 2), order=0)
         blurred = ndimage.gaussian_filter(moved, reach / 2)
         pixels = (pixels * (1 - float(rng.uniform(0.2, 0.5)) * blurred[..., None])).astype(np.uint8)
-    inner = ndimage.minimum_filter(walls, 3) if how in ("faced", "hollow") else walls
-    pixels[walls] = (30, 30, 30) if how in ("faced", "hollow") else colour
+    how = str(rng.choice(("plain", "faced", "hatched", "hollow"), p=(0.35, 0.2, 0.25, 0.2)))
+    colour = WALL_COLOURS[int(rng.integers(len(WALL_COLOURS)))] if how in ("plain", "faced") else (255, 255, 255)
+    face = int(rng.choice((0, 30, 90, 150)))
+    inner = walls if how == "plain" else ndimage.minimum_filter(walls, int(rng.choice((3, 3, 5))))
+    pixels[walls] = face
     pixels[inner] = colour
+    if how == "hatched":
+        pixels[inner & pattern(*walls.shape, rng)] = face
     return Image.fromarray(pixels)
+
+
+def pattern(height: int, width: int, rng: np.random.Generator) -> Mask:
+    """Where a hatched wall of a page has ink, (height, width): slanted lines one or both ways, bricks or dots."""
+    y, x = np.arange(height)[:, None], np.arange(width)[None]
+    step = int(max(max(height, width) / float(rng.uniform(90, 250)), 3))
+    line = max(step // 5, 1)
+    kind = str(rng.choice(("lines", "crossed", "bricks", "dots"), p=(0.55, 0.2, 0.15, 0.1)))
+    rising = (x + y) % step < line
+    if kind == "crossed":
+        return np.asarray(rising | ((x - y) % step < line))
+    if kind == "bricks":
+        return np.asarray((y % step < line) | ((x + y // step % 2 * step) % (2 * step) < line))
+    if kind == "dots":
+        return np.asarray(rng.random((height, width)) < 0.2)
+    return np.asarray(rising if rng.random() < 0.5 else (x - y) % step < line)
 
 
 def lay_floors(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> Image.Image:

@@ -45,8 +45,10 @@ def restyle(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> t
         page = fill_rooms(page, rooms, rng)
     elif floors < 0.4:
         page = lay_floors(page, rooms, rng)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         page = paint_walls(page, rng)
+    if rng.random() < 0.08:
+        page = by_hand(page, rng)
     if rng.random() < 0.08:
         page = soft_light(page, rng)
     if rng.random() < 0.2:
@@ -61,6 +63,8 @@ def restyle(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -> t
         page = other_colours(page, rng)
     if rng.random() < 0.15:
         page = small_copy(page, float(rng.uniform(0.4, 0.8)))
+    if rng.random() < 0.06:
+        page = black_and_white(page, rng)
     return page, rooms
 
 
@@ -97,6 +101,30 @@ def other_colours(page: Image.Image, rng: np.random.Generator) -> Image.Image:
     for enhancer in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
         page = enhancer(page).enhance(float(rng.uniform(0.6, 1.4)))
     return ImageOps.invert(page) if rng.random() < 0.1 else page
+
+
+def by_hand(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Lines that waver by a pixel or two, as drawn without a ruler."""
+    columns, rows = (int(value) for value in rng.integers(10, 30, 2))
+    xs, ys = np.linspace(0, page.width, columns + 1), np.linspace(0, page.height, rows + 1)
+    most = max(page.size) / float(rng.uniform(300, 600))
+    grid = np.stack(np.meshgrid(xs, ys), axis=-1) + rng.uniform(-most, most, (rows + 1, columns + 1, 2))
+    mesh = []
+    for row in range(rows):
+        for column in range(columns):
+            place = (int(xs[column]), int(ys[row]), int(xs[column + 1]), int(ys[row + 1]))
+            corners = grid[[row, row + 1, row + 1, row], [column, column, column + 1, column + 1]]
+            mesh.append((place, tuple(float(value) for value in corners.flatten())))
+    return page.transform(page.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+
+
+def black_and_white(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Only black and white, as by fax: what is darker than a threshold is ink, or grey becomes dots."""
+    grey = page.convert("L")
+    if rng.random() < 0.3:
+        return grey.convert("1").convert("RGB")
+    threshold = float(np.asarray(grey).mean()) * float(rng.uniform(0.6, 0.95))
+    return grey.point([255 * (value > threshold) for value in range(256)]).convert("RGB")
 
 
 def watermark(page: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -10,7 +10,17 @@ from PIL import Image, ImageDraw
 
 from dino_lightning.floor_plans.dataset import draw_plan
 from dino_lightning.floor_plans.drawing import Room
-from dino_lightning.floor_plans.restyle import fill_rooms, photograph, recolour, restyle, small_copy, watermark
+from dino_lightning.floor_plans.restyle import (
+    black_and_white,
+    by_hand,
+    fill_rooms,
+    other_colours,
+    photograph,
+    recolour,
+    restyle,
+    small_copy,
+    watermark,
+)
 
 SQUARE = Room(((60.0, 40.0), (140.0, 40.0), (140.0, 110.0), (60.0, 110.0)), "HALL")
 
@@ -57,6 +67,18 @@ def test_copies_and_words_keep_the_size():
     assert small_copy(page, 0.5).size == page.size
     marked = watermark(Image.new("RGB", (200, 150), (255, 255, 255)), np.random.default_rng(1))
     assert np.asarray(marked).min() < 255
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rooms_stay_where_they_are_by_hand_by_fax_and_on_other_screens(seed):
+    inside = np.zeros((150, 200), dtype=bool)
+    inside[44:107, 64:137] = True
+    outside = np.ones((150, 200), dtype=bool)
+    outside[36:115, 56:145] = False
+    for change in (by_hand, black_and_white, other_colours):
+        seen = np.asarray(change(page_with(SQUARE), np.random.default_rng(seed)).convert("L")).astype(int)
+        assert abs(np.median(seen[inside]) - np.median(seen[outside])) > 100
+        assert np.ptp(seen[inside]) < 20
 
 
 def test_the_same_draws_give_the_same_page():
