@@ -36,7 +36,7 @@ class ShippedWeights:
 SHIPPED = {
     "rooms_small": ShippedWeights(
         "rooms_small.pt",
-        "d3c36baab9b0e75794f6dbacf2598de052af0612c04022d28d8037fc0a38f8a5",
+        "ee3a41042ed9bacb289df17f661bdb9e0fda79e51ed1be628ca248e9b20aa1c3",
         "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
     ),
 }
