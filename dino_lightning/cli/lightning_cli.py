@@ -56,8 +56,8 @@ from dino_lightning.training.resume import changed_options
 
 NO_GPU = (
     "PyTorch finds no GPU here, and trainer.accelerator is gpu: add --trainer.accelerator cpu --trainer.devices 1 "
-    "(slow with a ResNet-50), or train --config small_cpu.yaml, which is made for CPUs. On a machine with a GPU, compare "
-    "its driver with the CUDA of the installed PyTorch."
+    "(slow with a ResNet-50), or train --config small_cpu.yaml, which is made for CPUs. On a machine with a GPU, "
+    "compare its driver with the CUDA of the installed PyTorch."
 )
 
 

@@ -53,7 +53,7 @@ def paint_walls(page: Image.Image, rng: np.random.Generator) -> Image.Image:
     pixels[walls] = face
     pixels[inner] = colour
     if how == "hatched":
-        pixels[inner & pattern(*walls.shape, rng)] = face
+        pixels[inner & pattern(page.height, page.width, rng)] = face
     return Image.fromarray(pixels)
 
 
