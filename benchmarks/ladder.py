@@ -27,7 +27,9 @@ from benchmarks.latency import TINY, percentile
 from benchmarks.measure import environment, interleaved, save, table
 from benchmarks.race import faster_rcnn, race, ssdlite
 from dino_lightning.cli.config_files import config_path
+from dino_lightning.export.fewer_bits import write_int8
 from dino_lightning.export.formats import describe_module, run_onnx, write_onnx
+from dino_lightning.files import atomic_write
 from dino_lightning.floor_plans import write_rooms_dataset
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.structures import Batch
@@ -39,6 +41,7 @@ PEERS = {"ssdlite": ssdlite, "faster_rcnn": faster_rcnn}  # with the backbone, s
 NAMES = (*RUNGS, PACKAGED, *PEERS)
 NUM_CLASSES = 5  # while milliseconds are measured
 TINY_SIDE = 96
+CALIBRATION_IMAGES = 2  # of noise, for int8: what the ranges are matters to accuracy, not to time
 TIMED = ("module", "ONNX", "OpenVINO", "int8")
 NOT_MEASURED = "-"
 Run = Callable[[], object]
@@ -118,6 +121,16 @@ def exported(module: DINOModule, file: Path) -> Path:
     return file
 
 
+def in_int8(file: Path, source: Path, module: DINOModule, image: Tensor) -> Path:
+    """Write an ONNX file in 8 bits as `export --precision int8` makes it, unless it is there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = (torch.randint_like(image, 0, 256) for _ in range(CALIBRATION_IMAGES))
+        with atomic_write(file) as temporary:
+            write_int8(source, temporary, (_inputs(module, pixels) for pixels in noise))
+    return file
+
+
 def onnx_run(file: Path, module: DINOModule, image: Tensor) -> Run:
     """A function that detects in the image, by onnxruntime on as many threads as PyTorch has."""
     detect, inputs = run_onnx(file), _inputs(module, image)
@@ -164,6 +177,8 @@ def runs_of(
         runs[name, "ONNX"] = onnx_run(file, network, image)
         if importlib.util.find_spec("openvino") is not None:
             runs[name, "OpenVINO"] = openvino_run(file, network, image)
+        if options.make_int8:
+            in_int8(options.int8 / f"{name}.onnx", file, network, image)
         for ending, opened in ((".onnx", onnx_run), (".xml", openvino_run)):
             given = None if options.int8 is None else options.int8 / f"{name}{ending}"
             if given is not None and given.exists():
@@ -180,6 +195,8 @@ def measure_latency(names: list[str], options: argparse.Namespace, results: dict
         for name in names:
             if name != PACKAGED:  # the detector of small_cpu
                 runs |= runs_of(name, options, folder, results)
+        if not options.rounds:  # only the files, and what is counted
+            return
         keys = {f"{name}, {form}": (name, form) for name, form in runs}
         timings = interleaved({key: runs[found] for key, found in keys.items()}, rounds=options.rounds)
     for key, timing in timings.items():
@@ -210,8 +227,16 @@ def train(name: str, seed: int, data: Path, options: argparse.Namespace) -> dict
     return {"minutes": last.minutes, "steps": last.step, **last.values}
 
 
+def mean_and_range(values: list[float], digits: int) -> str:
+    """The mean of the seeds, and of several the smallest and the largest: "0.433 (0.200 to 0.600)"."""
+    if not values:
+        return NOT_MEASURED
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def shown(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a table, one row for each contestant; the median where there are several seeds."""
+    """The results as a table, one row for each contestant; mean and range where there are several seeds."""
     rows: list[tuple[str, ...]] = [
         ("", "size", "M parameters", "GMAC", *(f"{form} ms" for form in TIMED), "minutes", "steps", "AP50", "F1")
     ]
@@ -222,7 +247,7 @@ def shown(results: dict[str, dict[str, Any]]) -> str:
         times = (f"{found['ms'][form]['p50']:.0f}" if form in found.get("ms", {}) else NOT_MEASURED for form in TIMED)
         seeds = list(found.get("trained", {}).values())
         metrics = (
-            f"{statistics.median(seed[key] for seed in seeds):.{digits}f}" if seeds else NOT_MEASURED
+            mean_and_range([seed[key] for seed in seeds], digits)
             for key, digits in (("minutes", 1), ("steps", 0), ("AP50", 3), ("F1", 3))
         )
         rows.append((name, *sizes, *times, *metrics))
@@ -235,17 +260,21 @@ def main() -> None:
     add = parser.add_argument
     add("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=f"of {', '.join(NAMES)}")
     add("--latency", action=argparse.BooleanOptionalAction, default=True, help="measure milliseconds")
-    add("--rounds", type=int, default=15, help="of the milliseconds")
+    add("--rounds", type=int, default=15, help="of the milliseconds; 0 only writes the files")
     add("--exports", type=Path, metavar="DIR", help="keeps the ONNX files, and takes those that are there")
     add("--int8", type=Path, metavar="DIR", help="NAME.onnx or NAME.xml in it, of lower precision, are timed as well")
+    add("--make_int8", "--make-int8", action="store_true", help="write those that are missing in --int8, as ONNX files")
     add("--train_minutes", "--train-minutes", type=float, default=0.0, help="CPU minutes of training; 0 for none")
-    add("--seeds", type=int, default=1, help="how many trainings; seeds from 0, the median is shown")
+    add("--seeds", type=int, default=1, help="how many trainings; the mean and the range are shown")
+    add("--first_seed", "--first-seed", type=int, default=0, help="the others follow it")
     add("--data", type=Path, help="a dataset (180 `realistic` drawn plans to train on and 40 held out, seed 20)")
     add("--tiny", action="store_true", help="tiny detectors, to try the measurement")
     add("--output", type=Path, help="write the numbers to this JSON file, beside those of other contestants in it")
     options = parser.parse_args()
     if not options.latency and options.train_minutes <= 0:
         parser.error("nothing to measure: give --train_minutes, or leave out --no-latency")
+    if options.make_int8 and options.int8 is None:
+        parser.error("--make_int8 needs --int8 DIR, the folder for the files")
     found: dict[str, dict[str, Any]] = {}
     if options.output is not None and options.output.exists():
         found = json.loads(options.output.read_text(encoding="utf-8"))["results"]
@@ -263,7 +292,7 @@ def main() -> None:
         if options.train_minutes > 0 and data is None:
             data = write_rooms_dataset(Path(temporary) / "plans", num_train=180, num_val=40, style="realistic", seed=20)
         for name in options.only if options.train_minutes > 0 else ():
-            for seed in range(options.seeds):
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
                 print(f"{name}, seed {seed}", flush=True)
                 results[name].setdefault("trained", {})[str(seed)] = train(name, seed, data, options)
                 keep()

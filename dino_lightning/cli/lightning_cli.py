@@ -47,7 +47,7 @@ from dino_lightning.cli.user_optimizer import use_own_optimizer
 from dino_lightning.console import say, without_secrets
 from dino_lightning.data import CocoDataModule
 from dino_lightning.errors import CheckpointError, DataError, UsageError
-from dino_lightning.losses.assignment import check_solver
+from dino_lightning.losses.assignment import check_solver, missing_for
 from dino_lightning.report import dominating_error, find_report, load_report
 from dino_lightning.training.compilation import check_graphs_of
 from dino_lightning.training.module import DINOModule
@@ -168,9 +168,14 @@ class Commands(LightningCLI):
         """Ask again for addresses that were stored without their secrets; settle what the device decides."""
         refuse_redacted_addresses(self._given.as_dict())
         trainer = self._given.trainer
-        check_solver(self._given.get("model.matching_solver"), "cuda" if uses_cuda(trainer.accelerator) else "cpu")
+        solver = self._given.get("model.matching_solver")
+        device_type = "cuda" if uses_cuda(trainer.accelerator) else "cpu"
         if self.subcommand in ("fit", None):
-            check_graphs_of(self._given, "cuda" if uses_cuda(trainer.accelerator) else "cpu")
+            check_solver(solver, device_type)
+            check_graphs_of(self._given, device_type)
+        elif trouble := missing_for(solver, device_type):  # of the training, on another machine
+            self._given["model.matching_solver"] = "scipy"
+            say(f"matching_solver device is scipy here, for the losses of the evaluation: {trouble}.")
         trainer.precision = settled_precision(trainer.precision, trainer.accelerator)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:

@@ -24,6 +24,7 @@ from dino_lightning.structures import Batch
 MAX_WORKERS = 8
 TINY_DATASET = 64  # images; starting workers takes longer than reading these
 MAX_DEATHS = 3  # of worker processes in one epoch
+LOCK_PATIENCE = 5.0  # seconds; a living process holds the lock of PyTorch's end signal for microseconds
 NO_GUARD = 97  # exit code of a worker that ran the whole script instead of reading images
 CANNOT_START = (
     "The loader processes cannot start: on this system each of them imports your script, and so runs all of it. Put "
@@ -91,6 +92,7 @@ class Loader(DataLoader[Any]):
         with ctrl_c_left_to_this_process():
             iterator = super().__iter__()
         self._processes = getattr(iterator, "_workers", ())
+        outlive_deaths(iterator)
         if self.num_workers > 0:
             _leave_deaths_to_the_loader()
         return iterator if self._order is not None else islice(iterator, given, None)
@@ -152,6 +154,43 @@ def _tells_of_a_death(error: BaseException) -> bool:
     # Its last finished batch may be in shared memory that was never handed over.
     lost_on_the_way = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
     return lost_on_the_way and (FROM_A_LOADER not in message or "in pin memory thread" in message)
+
+
+class _EndSignal:
+    """PyTorch's signal that ends worker processes, which is given up where its lock is never released.
+
+    Every worker takes that lock each time it looks for the signal. One that is killed in that moment keeps it: the
+    others wait for it for ever, and so would this process at the end of the epoch or run. They are killed instead.
+    """
+
+    def __init__(self, event: Any, workers: Sequence[Any]) -> None:
+        self.event, self._workers, self._set = event, workers, False
+
+    def set(self) -> None:
+        """Tell the workers to end."""
+        self._set = True
+        lock = self.event._cond
+        if lock.acquire(timeout=LOCK_PATIENCE):
+            lock.release()
+            self.event.set()
+        else:
+            for worker in self._workers:
+                worker.kill()
+
+    def is_set(self) -> bool:
+        """Whether they were told."""
+        return self._set
+
+
+def outlive_deaths(iterator: Any) -> None:
+    """Let PyTorch's iterator of worker processes end although one of them was killed in an unlucky moment.
+
+    Args:
+        iterator: of a `DataLoader`; left as it is where it has no processes, or not the signal that PyTorch 2 has.
+    """
+    event = getattr(iterator, "_workers_done_event", None)
+    if event is not None and hasattr(event, "_cond"):
+        iterator._workers_done_event = _EndSignal(event, iterator._workers)
 
 
 def _leave_deaths_to_the_loader() -> None:

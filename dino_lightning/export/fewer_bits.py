@@ -80,7 +80,7 @@ def write_fewer_bits(
                 if precision == "fp16":
                     _write_half(onnx_file, lower)
                 else:
-                    _write_int8(onnx_file, lower, _calibration(OnnxModel(onnx_file), images))
+                    write_int8(onnx_file, lower, _calibration(OnnxModel(onnx_file), images))
 
         def write(target: Path, stored: Mapping[str, str]) -> None:
             if kind == "openvino":
@@ -152,8 +152,13 @@ def _calibration(model: ExportedModel, images: CocoDetection) -> Iterator[tuple[
         yield model.inputs(images[place * len(images) // count].image)[0]
 
 
-def _write_int8(source: Path, path: Path, inputs: Iterator[tuple[Tensor, ...]]) -> None:
-    """Write an ONNX file with convolutions and products with weights in 8 bits.
+def write_int8(source: Path, path: Path, inputs: Iterator[tuple[Tensor, ...]]) -> None:
+    """Write an ONNX file with convolutions and products with weights in 8 bits, and activations in 8 bits.
+
+    Args:
+        source: in float32, of `write_onnx`.
+        path: the file to write.
+        inputs: what the graph is given for some images; activations get the range that they have there.
 
     Of what was tried (benchmarks/RESULTS.md) this is the smallest and fastest; weights alone in 8 bits save less.
     OpenVINO 2026.4 cannot compile what it makes of R50, "any_of(scale.size(), OC, 1U)".
@@ -169,21 +174,22 @@ def _write_int8(source: Path, path: Path, inputs: Iterator[tuple[Tensor, ...]]) 
             given = next(inputs, None)
             return None if given is None else dict(zip(names, (value.numpy() for value in given), strict=True))
 
-    simple = path.with_name("simple.onnx")
-    quant_pre_process(str(source), str(simple), skip_symbolic_shape=True)
-    graph = onnx.load(simple).graph
-    stored = {value.name for value in graph.initializer}
-    quantize_static(
-        str(simple),
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        nodes_to_quantize=[node.name for node in graph.node if _has_weights(node, stored)],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        simple = Path(folder) / "simple.onnx"
+        quant_pre_process(str(source), str(simple), skip_symbolic_shape=True)
+        graph = onnx.load(simple).graph
+        stored = {value.name for value in graph.initializer}
+        quantize_static(
+            str(simple),
+            str(path),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_quantize=[node.name for node in graph.node if _has_weights(node, stored)],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def _write_half(source: Path, path: Path) -> None:

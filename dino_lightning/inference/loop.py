@@ -14,18 +14,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dino_lightning.data.image_files import available_cores
 from dino_lightning.data.images import read_image
+from dino_lightning.data.loading import outlive_deaths
 from dino_lightning.detections import Detections, save_page
 from dino_lightning.errors import DataError
 from dino_lightning.inference.image_list import ListedImage
@@ -41,7 +44,14 @@ BATCHES_AT_ONCE = 2  # on a CPU
 PIXELS_AT_ONCE = 1_000_000  # of all views that are detected or wait for it; larger batches are detected alone
 
 Detect = Callable[[Sequence[View]], list[Detections]]
-Found = tuple[tuple[int, int], Detections]  # the (height, width) of an image, and what is in it
+
+
+class Found(NamedTuple):
+    """The (height, width) of an image, what is in it, and its pixels if they came along for the picture."""
+
+    size: tuple[int, int]
+    detections: Detections
+    image: Tensor | None
 
 
 def predict_images(
@@ -89,7 +99,8 @@ def predict_images(
         try:
             with ctrl_c_left_to_this_process():
                 stream = iter(loader)  # starts the processes
-            for listed, found in _found(_detected(batches(stream, batch_size), detect, threads, at_once)):
+            outlive_deaths(stream)
+            for listed, found in _found(_detected(batches(_own(stream), batch_size), detect, threads, at_once)):
                 finisher.add(listed, found)
                 stop_if_interrupted()
         except RuntimeError as error:
@@ -136,6 +147,14 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         threads.shutdown(cancel_futures=True)
 
 
+def _own(stream: Iterable[View | Unreadable]) -> Iterator[View | Unreadable]:
+    """Yields the same, with images for pictures in memory of this process: a container may have little to share."""
+    for view in stream:
+        if isinstance(view, View) and view.image is not None and view.image.is_shared():  # type: ignore[no-untyped-call]
+            view = replace(view, image=view.image.clone())
+        yield view
+
+
 def _detected(
     groups: Iterable[list[View] | Unreadable], detect: Detect, threads: ThreadPoolExecutor, at_once: int
 ) -> Iterator[Unreadable | list[tuple[View, Detections]]]:
@@ -171,15 +190,20 @@ def _found(
 ) -> Iterator[tuple[ListedImage, Found | Unreadable]]:
     """Yields each image as soon as all its views have been through the detector."""
     parts: dict[str, list[tuple[Window, Detections]]] = {}
+    images: dict[str, Tensor] = {}
     for batch in detected:
         if isinstance(batch, Unreadable):
             yield batch.listed, batch
             continue
         for view, detections in batch:
-            seen = parts.setdefault(view.listed.name, [])
+            name = view.listed.name
+            seen = parts.setdefault(name, [])
             seen.append((view.window, detections))
+            if view.image is not None:
+                images[name] = view.image
             if len(seen) == view.number:
-                yield view.listed, (view.size, merge(parts.pop(view.listed.name), view.size))
+                found = merge(parts.pop(name), view.size)
+                yield view.listed, Found(view.size, found, images.pop(name, None))
 
 
 @torch.no_grad()
@@ -215,10 +239,9 @@ class _Finisher:
         if isinstance(found, Unreadable):
             line = failure(listed, found.reason)
         else:
-            size, detections = found
-            line = record(listed, size, detections)
+            line = record(listed, found.size, found.detections)
             if listed.name in self._places:
-                drawn = self._threads.submit(_draw, listed, detections, self._places[listed.name], line)
+                drawn = self._threads.submit(_draw, listed, found, self._places[listed.name], line)
         self._waiting.append((line, drawn))
         self._note(2 * self._cores)
 
@@ -243,11 +266,11 @@ class _Finisher:
             self._records.close()
 
 
-def _draw(listed: ListedImage, detections: Detections, path: Path, line: dict[str, Any]) -> dict[str, Any]:
-    """Draw a picture; gives the image's line, which is another one if the image cannot be read any more."""
+def _draw(listed: ListedImage, found: Found, path: Path, line: dict[str, Any]) -> dict[str, Any]:
+    """Draw a picture; gives the image's line, which is another one if the image has to be read again and cannot be."""
     try:
-        pixels = read_image(listed.path)
+        pixels = read_image(listed.path) if found.image is None else found.image
     except DataError as error:
         return failure(listed, str(error))
-    save_page(detections.draw(pixels, long_side=OVERLAY_SIDE), path)
+    save_page(found.detections.draw(pixels, long_side=OVERLAY_SIDE), path)
     return line

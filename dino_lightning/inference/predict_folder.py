@@ -181,6 +181,7 @@ def _predict_share(
         tile=options.tile,
         overlap=options.overlap,
         whole_image=options.whole_image,
+        keep_images=options.overlays,
     )
     workers = options.num_workers
     predict_images(

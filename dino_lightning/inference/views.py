@@ -15,6 +15,7 @@ from dino_lightning.errors import DataError
 from dino_lightning.inference.image_list import ListedImage
 from dino_lightning.inference.tiling import Window, views
 
+KEPT_PIXELS = 1_000_000  # of an image that comes along for its picture; larger ones are decoded again, to save memory
 BATCHES_WAITING = 4  # full ones of so many views may be held back until others of their shape come
 
 
@@ -28,6 +29,8 @@ class View:
         window: the part seen, in pixels of the image.
         number: how many views of this image there are.
         pixels: (3, h, w) uint8, RGB, resized for the detector.
+        image: (3, H, W) uint8, RGB, all of the image in its own size, for a picture; None in all but the last view of
+            an image, and where it is too large to be kept or not asked for.
     """
 
     listed: ListedImage
@@ -35,6 +38,7 @@ class View:
     window: Window
     number: int
     pixels: Tensor
+    image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Views(IterableDataset[View | Unreadable]):
         tile: side of the tiles in pixels, or None for whole images only.
         overlap: share of its side that a tile has in common with the next.
         whole_image: look at the whole image as well.
+        keep_images: give images of at most `KEPT_PIXELS` along, so that no picture needs them decoded again.
     """
 
     def __init__(
@@ -66,12 +71,14 @@ class Views(IterableDataset[View | Unreadable]):
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
+        keep_images: bool = False,
     ) -> None:
         self.images = images
         self.transform = transform
         self.tile = tile
         self.overlap = overlap
         self.whole_image = whole_image
+        self.keep_images = keep_images
 
     def __iter__(self) -> Iterator[View | Unreadable]:
         worker = get_worker_info()
@@ -90,11 +97,12 @@ class Views(IterableDataset[View | Unreadable]):
             return
         size = (int(pixels.shape[1]), int(pixels.shape[2]))
         windows = views(size, self.tile, self.overlap, whole=self.whole_image)
-        for window in windows:
+        kept = pixels if self.keep_images and size[0] * size[1] <= KEPT_PIXELS else None
+        for number, window in enumerate(windows, 1):
             x1, y1, x2, y2 = window.xyxy
             part = LabelledImage(pixels[:, y1:y2, x1:x2], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
             seen = self.transform(part).image.contiguous()
-            yield View(listed, size, window, len(windows), seen)
+            yield View(listed, size, window, len(windows), seen, kept if number == len(windows) else None)
 
 
 def batches(stream: Iterable[View | Unreadable], size: int) -> Iterator[list[View] | Unreadable]:

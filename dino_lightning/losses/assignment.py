@@ -75,9 +75,14 @@ def check_solver(solver: Solver, device_type: str) -> None:
     Raises:
         UsageError: as of `takes_device`.
     """
-    trouble = kernel_trial.missing(device_type, 0) if solver == "device" else None
+    trouble = missing_for(solver, device_type)
     if trouble is not None:
         raise _unsolvable(trouble)
+
+
+def missing_for(solver: Solver, device_type: str) -> str | None:
+    """Why the solver cannot run on this type of device, as far as that is known beforehand; None if it may."""
+    return kernel_trial.missing(device_type, 0) if solver == "device" else None
 
 
 def _unsolvable(trouble: str) -> UsageError:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,26 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(rooms,
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "they need a CUDA device" in said and "leave out --model.cuda_graphs" in said
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_run_whose_solver_this_device_lacks_is_evaluated_with_scipy(
+    rooms, trained, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    checkpoint = tmp_path / "best.ckpt"
+    stored = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    stored["hyper_parameters"]["matching_solver"] = "device"
+    torch.save(stored, checkpoint)
+    printed = []
+    for more in ([], ["--model.matching_solver=scipy"]):
+        args = ["--ckpt_path", str(checkpoint), "--data.root", str(rooms), "--run_dir", f"evaluated{len(more)}", *more]
+        assert run([command, *args, "--trainer.accelerator=cpu", "--model.num_denoising=0"]) == 0
+        printed.append(capsys.readouterr().out)
+    said = "matching_solver device is scipy here, for the losses of the evaluation: it needs a CUDA device"
+    assert printed[0].count(said) == 1 and "matching_solver device" not in printed[1]
+    losses = [re.findall(r"/loss +([\d.]+)", text) for text in printed]
+    assert losses[0] == losses[1] != []
 
 
 def test_an_exit_code_reaches_the_shell_and_no_traceback_is_shown(tmp_path):

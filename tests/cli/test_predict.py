@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 
 from dino_lightning import load_detector
 from dino_lightning.__main__ import run
-from dino_lightning.inference import loop
+from dino_lightning.inference import loop, views
 from dino_lightning.inference import predict_folder as predict_command
 from dino_lightning.model import DINO
 from dino_lightning.training.module import DINOModule
@@ -192,6 +192,24 @@ def test_small_batches_are_detected_two_at_once_and_large_ones_alone(checkpoint,
     assert most == [1] * 6
     for name in ("predictions.json", "predictions.csv", "images.json", "predictions.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("options", [[], ["--num_workers", "2"], ["--tile", "50"]], ids=" ".join)
+def test_pictures_are_the_same_whether_images_are_kept_or_read_again(checkpoint, plans, tmp_path, monkeypatch, options):
+    """Kept ones are not decoded a second time; those with too many pixels are, and nothing else differs."""
+    shutil.copytree(plans, tmp_path / "in")
+    Image.open(plans / "1.png").save(tmp_path / "in" / "photo.jpg")
+    again, read = [], loop.read_image
+    monkeypatch.setattr(loop, "read_image", lambda path: again.append(path.name) or read(path))
+    names = {"kept": set(), "some": {f"{number}.png" for number in (0, 1, 3, 4)} | {"photo.jpg"}}
+    for kept, (case, decoded_again) in zip((views.KEPT_PIXELS, 64 * 64), names.items(), strict=True):
+        monkeypatch.setattr(views, "KEPT_PIXELS", kept)
+        assert predict(checkpoint, "--images", tmp_path / "in", *options, output=tmp_path / case) == 0
+        assert sorted(again) == sorted(decoded_again)
+    files = {path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    assert len(files) == 7 + 6
+    for file in files:
+        assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "some" / file).read_bytes(), file
 
 
 def test_an_error_in_a_detection_ends_it_and_what_came_before_is_kept(checkpoint, plans, tmp_path, monkeypatch):

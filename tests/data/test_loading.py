@@ -1,10 +1,12 @@
 """Loaders continue when processes die and files vanish."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import warnings
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_lightning import CocoDataModule
+from dino_lightning.data import loading
 from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.data.loading import NO_GUARD
 from dino_lightning.data.sampling import TrainSampler
@@ -58,14 +61,51 @@ def test_no_batch_is_lost_when_a_worker_is_killed(root, training):
                 for number, batch in enumerate(loader):
                     batches[kill].append(batch)
                     if kill and number == 0:
-                        # one that dies holding this lock of PyTorch's would stop all others for good
-                        with loader._iterator._workers_done_event._cond:
+                        # one that dies holding this lock of PyTorch's is the next test's
+                        with loader._iterator._workers_done_event.event._cond:
                             os.kill(worker_ids(loader)[epoch], signal.SIGKILL)
         told = [str(warning.message) for warning in caught if "are restarted" in str(warning.message)]
         assert len(told) == (2 if kill else 0)
     assert len(batches[True]) == len(batches[False])
     for one, other in zip(batches[False], batches[True], strict=True):
         assert one.image_ids == other.image_ids and torch.equal(one.images, other.images)
+
+
+class KilledWithLock(CocoDetection):
+    """The first process that reads image 5 is killed while it looks whether the end was signalled."""
+
+    def __getitem__(self, index):
+        if index == 4 and not self.once.exists():
+            self.once.touch()
+            (end,) = (part for part in multiprocessing.current_process()._args if isinstance(part, Event))
+            end._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_with_the_lock_of_all_others_neither_loses_a_batch_nor_hangs(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "LOCK_PATIENCE", 0.5)
+    data = data_module(root)
+    data.train_set.__class__ = KilledWithLock
+    data.train_set.once = tmp_path / "killed"
+    loader = data.train_dataloader()
+    with pytest.warns(UserWarning, match="A loader process was killed.*no batch is lost"):
+        for _ in range(2):
+            assert sorted(number for batch in loader for number in batch.image_ids) == list(range(1, 21))
+    assert (tmp_path / "killed").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_with_the_lock_after_the_epoch_does_not_hang_the_end(root, monkeypatch):
+    monkeypatch.setattr(loading, "LOCK_PATIENCE", 0.5)
+    loader = data_module(root).val_dataloader()
+    assert len(list(loader)) == 9
+    workers = list(loader._iterator._workers)
+    loader._iterator._workers_done_event.event._cond.acquire()  # as one that is killed with it leaves it
+    workers[0].kill()
+    loader._iterator = None  # as at the end of a run
+    assert not any(worker.is_alive() for worker in workers)
 
 
 class KilledNow(Recorder):
