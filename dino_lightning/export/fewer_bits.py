@@ -6,7 +6,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,26 +152,27 @@ def _calibration(model: ExportedModel, images: CocoDetection) -> Iterator[tuple[
         yield model.inputs(images[place * len(images) // count].image)[0]
 
 
-def write_int8(source: Path, path: Path, inputs: Iterator[tuple[Tensor, ...]]) -> None:
-    """Write an ONNX file with convolutions and products with weights in 8 bits, and activations in 8 bits.
+def write_int8(source: Path, path: Path, inputs: Iterable[tuple[Tensor, ...]]) -> None:
+    """Write an ONNX file with convolutions and products with weights in 8 bits.
+
+    Of what was tried (benchmarks/RESULTS.md) this is the smallest and fastest; weights alone in 8 bits save less.
+    OpenVINO 2026.4 cannot compile what it makes of R50, "any_of(scale.size(), OC, 1U)".
 
     Args:
         source: in float32, of `write_onnx`.
         path: the file to write.
-        inputs: what the graph is given for some images; activations get the range that they have there.
-
-    Of what was tried (benchmarks/RESULTS.md) this is the smallest and fastest; weights alone in 8 bits save less.
-    OpenVINO 2026.4 cannot compile what it makes of R50, "any_of(scale.size(), OC, 1U)".
+        inputs: what the file is given, for some images; of these, activations get their ranges.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    remaining = iter(inputs)
     names = [value.name for value in onnx.load(source, load_external_data=False).graph.input]
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def get_next(self) -> dict[str, Any] | None:
-            given = next(inputs, None)
+            given = next(remaining, None)
             return None if given is None else dict(zip(names, (value.numpy() for value in given), strict=True))
 
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ class TraceableDetector(nn.Module):
         self.model, self.max_detections, self.nms_iou_threshold = model, max_detections, nms_iou_threshold
 
     def forward(
-        self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
+        self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor, *, padded: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The detections of a batch as tensors, and the tokens that became queries.
 
@@ -38,6 +38,7 @@ class TraceableDetector(nn.Module):
             images: (B, 3, H, W) float32, normalised, each image top left in the canvas.
             image_sizes: (B, 2) int64, height and width of each image before padding.
             original_sizes: (B, 2) int64, height and width of the images that the boxes are wanted for.
+            padded: whether some images may be smaller than the canvas; if none is, nothing is masked.
 
         Returns:
             boxes_xyxy (B, N, 4) float32 in pixels of the original images, scores (B, N) float32 and labels (B, N)
@@ -46,11 +47,11 @@ class TraceableDetector(nn.Module):
         """
         model = self.model
         levels = model.neck(model.backbone(images))
-        geometry = self._geometry(levels, images.shape[2], images.shape[3], image_sizes)
+        geometry = self._geometry(levels, images.shape[2], images.shape[3], image_sizes, padded)
         tokens, position = flatten_levels(levels, geometry, model.level_embedding)
         memory = model.encoder(tokens, position, geometry)
         selected = model.query_selection(memory, geometry)
-        hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, geometry)
+        hidden, boxes = model.decoder(selected.content, selected.reference_logits, memory, geometry, last_only=True)
         _, class_head = model.decoder.heads(-1)
         scores = class_head(hidden[-1]).sigmoid()
         count = torch.sym_min(self.max_detections, scores.shape[1] * scores.shape[2])
@@ -67,7 +68,9 @@ class TraceableDetector(nn.Module):
             boxes_xyxy = boxes_xyxy.gather(1, order[..., None].expand(-1, -1, 4))
         return boxes_xyxy, top_scores, labels, selected.token_indices
 
-    def _geometry(self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor) -> TokenGeometry:
+    def _geometry(
+        self, levels: Sequence[Tensor], height: int, width: int, image_sizes: Tensor, padded: bool
+    ) -> TokenGeometry:
         """As `DINO` does, from sizes in a tensor."""
         counts, ratios = [], []
         for level in levels:
@@ -79,7 +82,7 @@ class TraceableDetector(nn.Module):
             tuple((level.shape[2], level.shape[3]) for level in levels),
             torch.stack(counts, dim=1),
             torch.stack(ratios, dim=1),
-            padded=True,
+            padded=padded,
             dim=self.model.level_embedding.shape[1],
             **self.model.position,
         )
@@ -103,7 +106,7 @@ class CanvasDetector(nn.Module):
         """(1, 3, H, W) uint8 RGB of the canvas's size -> as `TraceableDetector`, boxes in pixels of the canvas."""
         model = self.detector.model
         normalized = (images.float() - model.image_mean) / model.image_std
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.detector(normalized, self.size, self.size)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.detector(normalized, self.size, self.size, padded=False)
         return found
 
 

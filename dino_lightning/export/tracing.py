@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.export.sampling import exported_sampling
+from dino_lightning.export.sampling import exported_formulation
 from dino_lightning.export.traceable import CanvasDetector, TraceableDetector, TraceablePreprocessing
 from dino_lightning.training.module import DINOModule
 
@@ -56,7 +56,7 @@ def _detector(module: DINOModule) -> TraceableDetector:
 def _traced(
     part: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None = None
 ) -> torch.export.ExportedProgram:
-    with _plain_attention(), exported_sampling(part), torch.no_grad(), quiet():
+    with _plain_attention(), exported_formulation(part), torch.no_grad(), quiet():
         traced = torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
         program: torch.export.ExportedProgram = traced.run_decompositions(_without_lists())
     return program

@@ -163,6 +163,8 @@ class Decoder(nn.Module):
         memory: Tensor,
         geometry: TokenGeometry,
         attention_mask: Tensor | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Refine boxes and content of the queries through all layers.
 
@@ -172,6 +174,7 @@ class Decoder(nn.Module):
             memory: (B, S, D) encoder output.
             geometry: where the tokens of the memory lie.
             attention_mask: (Q, Q) bool, True = may not attend; or None.
+            last_only: leave out what all layers but the last report, so that N is 1.
 
         Returns:
             hidden (N, B, Q, D), the normed output of each of the N layers, and boxes_cxcywh (N, B, Q, 4) float32.
@@ -181,11 +184,12 @@ class Decoder(nn.Module):
         bias = None if attention_mask is None else _additive(attention_mask, memory)
         reference = reference_logits.float().sigmoid()  # what this layer's box is measured from
         anchor = reference.detach()  # what this layer attends with
+        values = self.values(memory, geometry.padding_mask)
         contents, references = [], []
-        for index, (layer, values) in enumerate(zip(self.layers, self._values(memory, geometry), strict=True)):
+        for index, (layer, of_layer) in enumerate(zip(self.layers, values, strict=True)):
             scaled = anchor[:, :, None] * scale
             position = self.query_position_head(query_position_embedding(scaled[:, :, 0], divisors))
-            queries = layer(queries, position, scaled, values, geometry.spatial_shapes, bias)
+            queries = layer(queries, position, scaled, of_layer, geometry.spatial_shapes, bias)
             contents.append(queries)
             references.append(reference)
             if index + 1 < len(self.layers):
@@ -195,20 +199,23 @@ class Decoder(nn.Module):
                     # still reaches this layer's offset, because `reference` itself is not detached.
                     reference = (bbox_head(queries.float()) + inverse_sigmoid(anchor)).sigmoid()
                     anchor = reference.detach()
+        if last_only:
+            contents, references = contents[-1:], references[-1:]
         hidden = self.norm(torch.stack(contents))  # of all layers at once: fewer operations
         with torch.autocast(device_type=memory.device.type, enabled=False):
-            offsets = _by_layer(self.bbox_head, hidden.float())
+            bbox_head = self.heads(-1)[0] if last_only else self.bbox_head
+            offsets = _by_layer(bbox_head, hidden.float())
             boxes = (offsets + inverse_sigmoid(torch.stack(references), self.box_epsilon)).sigmoid()
         return hidden, boxes
 
-    def _values(self, memory: Tensor, geometry: TokenGeometry) -> tuple[Tensor, ...]:
+    def values(self, memory: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, ...]:
         """(B, S, D) for each layer: what its cross-attention samples from, all by one product."""
         projections = [layer.get_submodule("cross_attention.value_proj") for layer in self.layers]
         if not as_made(*projections):
-            return tuple(without_padding(project(memory), geometry.padding_mask) for project in projections)
+            return tuple(without_padding(project(memory), padding_mask) for project in projections)
         weights = lowered(*(weight for projection in projections for weight in projection.parameters()))
         values = linear(memory, torch.cat(weights[::2]), torch.cat(weights[1::2]))
-        return without_padding(values, geometry.padding_mask).chunk(len(projections), dim=-1)
+        return without_padding(values, padding_mask).chunk(len(projections), dim=-1)
 
 
 def _by_layer(head: nn.Module, hidden: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import percentile
+from benchmarks.exported_forms import FORMS
+from benchmarks.latency import BEFORE, MODULES, percentile
 from benchmarks.measure import Timing
 from tests.benchmarks.test_benchmarks import run
 
@@ -41,8 +42,13 @@ def measured(tmp_path, *options):
 
 @pytest.mark.slow
 def test_a_small_measurement_shows_percentiles_beside_what_the_user_gave(tmp_path):
-    printed, numbers = measured(tmp_path, "--batch_sizes", "1,2", "--no-onnx", "--no-peers")
-    assert set(numbers["results"]) == {"checkpoint, batch 1", "checkpoint, batch 2"}
+    forms = ("--forms", "module", "mkl", "onnx", "onnx_static")
+    printed, numbers = measured(tmp_path, "--batch_sizes", "1,2", "--no-peers", *forms)
+    both = {*MODULES.values(), FORMS["onnx"]}
+    assert set(numbers["results"]) == {
+        *(f"{name}, batch {count}" for name in both for count in (1, 2)),
+        f"{FORMS['onnx_static']}, batch 1",  # for one image only
+    }
     for result in numbers["results"].values():
         assert 0 < result["p50_ms"] <= result["p95_ms"] and len(result["rounds"]) == 5
     assert numbers["given_ms"] == {"YOLO, as the user gave it": 600.0, "DINO, as the user expected it": 1500.0}
@@ -50,10 +56,33 @@ def test_a_small_measurement_shows_percentiles_beside_what_the_user_gave(tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_and_peers_are_timed_in_the_same_rounds(tmp_path):
-    _, numbers = measured(tmp_path, "--batch_sizes", "1")
+def test_all_forms_and_another_commit_take_turns_and_files_are_taken_again(tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is one of the forms")
+    exports = tmp_path / "exports"
+    options = ("--batch_sizes", "1", "--exports", str(exports))
+    forms = ("--forms", *MODULES, *FORMS)
+    printed, numbers = measured(tmp_path, *options, *forms, "--before", str(PROJECT))
     names = {name.rpartition(", batch")[0] for name in numbers["results"]}
-    assert {"checkpoint", "ONNX, onnxruntime on the CPU", "torchvision Faster R-CNN R50"} <= names
+    assert {*MODULES.values(), *FORMS.values(), BEFORE, "torchvision Faster R-CNN R50"} <= names
+    compared = printed.partition("boxes differ by")[2].splitlines()[1:]
+    differences = {line.split("  ")[0]: float(line.split()[-2]) for line in compared}
+    assert set(differences) == set(FORMS.values())
+    assert max(differences[name] for name in differences if "int8" not in name) <= 1e-3
+    files = {file.name: file.stat().st_mtime_ns for file in exports.iterdir()}
+    assert set(files) == {
+        "open.pt2", "open.onnx", "96x128.onnx", "96x128.xml", "96x128.bin", "96x128_int8.onnx", "weights.sha256"
+    }  # fmt: skip
+    measured(tmp_path, *options, "--forms", "openvino", "--int8", str(exports / "96x128_int8.onnx"), "--no-peers")
+    assert {file.name: file.stat().st_mtime_ns for file in exports.iterdir()} == files
+    (exports / "weights.sha256").write_text("of another checkpoint\n")
+    with pytest.raises(AssertionError, match="has files of other weights"):
+        measured(tmp_path, *options, "--forms", "openvino", "--no-peers")
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="is no checkout"):
+        measured(tmp_path, "--batch_sizes", "1", "--forms", "module", "--no-peers", "--before", str(tmp_path))
 
 
 def test_an_unknown_measurement_lists_latency_among_those_there_are():

@@ -71,6 +71,28 @@ def test_what_fp16_costs_is_printed_and_stored_and_the_file_detects_the_same(che
 
 
 @pytest.mark.slow
+def test_openvino_stores_weights_in_fp16_and_what_that_costs(checkpoint, dataset, tmp_path, capsys):
+    openvino = pytest.importorskip("openvino")
+    options = ("--format", "openvino", "--precision", "fp16", "--data.root", str(dataset))
+    # random weights: a box or two of 30 change, which may be more than half a point
+    assert exported(checkpoint, tmp_path / "half", *options, "--accept-loss") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-3:-1]] == ["float32", "fp16"]
+    assert exported(checkpoint, tmp_path / "full", "--format", "openvino") == 0
+    assert sorted(file.name for file in (tmp_path / "half").iterdir()) == ["best.bin", "best.xml"]
+    half, full = ((tmp_path / name / "best.bin").stat().st_size for name in ("half", "full"))
+    assert half < 0.6 * full
+    path = tmp_path / "half" / "best.xml"
+    stored = openvino.Core().read_model(path)
+    assert stored.get_rt_info(["dino_lightning", "precision"]).astype(str) == "fp16"
+    accuracy = json.loads(stored.get_rt_info(["dino_lightning", "accuracy"]).astype(str))
+    assert accuracy["images"] == 6 and min(accuracy[name]["F1"] for name in ("float32", "fp16")) > 0.8
+    before, after = (load_detector(file)(dataset / "val" / "2.png", threshold=0.0) for file in (checkpoint, path))
+    assert 0 < abs(float(before.scores[0] - after.scores[0])) < 0.01
+    assert float((before.boxes_xyxy[0] - after.boxes_xyxy[0]).abs().max()) < 0.5
+
+
+@pytest.mark.slow
 def test_int8_that_loses_more_than_half_a_point_is_not_written_unless_accepted(checkpoint, dataset, tmp_path, capsys):
     options = ("--precision", "int8", "--data.root", str(dataset))  # random weights lose nearly all
     assert exported(checkpoint, tmp_path / "out", *options) == 1

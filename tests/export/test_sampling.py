@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from dino_lightning.export.sampling import exported_sampling, sample
-from dino_lightning.model.deformable_attention import MultiScaleDeformableAttention, dispatch
+from dino_lightning.export.check import drawn
+from dino_lightning.export.sampling import exported_formulation, sample
+from dino_lightning.export.traceable import TraceableDetector
+from dino_lightning.model.deformable_attention import dispatch
+from tests.export.exported import tiny_module
 
 SHAPES = ((5, 7), (3, 4), (1, 2))
 
@@ -17,14 +20,24 @@ def test_as_the_models_own(coordinates):
     reference = torch.rand(2, queries, len(SHAPES), coordinates, generator=draws)
     offsets = 2 * torch.randn(2, queries, heads, len(SHAPES), points, 2, generator=draws)  # some outside of the maps
     logits = torch.randn(2, queries, heads, len(SHAPES) * points, generator=draws)
-    inputs = (value, SHAPES, reference, offsets, logits)
-    torch.testing.assert_close(sample(*inputs), dispatch.sample(*inputs), rtol=1e-5, atol=1e-5)
+    others = (SHAPES, reference, offsets, logits)
+    found = sample(value.flatten(2).transpose(1, 2), *others)
+    torch.testing.assert_close(found, dispatch.sample(value, *others), rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_has_its_own_again_after_tracing():
-    attention = MultiScaleDeformableAttention(hidden_dim=8, num_levels=1, num_heads=2, num_points=1)
-    own = attention.sample
-    with pytest.raises(KeyError), exported_sampling(torch.nn.ModuleList([attention])):
-        assert attention.sample is sample
-        raise KeyError
-    assert attention.sample is own
+def test_a_whole_model_gives_the_same_and_has_its_own_again_after_tracing():
+    model = tiny_module().model
+    detector = TraceableDetector(model)
+    sizes = torch.tensor([[96, 128], [70, 90]])
+    inputs = (model.normalize(torch.stack([drawn(96, 128, seed) for seed in (0, 1)])), sizes, sizes.clone())
+    with torch.no_grad():
+        expected = detector(*inputs)
+        with pytest.raises(KeyError), exported_formulation(model):
+            found = detector(*inputs)
+            raise KeyError
+        again = detector(*inputs)
+    assert torch.equal(found[3], expected[3])  # else the boxes are those of other proposals
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-2)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+    assert not torch.equal(found[1], expected[1])  # it was another formulation
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
