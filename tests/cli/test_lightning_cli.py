@@ -334,18 +334,20 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(rooms,
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_run_whose_solver_this_device_lacks_is_evaluated_with_scipy(
-    rooms, trained, tmp_path, monkeypatch, capsys, command
-):
+def test_a_solver_that_this_device_lacks_is_scipy_in_an_evaluation(rooms, trained, monkeypatch, capsys, command):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    checkpoint = tmp_path / "best.ckpt"
-    stored = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
-    stored["hyper_parameters"]["matching_solver"] = "device"
-    torch.save(stored, checkpoint)
     printed = []
-    for more in ([], ["--model.matching_solver=scipy"]):
-        args = ["--ckpt_path", str(checkpoint), "--data.root", str(rooms), "--run_dir", f"evaluated{len(more)}", *more]
-        assert run([command, *args, "--trainer.accelerator=cpu", "--model.num_denoising=0"]) == 0
+    for solver in ("device", "scipy"):
+        args = [
+            "--ckpt_path",
+            str(trained / "checkpoints" / "best.ckpt"),
+            "--data.root",
+            str(rooms),
+            "--run_dir",
+            solver,
+        ]
+        more = [f"--model.matching_solver={solver}", "--trainer.accelerator=cpu", "--model.num_denoising=0"]
+        assert run([command, *args, *more]) == 0
         printed.append(capsys.readouterr().out)
     said = "matching_solver device is scipy here, for the losses of the evaluation: it needs a CUDA device"
     assert printed[0].count(said) == 1 and "matching_solver device" not in printed[1]
