@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from scipy import ndimage
 
 from dino_lightning.floor_plans.drawing import Ink, Room
@@ -83,7 +83,7 @@ def lay_floors(page: Image.Image, rooms: list[Room], rng: np.random.Generator) -
             mask = Image.new("1", page.size, 0)
             ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in room.polygon], fill=1)
             ground.paste(kinds[int(rng.integers(len(kinds)))], (0, 0), mask)
-    return _multiplied(page, np.asarray(ground))
+    return ImageChops.multiply(page, ground)
 
 
 def floor(width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -127,7 +127,7 @@ def colour_furniture(page: Image.Image, rooms: list[Room], rng: np.random.Genera
     palette = rng.integers(90, 250, (4, 3))
     table = np.full((count + 1, 3), 255, dtype=np.uint8)
     table[chosen] = palette[rng.integers(4, size=int(chosen.sum()))]
-    return _multiplied(page, table[islands])
+    return ImageChops.multiply(page, Image.fromarray(table[islands]))
 
 
 def soft_light(page: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -135,9 +135,4 @@ def soft_light(page: Image.Image, rng: np.random.Generator) -> Image.Image:
     reach = max(page.size) / float(rng.uniform(60, 150))
     soft = page.convert("L").filter(ImageFilter.GaussianBlur(reach))
     shade = 255 - (255 - np.asarray(soft, dtype=np.float32)) * float(rng.uniform(0.3, 0.7))
-    return _multiplied(page, shade[..., None])
-
-
-def _multiplied(page: Image.Image, other: npt.NDArray[np.generic]) -> Image.Image:
-    product = np.asarray(page).astype(np.float32) * (other.astype(np.float32) / 255)
-    return Image.fromarray(product.astype(np.uint8))
+    return ImageChops.multiply(page, Image.fromarray(shade.astype(np.uint8)).convert("RGB"))
