@@ -44,17 +44,18 @@ def main() -> None:
     add("--seed", type=int, default=1)
     options, more = parser.parse_known_args()
     plans = write_rooms_dataset(options.folder / "plans", num_train=240, num_val=60, style="realistic", seed=SEED)
-    common = ["--config", options.config, "--data.root", str(plans), "--seed_everything", str(options.seed), *more]
+    common = ["--data.root", str(plans), "--seed_everything", str(options.seed), *more]
     first = options.weights
     if first is None:
         average = ["--ema_decay", "0.999", "--ema_tau", "500"]
-        first = fit(options.folder / "long", [*common, *average, "--trainer.max_epochs", str(options.long_epochs)])
+        average += ["--trainer.max_epochs", str(options.long_epochs)]
+        first = fit(options.folder / "long", ["--config", options.config, *average, *common])
     second = fit(
         options.folder / "short",
         [
-            *["--ema_decay", "0.99", "--ema_tau", "50", "--model.warmup_steps", "20", "--model.lr_schedule", "cosine"],
-            *["--trainer.max_epochs", str(options.short_epochs), "--data.fixed_size", str(options.size)],
-            *[*common, "--model.weights", str(first)],
+            *["--config", options.config, "--model.weights", str(first), "--model.lr_schedule", "cosine"],
+            *["--ema_decay", "0.99", "--ema_tau", "50", "--model.warmup_steps", "20"],
+            *["--trainer.max_epochs", str(options.short_epochs), "--data.fixed_size", str(options.size), *common],
         ],
     )
     checkpoint = torch.load(second, map_location="cpu", weights_only=True)

@@ -51,7 +51,7 @@ class WithDrawnPlans(Dataset[Sample]):
             return self._drawn(number, seed, bool(landscape[0]) if landscape else None)
 
     def _drawn(self, number: int, seed: int, landscape: bool | None) -> Sample:
-        page, rooms = draw_plan(FIRST_SEED + seed, style=self.style)
+        page, rooms = draw_plan(FIRST_SEED + seed, style=self.style, wings=True)
         if self.style == "realistic":
             page, rooms = restyle(page, rooms, np.random.default_rng((seed, 1)))
         width, height = page.size

@@ -38,13 +38,16 @@ DRAWN = re.compile(r"\d{6,}\.(png|jpg)")  # how images are named
 LONG_SIDE = {"clean": (200, 320), "realistic": (200, 1100)}
 
 
-def draw_plan(seed: int, *, style: Style = "clean", size: int | None = None) -> tuple[Image.Image, list[Room]]:
+def draw_plan(
+    seed: int, *, style: Style = "clean", size: int | None = None, wings: bool = False
+) -> tuple[Image.Image, list[Room]]:
     """Draw one floor plan.
 
     Args:
         seed: 0 or more; the same seed gives the same image, bit for bit, with the same library versions.
         style: "clean" (small, plain) or "realistic" (like the worst of what agents publish).
         size: long side of the page in pixels; None draws it from the range of the style.
+        wings: whether some `realistic` homes have wings: outlines with steps. Other homes then differ, too.
 
     Returns:
         The page and the rooms on it.
@@ -62,16 +65,16 @@ def draw_plan(seed: int, *, style: Style = "clean", size: int | None = None) -> 
     low, high = LONG_SIDE[style]
     drawn = int(rng.integers(low, high + 1))  # always drawn, so that `size` does not change the rest of the plan
     long_side = size or drawn
-    return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng)
+    return _draw_clean(long_side, rng) if style == "clean" else _draw_realistic(long_side, rng, wings)
 
 
-def _draw_realistic(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+def _draw_realistic(long_side: int, rng: np.random.Generator, wings: bool) -> tuple[Image.Image, list[Room]]:
     """A realistic page, as printed or scanned; some pages have no plan on them."""
     rooms: list[Room] = []
     if rng.random() < 0.04:
         picture = page_without_plan(long_side, rng)
     else:
-        picture, rooms = draw_page(long_side, rng)
+        picture, rooms = draw_page(long_side, rng, wings=wings)
     scanned = rng.random() < 0.4
     if rng.random() < (0.6 if scanned else 0.1):
         picture, rooms = rotate(picture, rooms, float(rng.uniform(-1, 1)) * math.radians(2))

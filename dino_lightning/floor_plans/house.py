@@ -12,7 +12,7 @@ import numpy as np
 
 from dino_lightning.floor_plans.geometry import Polygon, bounds, clip, signed_area
 from dino_lightning.floor_plans.layout import Cell, Layout, cut, divide, place_openings
-from dino_lightning.floor_plans.shapes import bulge, carve, footprint, join
+from dino_lightning.floor_plans.shapes import add_wing, bulge, carve, footprint, join
 
 # The rooms of a home, most needed first: kind and square metres. Rooms of one group stay neighbours.
 GROUND_FLOOR = (
@@ -51,22 +51,29 @@ NARROWEST = {
 }
 
 
-def house_layout(num_rooms: int, rng: np.random.Generator, *, upper: bool = False) -> tuple[Layout, Cell | None]:
+def house_layout(
+    num_rooms: int, rng: np.random.Generator, *, upper: bool = False, wings: bool = False
+) -> tuple[Layout, Cell | None]:
     """One floor of a home.
 
     Args:
         num_rooms: number of rooms wanted, 2 or more.
         rng: random generator.
         upper: whether this is an upper floor: bedrooms around a landing.
+        wings: whether some homes have wings: outlines in the shape of an L, a T, a Z or with steps.
 
     Returns:
         The floor, and the cell of a terrace in an open corner, or None.
     """
+    num_wings = int(rng.choice((0, 1, 2), p=(0.35, 0.4, 0.25))) if wings and num_rooms >= 4 else 0
+    in_wings = [int(rng.integers(1, max(2, num_rooms // 3 + 1))) for _ in range(num_wings)]
+    num_rooms -= sum(in_wings)
     carved = int(num_rooms >= 5 and rng.random() < 0.35)
     open_plan = not upper and num_rooms >= 3 and rng.random() < 0.45
     groups = _programme(num_rooms - carved + int(open_plan), rng, UPPER_FLOOR if upper else GROUND_FLOOR)
     rooms = [room for group in groups for room in group]
-    terrace_share = float(rng.uniform(0.06, 0.14)) if num_rooms >= 3 and rng.random() < 0.3 else 0.0
+    with_terrace = num_rooms >= 3 and not in_wings and rng.random() < 0.3
+    terrace_share = float(rng.uniform(0.06, 0.14)) if with_terrace else 0.0
     area = sum(size for _, size in rooms) / (1 - terrace_share)
     slant = 0.15 if rng.random() < 0.2 else 0.0
     best: tuple[float, list[Cell]] = (math.inf, [])
@@ -89,6 +96,8 @@ def house_layout(num_rooms: int, rng: np.random.Generator, *, upper: bool = Fals
     cells = best[1]
     terrace = next((cell for cell in cells if cell.kind == "terrace"), None)
     cells = [cell for cell in cells if cell.kind != "terrace"]
+    for count in in_wings:
+        cells = add_wing(cells, _wing_programme(count, rng), rng)
     cells = join(cells, ("living", "kitchen")) if open_plan else cells
     cells = join(cells, ("hall", "hall"))
     for _ in range(carved):
@@ -144,6 +153,13 @@ def _programme(
         if members:
             chosen.append(members)
     return chosen
+
+
+def _wing_programme(num_rooms: int, rng: np.random.Generator) -> list[tuple[str, float]]:
+    """The rooms of a wing: what may lie anywhere in a home."""
+    kinds = (("bedroom", 11.0), ("bath", 5.0), ("family", 15.0), ("store", 3.0), ("study", 8.0), ("utility", 5.0))
+    chosen = [kinds[i] for i in rng.choice(len(kinds), num_rooms, p=(0.35, 0.15, 0.15, 0.1, 0.15, 0.1))]
+    return [(kind, size * float(rng.uniform(0.8, 1.35))) for kind, size in chosen]
 
 
 def _cells(outline: Polygon, programme: list[tuple[str, float]], rng: np.random.Generator, slant: float) -> list[Cell]:

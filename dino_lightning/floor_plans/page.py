@@ -76,18 +76,19 @@ class Floor:
     upright: bool
 
 
-def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, list[Room]]:
+def draw_page(long_side: int, rng: np.random.Generator, *, wings: bool = False) -> tuple[Image.Image, list[Room]]:
     """Draw a page with a plan.
 
     Args:
         long_side: long side of the page in pixels.
         rng: random generator.
+        wings: whether some homes have wings, see `house_layout`.
 
     Returns:
         The page, RGB, and its rooms.
     """
     num_rooms = 2 + int(19 * rng.beta(1.5, 2.2))
-    floors = _floors(num_rooms, rng)
+    floors = _floors(num_rooms, rng, wings)
     stacked = bool(rng.random() < 0.3)
     widths = [floor.extent[2] - floor.extent[0] for floor in floors]
     heights = [floor.extent[3] - floor.extent[1] for floor in floors]
@@ -144,7 +145,7 @@ def draw_page(long_side: int, rng: np.random.Generator) -> tuple[Image.Image, li
     return page.finish(), rooms
 
 
-def _floors(num_rooms: int, rng: np.random.Generator) -> list[Floor]:
+def _floors(num_rooms: int, rng: np.random.Generator, wings: bool) -> list[Floor]:
     """One floor or two, with their terraces."""
     counts = [num_rooms]
     if num_rooms >= 6 and rng.random() < 0.35:
@@ -153,7 +154,7 @@ def _floors(num_rooms: int, rng: np.random.Generator) -> list[Floor]:
     angle = float(rng.uniform(-0.6, 0.6)) if rng.random() < 0.07 else 0.0
     floors: list[Floor] = []
     for index, count in enumerate(counts):
-        layout, corner = house_layout(count, rng, upper=index > 0)
+        layout, corner = house_layout(count, rng, upper=index > 0, wings=wings)
         if floors:  # the walls of the floor below
             below = floors[0].layout
             layout = replace(layout, inner_wall=below.inner_wall, outer_wall=below.outer_wall)

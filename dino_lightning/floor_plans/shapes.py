@@ -23,7 +23,7 @@ from dino_lightning.floor_plans.geometry import (
     rectangle,
     signed_area,
 )
-from dino_lightning.floor_plans.layout import Cell, shared_walls
+from dino_lightning.floor_plans.layout import Cell, divide, shared_walls
 
 
 def footprint(width: float, height: float, rng: np.random.Generator) -> Polygon:
@@ -103,6 +103,40 @@ def _mirrored(polygon: Polygon, double_centre: float, axis: int) -> Polygon:
     """The mirror image, in reverse order so that the interior stays on the same side of the edges."""
     points = [(double_centre - x, y) if axis == 0 else (x, double_centre - y) for x, y in polygon]
     return tuple(points[::-1])
+
+
+def add_wing(cells: list[Cell], programme: list[tuple[str, float]], rng: np.random.Generator) -> list[Cell]:
+    """Place further rooms in a block of their own before a straight side of the plan, which gets a step there.
+
+    Where no such block with usable rooms is found, the cells come back as they were.
+    """
+    x0, y0, x1, y1 = bounds([point for cell in cells for point in cell.outline])
+    area = sum(size for _, size in programme)
+    for _ in range(12):
+        vertical, far = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
+        low, high, near = (y0, y1, (x0, x1)[far]) if vertical else (x0, x1, (y0, y1)[far])
+        # The block leans on the stretch of outer wall that reaches furthest out on that side.
+        flush = [
+            sorted((a[vertical], b[vertical]))
+            for cell in cells
+            for a, b in edges(cell.outline)
+            if abs(a[not vertical] - near) < 1e-3 and abs(b[not vertical] - near) < 1e-3
+        ]
+        if not flush:
+            continue
+        low, high = max(low, min(span[0] for span in flush)), min(high, max(span[1] for span in flush))
+        breadth = min(float(rng.uniform(0.35, 0.8)) * (high - low), area / 1.5)
+        depth = area / breadth if breadth > 0 else math.inf
+        start = low + (high - low - breadth) * float(rng.choice((0.0, 1.0, rng.random())))
+        end = near + depth if far else near - depth
+        across, along_it = sorted((near, end)), (start, start + breadth)
+        (left, right), (top, bottom) = (across, along_it) if vertical else (along_it, across)
+        block = divide(rectangle(left, top, right, bottom), programme, rng)
+        sides = [sorted((box[2] - box[0], box[3] - box[1])) for box in (bounds(cell.outline) for cell in block)]
+        usable = all(short > 1.3 and long < 3.2 * short for short, long in sides)
+        if usable and breadth > 1.6 and depth < 1.2 * (high - low):
+            return [*cells, *block]
+    return cells
 
 
 def bulge(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:

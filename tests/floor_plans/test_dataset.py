@@ -18,7 +18,8 @@ from pycocotools.coco import COCO
 from dino_lightning.floor_plans import Room, Style, draw_plan, write_rooms_dataset
 from dino_lightning.floor_plans.drawing import font
 from dino_lightning.floor_plans.geometry import merge, offset, rectangle, signed_area
-from dino_lightning.floor_plans.layout import simple_layout
+from dino_lightning.floor_plans.house import house_layout
+from dino_lightning.floor_plans.layout import shared_walls, simple_layout
 from dino_lightning.floor_plans.scan import page_without_plan, rotate
 from dino_lightning.floor_plans.words import AGENTS, DISCLAIMER, NAMES, OUTDOOR_NAMES
 
@@ -114,9 +115,9 @@ def test_clean_layouts_have_no_narrow_room() -> None:
 
 
 @few
-@given(seeds)
-def test_realistic_rooms_do_not_overlap(seed: int) -> None:
-    picture, rooms = draw_plan(seed, style="realistic", size=300)
+@given(seeds, st.booleans())
+def test_realistic_rooms_do_not_overlap(seed: int, wings: bool) -> None:
+    picture, rooms = draw_plan(seed, style="realistic", size=300, wings=wings)
     covered = mask_of(rooms, picture.size, scale=2)
     assert (covered > 1).sum() <= 0.002 * max((covered > 0).sum(), 1)
 
@@ -184,6 +185,32 @@ def test_realistic_pages_vary() -> None:
     outlines = [room.polygon for _, rooms in plans for room in rooms]
     assert any(len(outline) == 6 for outline in outlines), "no L-shaped room"
     assert any(len(outline) > 10 for outline in outlines), "no round room"
+
+
+def test_wings_make_steps_in_the_outlines_of_homes() -> None:
+    def filled(wings: bool) -> list[float]:
+        """Of each floor of four rooms and more, the share of its bounding box that its rooms cover."""
+        shares = []
+        for seed in range(60):
+            rng = np.random.default_rng(seed)
+            layout, terrace = house_layout(int(rng.integers(4, 14)), rng, wings=wings)
+            points = np.array([point for cell in layout.cells for point in cell.outline])
+            covered = sum(signed_area(cell.outline) for cell in (*layout.cells, *((terrace,) if terrace else ())))
+            shares.append(covered / np.prod(np.ptp(points, axis=0)))
+        return shares
+
+    plain, stepped = (np.mean(np.array(filled(wings)) < 0.85) for wings in (False, True))
+    assert stepped > plain + 0.25
+
+
+def test_no_room_of_a_home_with_wings_is_left_without_a_door() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        layout, _ = house_layout(9, rng, wings=True)
+        inner, _ = shared_walls(layout.cells)
+        joined = {i for pair in inner for i in pair}
+        assert joined == set(range(len(layout.cells)))
+        assert sum(opening.kind != "window" for opening in layout.openings) >= len(layout.cells) - 1
 
 
 def test_pages_without_a_plan_are_not_blank() -> None:
