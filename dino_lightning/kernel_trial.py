@@ -1,4 +1,4 @@
-"""What Triton kernels of several folders share: where they can run at all, and how one is tried before it is used."""
+"""What kernels of several folders share: where they can run, how one is tried before it is used, and launched."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def plain_pytorch(implementation: str, device: torch.device) -> str | None:
 def reasons(troubles: Collection[str | None]) -> str:
     """What trials have said, on one line; empty if all were passed."""
     return "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
+
+
+def launches_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a CUDA device the current one: kernels are launched there, whatever device the tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def in_a_thread(trial: Callable[[], str | None]) -> str | None:

@@ -30,7 +30,9 @@ SAGEMAKER_LAYERS = ("__init__ protocol", "laptop container", "launch train infer
 MAY_USE_LIGHTNING = ("training", "data/datamodule.py", "data/split_loaders.py", "callbacks", "cli", "inference")
 MAY_USE_AWS = ("laptop",)
 TRITON = (
-    "model/deformable_attention/triton_kernels.py",
+    "model/deformable_attention/triton_parts.py",
+    "model/deformable_attention/triton_forward.py",
+    "model/deformable_attention/triton_backward.py",
     "model/residual_norm_kernels.py",
     "losses/assignment_kernel.py",
 )

@@ -7,7 +7,7 @@ with what it had measured until then, and the next one runs: the exit code is 1 
 `--device cpu` runs every part at small sizes, to find mistakes before a GPU is paid for; its numbers mean nothing.
 `--baseline module:callable` is measured beside deformable attention (part 2): it takes `benchmarks.op.Inputs` and
 returns (B, Q, H * D). `--kernel module:callable` is another backward kernel (part 3), called as that of
-`triton_kernels`, and `--stored DIR` has those that another Triton compiled, see `benchmarks.gpu.compiled`.
+`triton_backward`, and `--stored DIR` has those that another Triton compiled, see `benchmarks.gpu.compiled`.
 `--solver module:callable` is another solver of assignments (part 7), see `benchmarks.gpu.matching`.
 `--write-results gpu.json` measures nothing: it writes the GPU section of benchmarks/RESULTS.md from the file.
 """

@@ -166,9 +166,9 @@ def _compile(device: str, shape: tuple[int, int]) -> None:
 
 
 def _module() -> ModuleType:
-    from dino_lightning.model.deformable_attention import triton_kernels
+    from dino_lightning.model.deformable_attention import triton_backward
 
-    return triton_kernels
+    return triton_backward
 
 
 def _direct(module: ModuleType, arguments: tuple[Any, ...]) -> Callable[[], object]:

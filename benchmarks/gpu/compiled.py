@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dino_lightning.model.deformable_attention import triton_kernels as kernels
+from dino_lightning.model.deformable_attention import triton_backward, triton_parts
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 SINGLE = ("reference", "grad_value", "grad_reference", "grad_weights")  # float32 always
@@ -48,7 +48,7 @@ def build(
     """Compile a kernel as a call of it would be, for a device that need not be here.
 
     Args:
-        kernel: `triton_kernels._forward` or `_backward`.
+        kernel: `triton_forward._forward` or `triton_backward._backward`.
         capability: 86 for sm_86.
         dtype: fp32, bf16 or fp16, of values, offsets and logits.
         dim: channels of a head.
@@ -62,10 +62,11 @@ def build(
     Returns:
         Triton's compiled kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`; `constants` is added.
     """
-    itemsize = 4 if kernel is kernels._backward or dtype == "fp32" else 2
+    backward = kernel is triton_backward._backward
+    itemsize = 4 if backward or dtype == "fp32" else 2
     if warps is None:
-        warps = kernels.backward_warps(capability) if kernel is kernels._backward else kernels.NUM_WARPS
-    block = kernels.block_size(dim, bytes_per_thread=16, itemsize=itemsize, warps=warps)
+        warps = triton_backward.backward_warps(capability) if backward else triton_parts.NUM_WARPS
+    block = triton_parts.block_size(dim, bytes_per_thread=16, itemsize=itemsize, warps=warps)
     constants = {
         "HEADS": 8,
         "LEVELS": levels,
@@ -113,7 +114,7 @@ def entry(ptx: str) -> tuple[str, list[str]]:
 class Launcher:
     """A compiled kernel that is launched as Triton launches its own: `launcher[grid](*arguments, **constants)`.
 
-    So it can stand in the place of `triton_kernels._backward`, whose caller stays as it is.
+    So it can stand in the place of `triton_backward._backward`, whose caller stays as it is.
 
     Args:
         compiled: what `build` returned.
@@ -165,7 +166,7 @@ def store(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for coordinates in (2, 4):
-        built = build(kernels._backward, 86, "bf16", coordinates=coordinates, ptx_version=80)
+        built = build(triton_backward._backward, 86, "bf16", coordinates=coordinates, ptx_version=80)
         found = {"ptx": built.asm["ptx"], "shared": built.metadata.shared, "num_warps": built.metadata.num_warps}
         path = folder / f"backward_bf16_sm_86_{coordinates}_triton_{triton.__version__}.json"
         path.write_text(json.dumps({**found, "arch": 86, "constants": built.constants}))

@@ -139,7 +139,7 @@ def compare(report: Report, case: str, contestants: dict[str, Callable[[op.Input
 
 
 def backward_arguments(inputs: op.Inputs) -> tuple[Any, ...]:
-    """The arguments of `triton_kernels.backward`, contiguous, with the maps head by head."""
+    """The arguments of `triton_backward.backward`, contiguous, with the maps head by head."""
     value = inputs.value.detach().transpose(1, 2).contiguous()
     sides = [side for shape in inputs.shapes for side in shape]
     small = (inputs.sampling_offsets.detach(), inputs.attention_logits.detach())
@@ -160,9 +160,9 @@ def native(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     """The Triton kernel as it is launched in training."""
     if not arguments[0].is_cuda:
         raise NotHere("to launch it needs a CUDA device")
-    from dino_lightning.model.deformable_attention import triton_kernels
+    from dino_lightning.model.deformable_attention import triton_backward
 
-    return triton_kernels.backward(*arguments, **options)
+    return triton_backward.backward(*arguments, **options)
 
 
 def in_cuda(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -175,17 +175,17 @@ def in_cuda(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
 
 
 def compiled_for(report: Report, inputs: op.Inputs, capability: int | None, folder: Path) -> Backward:
-    """`triton_kernels.backward` with its kernel compiled for another device (None: for this one) and loaded by CuPy.
+    """`triton_backward.backward` with its kernel compiled for another device (None: for this one) and loaded by CuPy.
 
     Raises:
         NotHere: it compiled, and there is no CUDA device to run it.
     """
-    from benchmarks.gpu.compiled import build, kernels
+    from benchmarks.gpu.compiled import build, triton_backward
 
     if capability is None:
         capability = 90 if report.small else int("".join(map(str, torch.cuda.get_device_capability())))
     coordinates = inputs.reference_points.shape[-1]
-    built = build(kernels._backward, capability, "bf16", levels=len(inputs.shapes), coordinates=coordinates)
+    built = build(triton_backward._backward, capability, "bf16", levels=len(inputs.shapes), coordinates=coordinates)
     return launched(report, built, folder)
 
 
@@ -198,12 +198,12 @@ def from_store(report: Report, name: str, inputs: op.Inputs, folder: Path) -> Ba
 
 
 def launched(report: Report, built: Any, folder: Path) -> Backward:
-    """`triton_kernels.backward` with a compiled kernel in the place of its own.
+    """`triton_backward.backward` with a compiled kernel in the place of its own.
 
     Raises:
         NotHere: there is no CUDA device to run it.
     """
-    from benchmarks.gpu.compiled import Launcher, kernels, registers_and_spills, through_cupy
+    from benchmarks.gpu.compiled import Launcher, registers_and_spills, through_cupy, triton_backward
 
     registers, spills = registers_and_spills(built.asm["ptx"])
     told = f"sm_{built.metadata.target.arch}: {registers} registers, {spills} bytes spilled"
@@ -213,7 +213,7 @@ def launched(report: Report, built: Any, folder: Path) -> Backward:
 
     def backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         warps = built.metadata.num_warps
-        with mock.patch.multiple(kernels, _backward=launcher, backward_warps=lambda *_: warps):
-            return kernels.backward(*arguments, **options)
+        with mock.patch.multiple(triton_backward, _backward=launcher, backward_warps=lambda *_: warps):
+            return triton_backward.backward(*arguments, **options)
 
     return backward

@@ -14,9 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.gpu.compiled import build, kernels, registers_and_spills
+from benchmarks.gpu.compiled import build, registers_and_spills
 from benchmarks.gpu.compiled_cuda import REGISTERS, WARPS, tools
 from benchmarks.measure import table
+from dino_lightning.model.deformable_attention.triton_backward import _backward
+from dino_lightning.model.deformable_attention.triton_forward import _forward
 
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB of a multiprocessor
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32}  # of a multiprocessor, at most
@@ -27,7 +29,7 @@ def figures(kernel: Any, capability: int, warps: int, share: float = 1.0, **chan
     """Registers, spilled bytes, occupancy, and of the loop over points: instructions of a query, and barriers.
 
     Args:
-        kernel: `triton_kernels._forward` or `_backward`, in bfloat16 by default.
+        kernel: `triton_forward._forward` or `triton_backward._backward`, in bfloat16 by default.
         capability: 86 for sm_86.
         warps: of a program.
         share: of the queries with which every thread has 16 bytes of one query's channels.
@@ -82,7 +84,7 @@ def main() -> None:
     chosen = [int(one) for one in sys.argv[1:]] or [80, 86, 90]
     rows = [("device", "kernel", "warps", "queries", "registers", "spills", "occupancy", "instructions", "barriers")]
     for capability in chosen:
-        for kernel, coordinates in ((kernels._forward, 2), (kernels._backward, 2), (kernels._backward, 4)):
+        for kernel, coordinates in ((_forward, 2), (_backward, 2), (_backward, 4)):
             for shape in SHAPES:
                 found = figures(kernel, capability, *shape, coordinates=coordinates)
                 inputs = "points" if coordinates == 2 else "boxes"

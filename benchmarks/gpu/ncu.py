@@ -60,12 +60,12 @@ def metrics(text: str) -> dict[str, str]:
 
 def run_backward(device: str, times: int) -> None:
     """Launch the backward kernel so often: on a CPU in Triton's interpreter, on a few queries."""
-    from dino_lightning.model.deformable_attention import triton_kernels
+    from dino_lightning.model.deformable_attention import triton_backward
 
     shapes = op.SHAPES if device == "cuda" else op.SMALL_SHAPES
     inputs = op.draw("encoder", 2 if device == "cuda" else 1, device, torch.bfloat16, shapes=shapes)
     for _ in range(times):
-        triton_kernels.backward(*backward_arguments(inputs), reference_gradient=False)
+        triton_backward.backward(*backward_arguments(inputs), reference_gradient=False)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ assignments that cost the same, any may come out.
 # ruff: noqa: ANN001, ANN202
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dino_lightning.kernel_trial import launches_on
 
 NUM_WARPS = 4
 
@@ -104,8 +104,7 @@ def solve(cost: Tensor, counts: Tensor, *, rows: int, columns: int, excess: bool
     layers, batch, boxes, queries = cost.shape
     assigned = torch.full((layers, batch, boxes), -1, dtype=torch.int64, device=cost.device)
     strange = torch.empty((layers, batch), dtype=torch.int32, device=cost.device)
-    # Triton launches on the current device, wherever the tensors are.
-    with torch.cuda.device(cost.device) if cost.is_cuda else contextlib.nullcontext():
+    with launches_on(cost.device):
         _assign[(layers * batch,)](
             cost.contiguous(),
             counts,

@@ -13,12 +13,12 @@ once and written once. The backward pass keeps what went in, and computes the su
 # ruff: noqa: ANN001, ANN202
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dino_lightning.kernel_trial import launches_on
 
 NUM_WARPS = 4
 VARYING = ("num_rows", "position_rows", "copies", "positions", "programs")
@@ -117,7 +117,7 @@ def forward(
     position = x.new_empty(0) if position is None else position
     columns, rows = blocks(dim, elements=2048)
     if num_rows > 0:
-        with _on(x.device):
+        with launches_on(x.device):
             _forward[(triton.cdiv(num_rows, rows),)](
                 x,
                 branch,
@@ -175,7 +175,7 @@ def backward(
     parts = x.new_empty(programs, 2, dim)
     none = x.new_empty(0, dtype=low)
     if num_rows > 0:
-        with _on(x.device):
+        with launches_on(x.device):
             _backward[(programs,)](
                 grad_exact,
                 none if grad_lowered is None else grad_lowered,
@@ -204,8 +204,3 @@ def blocks(dim: int, *, elements: int) -> tuple[int, int]:
     """Columns, a power of two, and rows of a block of about so many elements."""
     columns: int = triton.next_power_of_2(dim)
     return columns, max(1, elements // columns)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors lie on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

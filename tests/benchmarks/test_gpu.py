@@ -196,15 +196,15 @@ def test_a_kernel_compiled_ahead_gets_as_many_arguments_as_it_takes(tmp_path):
     if not compiled.PTXAS.exists():
         pytest.skip("Triton came without an assembler for NVIDIA devices")
     launched = []
-    built = compiled.build(compiled.kernels._backward, 86, "bf16", levels=1)
+    built = compiled.build(compiled.triton_backward._backward, 86, "bf16", levels=1)
     launcher = compiled.Launcher(built, lambda *arguments, **options: launched.append((*arguments, options)))
     inputs = op.draw("encoder", 1, "cpu", torch.bfloat16, shapes=op.SMALL_SHAPES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled.kernels, "_backward", launcher)
-        patch.setattr(compiled.kernels, "capability", lambda device: 86)
-        compiled.kernels.backward(*backward_arguments(inputs), reference_gradient=False)
+        patch.setattr(compiled.triton_backward, "_backward", launcher)
+        patch.setattr(compiled.triton_backward, "capability", lambda device: 86)
+        compiled.triton_backward.backward(*backward_arguments(inputs), reference_gradient=False)
         with pytest.raises(ValueError, match="compiled for"):
-            compiled.kernels.backward(*backward_arguments(inputs), reference_gradient=True)
+            compiled.triton_backward.backward(*backward_arguments(inputs), reference_gradient=True)
     path, _ = compiled.store(tmp_path)  # as this Triton compiles them; read back, they launch as before
     ((name, again),) = compiled.stored(tmp_path, 2).items()
     assert name == path.stem and again.constants["COORDINATES"] == 2 and again.metadata.num_warps == 1

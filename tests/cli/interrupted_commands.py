@@ -113,7 +113,7 @@ MATRIX = {
         own("rooms", "--root", "plans", "--num_train", "300"),
         (START[0], "numpy", "dino_lightning.floor_plans.dataset:draw_plan", "PIL.Image:Image.save", END),
     ),
-    "weights": Command(own("weights", "get", "served"), (START[0], "dino_lightning.weights.download:_read", END)),
+    "weights": Command(own("weights", "get", "served"), (START[0], "dino_lightning.weights.transfer:_read", END)),
     "to_coco": Command(
         own("to_coco", "--data.root", "{rooms}", "--output", "copy"),
         (*START, READ, "json:dump", "shutil:copyfileobj", END),

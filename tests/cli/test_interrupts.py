@@ -16,7 +16,7 @@ SAMPLE = {
     "inspect": "argparse",
     "preview": "argparse",
     "rooms": "PIL.Image:Image.save",
-    "weights": "dino_lightning.weights.download:_read",
+    "weights": "dino_lightning.weights.transfer:_read",
     "to_coco": "argparse",
     "launch --local": STEP,
     "launch --dry-run": "argparse",

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dino_lightning.export.traceable import TraceableDetector
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
-from dino_lightning.model.deformable_attention import dispatch, triton_kernels
+from dino_lightning.model.deformable_attention import dispatch, triton_backward, triton_forward
 from dino_lightning.model.residual_norm import Normed
 from tests.conftest import TINY_SIZES
 from tests.model.test_dino import random_batch
@@ -113,8 +113,8 @@ def test_later_sizes_compile_nothing(monkeypatch):
         return tuple(torch.zeros_like(x) for x in (value, of_reference, offsets, logits))
 
     monkeypatch.setattr(dispatch, "_takes_kernel", lambda *_: True)
-    monkeypatch.setattr(triton_kernels, "forward", forward)
-    monkeypatch.setattr(triton_kernels, "backward", backward)
+    monkeypatch.setattr(triton_forward, "forward", forward)
+    monkeypatch.setattr(triton_backward, "backward", backward)
     counter = CompileCounterWithBackend("aot_eager")
     model, layers = made(counter, num_encoder_layers=2)
     graphs = []

@@ -20,9 +20,10 @@ import torch
 from dino_lightning.__main__ import run
 from dino_lightning.errors import CheckpointError
 from dino_lightning.model import DINO
-from dino_lightning.weights import download as weights_module
-from dino_lightning.weights.download import _KeepsEncryption, cache_folder, local_file
+from dino_lightning.weights import download, transfer
+from dino_lightning.weights.download import cache_folder, local_file
 from dino_lightning.weights.loading import load_initial_weights
+from dino_lightning.weights.transfer import _KeepsEncryption
 from tests.conftest import TINY_ARGS, TINY_SIZES
 
 
@@ -83,7 +84,7 @@ def server():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(transfer, "_PAUSE", 0.0)
     return tmp_path / "cache" / "dino_lightning" / "weights"
 
 
@@ -241,7 +242,7 @@ def test_unencrypted_weights_need_a_checksum(server, monkeypatch):
     with pytest.raises(CheckpointError, match="is not encrypted"):
         local_file("hf://me/rooms/w.pth")
     assert local_file(server.address.replace("127.0.0.1", "localhost")).read_bytes() == server.content
-    monkeypatch.setattr(weights_module, "_is_plain", lambda address: True)
+    monkeypatch.setattr(download, "is_unencrypted", lambda address: True)
     with pytest.raises(CheckpointError, match="is not encrypted"):
         local_file(server.address)
     checksum = hashlib.sha256(server.content).hexdigest()

@@ -7,7 +7,6 @@ One warp for each query and head needs neither. Imports no Triton.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dino_lightning.kernel_trial import launches_on
 from dino_lightning.model.deformable_attention import limits, nvrtc
 
 CAPABILITIES = (80, 86, 87, 89)  # where it is taken of itself: from 9.0 on Triton adds vectors
@@ -89,7 +89,7 @@ def backward(
     *,
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as `triton_kernels.backward`: gradients of values, reference points, offsets and logits.
+    """The same as `triton_backward.backward`: gradients of values, reference points, offsets and logits.
 
     Those of values are sums in no fixed order; the others are the same every time.
 
@@ -128,7 +128,7 @@ def backward(
         outputs = [grad_value, parts, grad_offsets, grad_logits]
         numbers = [queries, tokens, *limits.packed_sizes(spatial_shapes)]
         grid = (-(-queries // WARPS), batch * heads)
-        with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
+        with launches_on(value.device):
             kernel.launch(grid, 32 * WARPS, [*inputs, *outputs, *numbers])
     grad_reference = parts.sum(1) if reference_gradient else parts
     return grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits

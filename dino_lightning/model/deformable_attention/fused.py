@@ -49,9 +49,9 @@ def _forward(
     spatial_shapes: list[int],
     cuda_backward: bool = False,
 ) -> Tensor:
-    from dino_lightning.model.deformable_attention import triton_kernels
+    from dino_lightning.model.deformable_attention.triton_forward import forward
 
-    return triton_kernels.forward(
+    return forward(
         value.contiguous(),
         reference_points.contiguous(),
         sampling_offsets.contiguous(),
@@ -73,7 +73,7 @@ def _backward(
     if cuda:
         from dino_lightning.model.deformable_attention.cuda_kernels import backward
     else:
-        from dino_lightning.model.deformable_attention.triton_kernels import backward
+        from dino_lightning.model.deformable_attention.triton_backward import backward
 
     return backward(
         grad_out.contiguous(),

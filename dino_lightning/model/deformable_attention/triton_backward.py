@@ -1,26 +1,14 @@
-"""Deformable attention as one Triton kernel in each direction; imported only where Triton is used.
+"""The gradients of deformable attention as one Triton kernel, see `triton_parts.py`; imported where Triton is used.
 
-Softmax, the way from offsets to places, bilinear sampling and the weighted sum happen in registers, so that neither the
-places nor the weights nor the samples ever exist in memory; the backward pass works all of them out again.
-
-- One program takes a few queries of one head of one image. The head changes slowest in the grid, so that the programs
-  that run at the same time read (and in the backward pass add to) the map of one or two heads. That fits in the L2
-  cache of a small GPU: 1.4 MB in bfloat16 at 800 x 1333 and 2.8 MB for its gradient, where all eight heads take 34 MB.
-- Channels lie along the lanes, read 16 bytes at a time. Levels are unrolled. Points are not: unrolled, the compiler for
-  sm_86 wanted 168 to 255 registers and spilled; as a loop it wants about 50 for bfloat16.
-- Everything that is one number for each query stays in one layout: a table of all weights would have another, and cost
-  a trip through shared memory for each point.
-- Maps may have any size without another compilation: sizes are plain arguments that the compiler may not specialise on.
-- Places and sums are float32 whatever the inputs are. The gradient of the maps is summed by float32 atomics: those of
-  bfloat16 are emulated before sm_90. The compiler lets 32 lanes add to 32 neighbours; from sm_90, to four each.
-- Nothing is autotuned: the backward pass adds to its output.
+- The gradient of the maps is summed by float32 atomics: those of bfloat16 are emulated before sm_90. The compiler lets
+  32 lanes add to 32 neighbours; from sm_90, to four each.
+- Nothing is autotuned: the kernel adds to its output.
 """
 
 # The language of the kernels has no annotations but `tl.constexpr`, and Triton has no types.
 # ruff: noqa: ANN001, ANN202
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -29,139 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_lightning.model.deformable_attention.limits import MAX_LEVELS, packed_sizes
-
-NUM_WARPS = 4
-# What follows from the images. Specialised on them (1, a multiple of 16), a kernel would be compiled again and again.
-VARYING = ("num_queries", "num_tokens", *(f"size{level}" for level in range(MAX_LEVELS)))
-
-
-@triton.jit
-def _size_of_level(level: tl.constexpr, size0, size1, size2, size3, size4, size5, size6, size7):
-    """Height and width of a level, both packed into one integer."""
-    if level == 0:
-        size = size0
-    elif level == 1:
-        size = size1
-    elif level == 2:
-        size = size2
-    elif level == 3:
-        size = size3
-    elif level == 4:
-        size = size4
-    elif level == 5:
-        size = size5
-    elif level == 6:
-        size = size6
-    else:
-        size = size7
-    return size >> 16, size & 0xFFFF
-
-
-@triton.jit
-def _softmax_parts(logits, there, COUNT: tl.constexpr):
-    """Largest logit and sum of exponentials of each query, column by column: a table would have another layout."""
-    largest = tl.load(logits, there, 0.0).to(tl.float32)
-    for number in tl.static_range(1, COUNT):
-        largest = tl.maximum(largest, tl.load(logits + number, there, 0.0).to(tl.float32))
-    total = tl.zeros_like(largest)
-    for number in tl.static_range(COUNT):
-        total += tl.exp(tl.load(logits + number, there, 0.0).to(tl.float32) - largest)
-    return largest, total
-
-
-@triton.jit
-def _axis(place, size):
-    """The cell before a place on an axis, kept within two cells of the map, and the way from it to the place, 0 to 1.
-
-    What is not finite stays so in the way, for the sake of those who look for it in the loss.
-    """
-    before = tl.floor(place)
-    inside = tl.minimum(tl.maximum(before, -2.0), size + 1.0)
-    return inside.to(tl.int32), place - before
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _forward(
-    value,
-    reference,
-    offsets,
-    logits,
-    out,
-    num_queries,
-    num_tokens,
-    size0,
-    size1,
-    size2,
-    size3,
-    size4,
-    size5,
-    size6,
-    size7,
-    HEADS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    POINTS: tl.constexpr,
-    DIM: tl.constexpr,
-    COORDINATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The samples of `BLOCK` queries of one head, summed with their weights."""
-    COUNT: tl.constexpr = LEVELS * POINTS
-    blocks = tl.cdiv(num_queries, BLOCK)
-    image_head = (tl.program_id(0) // blocks).to(tl.int64)
-    image = image_head // HEADS
-    head = image_head % HEADS
-    queries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    there = queries < num_queries
-    channels = tl.arange(0, DIM)
-
-    value += image_head * num_tokens * DIM
-    reference += image * num_queries * (LEVELS * COORDINATES)
-    offsets += image * num_queries * (HEADS * COUNT * 2) + head * (COUNT * 2)
-    logits += image * num_queries * (HEADS * COUNT) + head * COUNT
-    out += image * num_queries * (HEADS * DIM) + head * DIM
-
-    largest, total = _softmax_parts(logits + queries * (HEADS * COUNT), there, COUNT)
-    result = tl.zeros((BLOCK, DIM), tl.float32)
-    start = 0
-    for level in tl.static_range(LEVELS):
-        height, width = _size_of_level(level, size0, size1, size2, size3, size4, size5, size6, size7)
-        anchor = reference + queries * (LEVELS * COORDINATES) + level * COORDINATES
-        anchor_x = tl.load(anchor, there, 0.0) * width - 0.5
-        anchor_y = tl.load(anchor + 1, there, 0.0) * height - 0.5
-        if COORDINATES == 4:
-            step_x = tl.load(anchor + 2, there, 0.0) * (width * (0.5 / POINTS))
-            step_y = tl.load(anchor + 3, there, 0.0) * (height * (0.5 / POINTS))
-        for point in range(POINTS):
-            number = level * POINTS + point
-            logit = tl.load(logits + queries * (HEADS * COUNT) + number, there, 0.0).to(tl.float32)
-            weight = tl.exp(logit - largest) / total
-            offset = offsets + queries * (HEADS * COUNT * 2) + number * 2
-            x = tl.load(offset, there, 0.0).to(tl.float32)
-            y = tl.load(offset + 1, there, 0.0).to(tl.float32)
-            if COORDINATES == 4:
-                x = x * step_x
-                y = y * step_y
-            column, right = _axis(anchor_x + x, width)
-            row, below = _axis(anchor_y + y, height)
-            column_in = (column >= 0) & (column < width)
-            next_in = (column >= -1) & (column < width - 1)
-            row_in = (row >= 0) & (row < height) & there
-            below_in = (row >= -1) & (row < height - 1) & there
-            upper = value + (start + row * width + column)[:, None] * DIM + channels[None, :]
-            lower = upper + width * DIM
-            top = weight * (1.0 - below)
-            bottom = weight * below
-            result += (top * (1.0 - right))[:, None] * tl.load(upper, (row_in & column_in)[:, None], 0.0).to(tl.float32)
-            result += (top * right)[:, None] * tl.load(upper + DIM, (row_in & next_in)[:, None], 0.0).to(tl.float32)
-            result += (bottom * (1.0 - right))[:, None] * tl.load(lower, (below_in & column_in)[:, None], 0.0).to(
-                tl.float32
-            )
-            result += (bottom * right)[:, None] * tl.load(lower + DIM, (below_in & next_in)[:, None], 0.0).to(
-                tl.float32
-            )
-        start += height * width
-    tl.store(out + queries[:, None] * (HEADS * DIM) + channels[None, :], result, mask=there[:, None])
+from dino_lightning.kernel_trial import launches_on
+from dino_lightning.model.deformable_attention.limits import packed_sizes
+from dino_lightning.model.deformable_attention.triton_parts import (
+    NUM_WARPS,
+    VARYING,
+    axis,
+    block_size,
+    size_of_level,
+    softmax_parts,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -215,12 +80,12 @@ def _backward(
     grad_logits += image * num_queries * (HEADS * COUNT) + head * COUNT
     grad_out += image * num_queries * (HEADS * DIM) + head * DIM
 
-    largest, total = _softmax_parts(logits + queries * (HEADS * COUNT), there, COUNT)
+    largest, total = softmax_parts(logits + queries * (HEADS * COUNT), there, COUNT)
     grad = tl.load(grad_out + queries[:, None] * (HEADS * DIM) + channels[None, :], there[:, None], 0.0).to(tl.float32)
     expected = tl.zeros_like(largest)  # sum over all points of weight times its gradient
     start = 0
     for level in tl.static_range(LEVELS):
-        height, width = _size_of_level(level, size0, size1, size2, size3, size4, size5, size6, size7)
+        height, width = size_of_level(level, size0, size1, size2, size3, size4, size5, size6, size7)
         anchor = reference + queries * (LEVELS * COORDINATES) + level * COORDINATES
         anchor_x = tl.load(anchor, there, 0.0) * width - 0.5
         anchor_y = tl.load(anchor + 1, there, 0.0) * height - 0.5
@@ -244,8 +109,8 @@ def _backward(
             else:
                 x = anchor_x + offset_x
                 y = anchor_y + offset_y
-            column, right = _axis(x, width)
-            row, below = _axis(y, height)
+            column, right = axis(x, width)
+            row, below = axis(y, height)
             column_in = (column >= 0) & (column < width)
             next_in = (column >= -1) & (column < width - 1)
             row_in = (row >= 0) & (row < height) & there
@@ -310,44 +175,6 @@ def _backward(
         tl.store(grad_logits + place, weight * (by_weight - expected), there)
 
 
-def forward(
-    value: Tensor,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    spatial_shapes: Sequence[int],
-) -> Tensor:
-    """Attend; the arguments are those of `fused.deformable_attention`, contiguous.
-
-    Returns:
-        (B, Q, H * D), of the dtype of `value`.
-    """
-    batch, heads, tokens, dim = value.shape
-    queries, points = sampling_offsets.shape[1], sampling_offsets.shape[4]
-    out = value.new_empty(batch, queries, heads * dim)
-    block = block_size(dim, bytes_per_thread=16, itemsize=value.element_size())
-    if out.numel() > 0:
-        with _on(value.device):
-            _forward[(triton.cdiv(queries, block) * batch * heads,)](
-                value,
-                reference_points,
-                sampling_offsets,
-                attention_logits,
-                out,
-                queries,
-                tokens,
-                *packed_sizes(spatial_shapes),
-                HEADS=heads,
-                LEVELS=len(spatial_shapes) // 2,
-                POINTS=points,
-                DIM=dim,
-                COORDINATES=reference_points.shape[-1],
-                BLOCK=block,
-                num_warps=NUM_WARPS,
-            )
-    return out
-
-
 def backward(
     grad_out: Tensor,
     value: Tensor,
@@ -384,7 +211,7 @@ def backward(
     warps = backward_warps(capability(value.device))
     block = block_size(dim, bytes_per_thread=16, itemsize=4, warps=warps)  # the sums are float32
     if grad_out.numel() > 0:
-        with _on(value.device):
+        with launches_on(value.device):
             _backward[(triton.cdiv(queries, block) * batch * heads,)](
                 grad_out,
                 value,
@@ -432,13 +259,3 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def block_size(dim: int, *, bytes_per_thread: int, itemsize: int, warps: int = NUM_WARPS) -> int:
-    """Queries of a program in which every thread holds as many bytes of one query's channels."""
-    return max(1, warps * 32 * bytes_per_thread // (itemsize * dim))
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors lie on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
