@@ -88,11 +88,12 @@ def encoder_traffic(
         assert geometry.position is not None
         tokens = torch.empty(size, geometry.position.shape[1], DIM, requires_grad=True)
         position = geometry.position.requires_grad_()  # of which the level embedding is a part
+        embedding = torch.empty(LEVELS, DIM, requires_grad=True)
         with parts["forward"], torch.autocast("cpu", dtype, enabled=dtype is not None):
-            memory = encoder(tokens, position, geometry)
+            memory = encoder(tokens, position, geometry, embedding)
         grad = torch.empty_like(memory)
         with parts["backward"]:
-            torch.autograd.grad(memory, [tokens, position, *encoder.parameters()], grad)
+            torch.autograd.grad(memory, [tokens, position, embedding, *encoder.parameters()], grad)
     return {name: part.moved for name, part in parts.items()}
 
 

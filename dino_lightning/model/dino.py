@@ -269,7 +269,7 @@ class DINO(nn.Module):
         """
         geometry = prepared.geometry
         tokens, position = flatten_levels(levels, geometry, self.level_embedding)
-        memory = self.encoder(tokens, position, geometry)
+        memory = self.encoder(tokens, position, geometry, self.level_embedding)
         selected = self.query_selection(memory, geometry)
 
         queries, reference_logits, attention_mask = selected.content, selected.reference_logits, None

@@ -42,6 +42,7 @@ class EncoderLayer(nn.Module):
         spatial_shapes: tuple[tuple[int, int], ...],
         padding_mask: Tensor | None,
         copies: bool = False,
+        level_embedding: Tensor | None = None,
     ) -> Normed:
         """(B, S, D) tokens and their positions -> (B, S, D), with copies for another layer if it is to have them."""
         attended = self.self_attention(
@@ -49,7 +50,15 @@ class EncoderLayer(nn.Module):
         )
         tokens = residual_norm(tokens.exact, self.dropout(attended), self.norm1)
         hidden = feed_forward(tokens.for_products(), self.linear1, self.linear2, self.dropout)
-        return residual_norm(tokens.exact, self.dropout(hidden), self.norm2, position=position, copies=copies)
+        return residual_norm(
+            tokens.exact,
+            self.dropout(hidden),
+            self.norm2,
+            position=position,
+            copies=copies,
+            level_embedding=level_embedding,
+            level_sizes=[height * width for height, width in spatial_shapes],
+        )
 
 
 class Encoder(nn.Module):
@@ -90,6 +99,7 @@ class Encoder(nn.Module):
         tokens: Tensor,
         position: Tensor,
         geometry: TokenGeometry,
+        level_embedding: Tensor | None = None,
     ) -> Tensor:
         """Let every token attend to a few points of all levels, through all layers.
 
@@ -97,6 +107,7 @@ class Encoder(nn.Module):
             tokens: (B, S, D), all levels flattened, finest first.
             position: (B or 1, S, D), sine and level embedding.
             geometry: where the tokens lie.
+            level_embedding: (L, D), if that alone learns of the position.
 
         Returns:
             (B, S, D) the memory.
@@ -107,5 +118,5 @@ class Encoder(nn.Module):
             if self.recompute and self.training:
                 stream = checkpoint(layer, stream, *others, use_reentrant=False)  # copies would be kept as well
             else:
-                stream = layer(stream, *others, copies=number < len(self.layers))
+                stream = layer(stream, *others, copies=number < len(self.layers), level_embedding=level_embedding)
         return stream.exact

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -48,8 +49,11 @@ class Normed(NamedTuple):
         return self.exact if self.lowered is None else self.lowered
 
     def at(self, position: Tensor) -> Tensor:
-        """(..., D), the tokens with their position added, which is the one that they were normed with."""
-        return self.exact + position if self.positioned is None else self.positioned
+        """(..., D), the tokens with their position added, which is the one that they were normed with, for products."""
+        if self.positioned is not None:
+            return self.positioned
+        total = self.exact + position
+        return total.to(lower_precision(total.device.type) or total.dtype)  # once, whatever the number of products
 
 
 def set_implementation(implementation: Implementation) -> None:
@@ -70,7 +74,14 @@ def set_implementation(implementation: Implementation) -> None:
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor, norm: nn.Module, *, position: Tensor | None = None, copies: bool = True
+    x: Tensor,
+    branch: Tensor,
+    norm: nn.Module,
+    *,
+    position: Tensor | None = None,
+    copies: bool = True,
+    level_embedding: Tensor | None = None,
+    level_sizes: Sequence[int] = (),
 ) -> Normed:
     """`norm(x + branch)`, with copies for those who read it, where the kernel makes them at no further reading.
 
@@ -81,6 +92,9 @@ def residual_norm(
         position: (..., D) with as many dimensions as x, or with one entry in the first of them for all; added in a
             copy of its own.
         copies: whether a product reads the tokens next, or reads them with their position; else both are left out.
+        level_embedding: (L, D), if that alone learns of the position, of which it is a part: its gradient is a sum over
+            the tokens of a level, so that none has to be kept for each token. Plain PyTorch keeps them.
+        level_sizes: how many of the tokens are of each level.
 
     Raises:
         RuntimeError: "triton" was asked for, and it cannot be had; says why.
@@ -90,7 +104,9 @@ def residual_norm(
     low = lower_precision(x.device.type) or torch.float32
     position = position if copies else None
     lowers = copies and low != torch.float32
-    inputs = (x, branch, norm.weight, norm.bias, position, low, lowers, norm.eps)
+    if level_embedding is not None and position is not None:
+        position = position.detach()
+    inputs = (x, branch, norm.weight, norm.bias, position, low, lowers, norm.eps, level_embedding, level_sizes)
     exact, lowered, positioned = _Fused.apply(*inputs)
     return Normed(exact, lowered if lowers else None, positioned)
 
@@ -130,6 +146,8 @@ class _Fused(torch.autograd.Function):
         low: torch.dtype,
         copies: bool,
         eps: float,
+        level_embedding: Tensor | None = None,
+        level_sizes: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, branch = x.contiguous(), branch.contiguous()
         exact, lowered, positioned = torch.ops.dino_lightning.residual_norm(
@@ -137,7 +155,7 @@ class _Fused(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, branch, weight)
-        ctx.low, ctx.eps = low, eps
+        ctx.low, ctx.eps, ctx.level_sizes = low, eps, level_sizes
         ctx.position = None if position is None else (position.shape, position.dtype)
         return exact, lowered if copies else None, None if position is None else positioned
 
@@ -159,8 +177,12 @@ class _Fused(torch.autograd.Function):
             shape, dtype = ctx.position
             shared = shape[0] != x.shape[0]
             by_position = grads[2].sum(0, keepdim=True, dtype=dtype) if shared else grads[2].to(dtype)
+        by_levels = None
+        if ctx.needs_input_grad[8] and grads[2] is not None:
+            levels = grads[2].split(ctx.level_sizes, dim=1)
+            by_levels = torch.stack([level.sum((0, 1), dtype=torch.float32) for level in levels])
         grad_branch = grad_x if branch.dtype == x.dtype else grad_branch
-        return grad_x, grad_branch, by_weight, by_bias, by_position, None, None, None
+        return grad_x, grad_branch, by_weight, by_bias, by_position, None, None, None, by_levels, None
 
 
 # ---------------------------------------------------------------------- operators: fake tensors have them, too

@@ -74,6 +74,26 @@ def test_what_nobody_reads_gets_no_gradient_and_costs_nothing(copies):
         torch.testing.assert_close(one, other, rtol=2.0**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_level_embedding_has_the_gradient_that_it_has_by_the_position(images, low):
+    sizes, draws = (6, 2, 1), torch.Generator().manual_seed(3)
+    embedding = torch.randn(3, 16, generator=draws, requires_grad=True)
+    places = torch.randn(images, 9, 16, generator=draws)
+    inputs, grads = problem((2, 9, 16), shared=True, low=low)
+    x, branch, weight, bias, _ = inputs.values()
+    norm = nn.LayerNorm(16)
+    norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+    found = []
+    for given in ({}, {"level_embedding": embedding, "level_sizes": sizes}):
+        position = places + embedding.repeat_interleave(torch.tensor(sizes), dim=0)
+        with torch.autocast("cpu", low, enabled=low is not None):
+            normed = residual_norm.residual_norm(x, branch, norm, position=position, **given)
+        found.append(torch.autograd.grad(normed.at(position), [x, branch, embedding], grads[1]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_more_rows_than_programs(monkeypatch):
     """Each program takes several blocks of rows."""
     monkeypatch.setattr(residual_norm, "MOST_PROGRAMS", 2)
