@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.latency import TINY, percentile
 from benchmarks.measure import environment, interleaved, save, table
-from benchmarks.race import faster_rcnn, race, ssdlite
+from benchmarks.race import race
+from benchmarks.torchvision_detectors import faster_rcnn, ssdlite
 from dino_lightning.cli.config_files import config_path
 from dino_lightning.export.fewer_bits import write_int8
 from dino_lightning.export.formats import describe_module, run_onnx, write_onnx

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,17 @@ import torch
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from benchmarks.measure import environment, save, table
+from benchmarks.torchvision_detectors import Peer, faster_rcnn, ssdlite
 from dino_lightning import CocoDataModule, DINOModule
-from dino_lightning.boxes import normalized_cxcywh_to_xyxy
 from dino_lightning.callbacks import EMA
 from dino_lightning.cli.config_files import config_path
-from dino_lightning.detections import Detections
 from dino_lightning.files import save_figure
-from dino_lightning.metrics import CocoMetric
 from dino_lightning.model.backbone import Backbone
-from dino_lightning.structures import Batch
 from dino_lightning.weights.backbone_loading import start_backbone_from
 
 CONTESTANTS = ("ours", "faster_rcnn", "ssdlite")
-CHANNELS = 128  # of the other detectors' feature maps
-PEER_RATE, PEER_WARMUP = 0.01, 100  # SGD's, and steps
 PROBED_STEPS, PROBED_SHARE = 6, 0.1  # as many, but not more of the minutes
 EVALUATIONS = 8
 SHOWN = ("AP", "AP50", "F1")
@@ -55,125 +42,6 @@ class Moment:
     minutes: float
     step: int
     values: dict[str, float]
-
-
-class Maps(nn.Module):
-    """The backbone's maps and what follows them, by name, as torchvision's detectors want them."""
-
-    def __init__(self, backbone: Backbone, head: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.backbone, self.head, self.out_channels = backbone, head, channels
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, 3, H, W) -> maps from fine to coarse."""
-        maps = OrderedDict((str(level), image) for level, image in enumerate(self.backbone(images)))
-        found: OrderedDict[str, Tensor] = self.head(maps)
-        return found
-
-
-class ExtraMaps(nn.Module):
-    """Two more maps of half the size each, after the last one."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.steps = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(before, CHANNELS, 1),
-                nn.ReLU6(),
-                nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, stride=2, padding=1),
-                nn.ReLU6(),
-            )
-            for before in (channels, 2 * CHANNELS)
-        )
-
-    def forward(self, maps: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
-        """Append to the maps."""
-        for step in self.steps:
-            last = next(reversed(maps.values()))
-            maps[str(len(maps))] = step(last)
-        return maps
-
-
-def faster_rcnn(backbone: Backbone, num_classes: int, side: int) -> nn.Module:
-    """Faster R-CNN with a feature pyramid; anchors of 24 pixels and more at 320, in three proportions."""
-    pyramid = FeaturePyramidNetwork(list(backbone.channels), CHANNELS, LastLevelMaxPool())
-    levels = len(backbone.channels) + 1
-    sizes = tuple((side * 24 // 320 * 2**level,) for level in range(levels))
-    detector: nn.Module = FasterRCNN(
-        Maps(backbone, pyramid, CHANNELS),
-        num_classes + 1,
-        min_size=side,
-        max_size=side,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * levels),
-        box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(levels - 1)], 7, 2),
-        rpn_pre_nms_top_n_train=1000,
-        rpn_post_nms_top_n_train=500,
-        rpn_pre_nms_top_n_test=500,
-        rpn_post_nms_top_n_test=300,
-        box_batch_size_per_image=128,
-        box_score_thresh=0.02,
-    )
-    return detector
-
-
-def ssdlite(backbone: Backbone, num_classes: int, side: int) -> nn.Module:
-    """SSD with depthwise-separable heads on the backbone's maps and two more."""
-    channels = [*backbone.channels, 2 * CHANNELS, 2 * CHANNELS]
-    anchors = DefaultBoxGenerator([[2, 3] for _ in channels], min_ratio=0.07, max_ratio=0.95)
-    head = SSDLiteHead(channels, anchors.num_anchors_per_location(), num_classes + 1, nn.BatchNorm2d)
-    maps = Maps(backbone, ExtraMaps(backbone.channels[-1]), CHANNELS)
-    detector: nn.Module = SSD(
-        maps, anchors, (side, side), num_classes + 1, head=head, score_thresh=0.02, detections_per_img=100
-    )
-    return detector
-
-
-class Peer(lightning.LightningModule):
-    """One of torchvision's detectors on our batches and with our metric.
-
-    Args:
-        detector: takes and gives what torchvision's detection models do.
-        max_epochs: the rate drops after 4/5 of them.
-    """
-
-    def __init__(self, detector: nn.Module, max_epochs: int) -> None:
-        super().__init__()
-        self.detector, self.max_epochs = detector, max_epochs
-        self.metric = CocoMetric()
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the detector's losses."""
-        images, targets = _for_torchvision(batch)
-        loss: Tensor = torch.stack(list(self.detector(images, targets).values())).sum()
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detections in pixels of the original images."""
-        images, _ = _for_torchvision(batch)
-        assert batch.ground_truth is not None
-        found = []
-        for output, image, size in zip(self.detector(images), images, batch.original_sizes, strict=True):
-            scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
-            found.append(Detections(output["boxes"] * scale, output["scores"], output["labels"] - 1))
-        self.metric.update(found, batch.ground_truth, batch.image_ids)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what DINOModule logs."""
-        for name, value in self.metric.compute().items():
-            self.log(f"val/{name}", value)
-        self.metric.reset()
-
-    def configure_optimizers(self) -> Any:
-        """SGD with momentum, as in torchvision's own training script."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=PEER_RATE, momentum=0.9, weight_decay=1e-4)
-        drop = round(0.8 * self.max_epochs)
-
-        def factor(step: int) -> float:
-            return min((step + 1) / PEER_WARMUP, 1.0) * (0.1 if self.current_epoch >= drop else 1.0)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Clock(lightning.Callback):
@@ -285,19 +153,6 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
     part = min(in_epoch, max(1, round(steps / epochs)))
     fit(epochs, clock, check_val_every_n_epoch=max(1, epochs // options.evaluations), limit_train_batches=part)
     return clock.moments
-
-
-def _for_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images 0-1 without padding, and boxes in their pixels with labels from 1."""
-    images, targets = [], []
-    for index, (height, width) in enumerate(batch.image_sizes):
-        images.append(batch.images[index, :, :height, :width].float() / 255)
-        if batch.targets is not None:
-            count = batch.targets.num_boxes[index]
-            boxes = normalized_cxcywh_to_xyxy(batch.targets.boxes_cxcywh[index, :count], (height, width))
-            real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            targets.append({"boxes": boxes[real], "labels": batch.targets.labels[index, :count][real] + 1})
-    return images, targets
 
 
 def draw(results: dict[str, list[Moment]], path: Path) -> None:

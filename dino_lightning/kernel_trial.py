@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dino_lightning.console import say, shown
 from dino_lightning.files import atomic_write
 
+OLDEST_CAPABILITY = (8, 0)  # of a CUDA device, for kernels
 SECONDS_OF_SILENCE = 2.0  # a trial that finds its kernels in Triton's cache takes less
 SECONDS_FOR_A_PROCESS = 300
 _said_that_it_compiles = False
@@ -37,19 +39,29 @@ def missing(device_type: str, device_index: int) -> str | None:
         return f"there is no kernel for device type {device_type}"
     if device_type == "cuda" and torch.version.cuda is None:
         return "it is written for NVIDIA devices"
-    if device_type == "cuda" and torch.cuda.get_device_capability(device_index) < (8, 0):
-        return "the device is older than compute capability 8.0"
+    if device_type == "cuda" and torch.cuda.get_device_capability(device_index) < OLDEST_CAPABILITY:
+        return f"the device is older than compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
 
 
-def plain_pytorch(implementation: str, device: torch.device) -> str | None:
-    """What is said to be in use where no kernel is tried; None where one may be.
+def in_use(
+    implementation: str,
+    device: torch.device,
+    found: Mapping[Any, str | None],
+    *,
+    kernel: str = "Triton kernel",
+    plain: str = "PyTorch",
+) -> str:
+    """Which implementation has run on a device in this process, and why where it fell back, on one line.
 
     Args:
         implementation: "auto", "pytorch" or the name of a kernel.
         device: of the model.
+        found: what trials have said, by call; type and index of the device are the first two parts of a call.
+        kernel: what is said to have run where a trial was passed.
+        plain: what is said to have run where none was.
     """
     if implementation == "pytorch":
         return "PyTorch (as chosen)"
@@ -57,12 +69,24 @@ def plain_pytorch(implementation: str, device: torch.device) -> str | None:
         return "PyTorch"
     if implementation == "auto" and torch.are_deterministic_algorithms_enabled():
         return "PyTorch (deterministic algorithms were asked for)"
-    return None
+    passed, reasons = trials_on(device, found)
+    if not passed and not reasons:
+        return "not known yet"
+    if not passed:
+        return f"{plain} ({reasons})"
+    return f"{kernel}, for some calls PyTorch ({reasons})" if reasons else kernel
 
 
-def reasons(troubles: Collection[str | None]) -> str:
-    """What trials have said, on one line; empty if all were passed."""
-    return "; ".join(sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None))
+def trials_on(device: torch.device, found: Mapping[Any, str | None]) -> tuple[bool, str]:
+    """Whether a trial on the device was passed, and what the others have said, on one line; empty if nothing.
+
+    Args:
+        device: of the model.
+        found: as in `in_use`.
+    """
+    troubles = {trouble for call, trouble in found.items() if call[:2] == (device.type, device.index or 0)}
+    said = sorted(shown(" ".join(trouble.split()), 300) for trouble in troubles if trouble is not None)
+    return None in troubles, "; ".join(said)
 
 
 def launches_on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dino_lightning.cli.command import SIGNAL_EXIT_CODE, run_command
-from sagemaker_entry.laptop import serving_commands
+from sagemaker_entry.laptop import serving_commands, serving_options
 from sagemaker_entry.laptop.parsers import (
     COMMANDS,
     OF_THE_ACCOUNT,
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> int:
             return _about_a_job(args[0], job_parser(args[0]).parse_args(args[1:]))
         if args and args[0] in OF_THE_ACCOUNT:
             return _about_the_account(args[0], account_parser(args[0]).parse_args(args[1:]))
-        if args and args[0] in serving_commands.COMMANDS:
+        if args and args[0] in serving_options.COMMANDS:
             if "--local" not in args and not {"-h", "--help"} & set(args):
                 _need("boto3")
             return serving_commands.run(args, prog=COMMAND, agreed=_agreed)

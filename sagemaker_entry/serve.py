@@ -238,7 +238,7 @@ def serve(model_dir: Path, host: str, port: int, environ: Mapping[str, str] = os
     for number in (signal.SIGTERM, signal.SIGINT):  # from uvicorn's end on
         signal.signal(number, lambda *_: None)
     # uvicorn's own handler drops at a second Ctrl-C what it is answering, with a traceback
-    server.handle_exit = lambda sig, frame: stop()  # type: ignore[method-assign]
+    server.handle_exit = lambda sig, frame: stop()  # type: ignore[method-assign]  # it has no option
     server.run()
     if served.failure is not None:
         raise Problem(served.failure)

@@ -135,7 +135,8 @@ class EarlyStop(EarlyStopping):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count the validation, and stop if it is one too many."""
-        if trainer.sanity_checking or trainer.state.fn != FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        fast = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning, not declared
+        if trainer.sanity_checking or trainer.state.fn != FITTING or fast:
             return
         now = standing(trainer.callback_metrics, self.best_by)
         self.wait_count += 1

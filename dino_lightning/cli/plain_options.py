@@ -33,7 +33,7 @@ WORD = re.compile("[a-z0-9_]+")  # a text that the real parser takes for no name
 _GENERIC: dict[str, Any] = {
     "list[int]": list[int],
     "list[str]": list[str],
-    "list[dict]": list[dict],  # type: ignore[type-arg]
+    "list[dict]": list[dict],  # type: ignore[type-arg]  # as it is written there
     "dict[str, int]": dict[str, int],
     "dict[str, str]": dict[str, str],
     "dict[str, list[str]]": dict[str, list[str]],

@@ -71,7 +71,8 @@ def _fill_margin(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rng:
     if x1 - x0 < 24 or y1 - y0 < 24:
         return
     kind = str(rng.choice(("text", "table", "picture", "band", "nothing"), p=(0.35, 0.2, 0.15, 0.2, 0.1)))
-    tone: Ink = tuple(int(value) for value in rng.integers(40, 230, 3))  # type: ignore[assignment]
+    red, green, blue = (int(value) for value in rng.integers(40, 230, 3))
+    tone: Ink = (red, green, blue)
     size = max(round(min(x1 - x0, y1 - y0) * float(rng.uniform(0.05, 0.15))), 7)
     if kind == "band":
         draw.rectangle((x0, y0, x1, y1), fill=tone)

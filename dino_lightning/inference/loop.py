@@ -150,8 +150,9 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 def _own(stream: Iterable[View | Unreadable]) -> Iterator[View | Unreadable]:
     """Yields the same, with images for pictures in memory of this process: a container may have little to share."""
     for view in stream:
-        if isinstance(view, View) and view.image is not None and view.image.is_shared():  # type: ignore[no-untyped-call]
-            view = replace(view, image=view.image.clone())
+        if isinstance(view, View) and view.image is not None:
+            shared = view.image.is_shared()  # type: ignore[no-untyped-call]  # torch has no types here
+            view = replace(view, image=view.image.clone()) if shared else view
         yield view
 
 

@@ -118,7 +118,7 @@ def to_host_later(tensor: Tensor) -> Callable[[], npt.NDArray[Any]]:
         return tensor.cpu().numpy
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
     arrived.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> npt.NDArray[Any]:

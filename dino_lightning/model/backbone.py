@@ -277,9 +277,9 @@ class _FoldingConv2d(nn.Conv2d):
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]  # torch keeps them as tuples of any length
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]  # as above
+            conv.padding,  # type: ignore[arg-type]  # as above
+            conv.dilation,  # type: ignore[arg-type]  # as above
             conv.groups,
             bias=False,
             device="meta",  # no random numbers are drawn for weights that are replaced at once

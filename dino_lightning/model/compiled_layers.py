@@ -129,8 +129,9 @@ class _Guarded:
     """A call of a layer: the compiled one in training, or the layer's own where that fails."""
 
     def __init__(self, group: CompiledLayers, layer: nn.Module) -> None:
-        self.group, self.layer, self.compiled = group, layer, layer._compiled_call_impl
-        assert self.compiled is not None
+        self.group, self.layer, compiled = group, layer, layer._compiled_call_impl
+        assert compiled is not None
+        self.compiled: Callable[..., Any] = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         as_it_is: Callable[..., Any] = self.layer._call_impl
@@ -138,7 +139,7 @@ class _Guarded:
             return as_it_is(*args, **kwargs)
         try:
             with _settings():
-                return self.compiled(*args, **kwargs)  # type: ignore[misc]
+                return self.compiled(*args, **kwargs)
         except (torch.OutOfMemoryError, _StopRecomputationError):  # the latter ends what `checkpoint` computes again
             raise
         except Exception as error:  # whatever a compiler can raise

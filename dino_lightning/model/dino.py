@@ -22,6 +22,7 @@ from dino_lightning.model.denoising import (
     num_denoising_groups,
 )
 from dino_lightning.model.encoder import Encoder
+from dino_lightning.model.first_parameters import start_parameters
 from dino_lightning.model.kept_result import KeptResult
 from dino_lightning.model.neck import Neck
 from dino_lightning.model.position_encoding import IMAGE_TEMPERATURE
@@ -159,7 +160,8 @@ class DINO(nn.Module):
         self.image_std: Tensor
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255, persistent=False)
-        self._reset_parameters()
+        further = self.group_queries if query_groups > 1 else None
+        start_parameters(self.encoder, self.decoder, self.query_selection, further, self.level_embedding)
 
     def semantics(self) -> dict[str, float]:
         """The values of the arguments in `PUBLISHED_SEMANTICS`."""
@@ -192,26 +194,6 @@ class DINO(nn.Module):
         # the gradients of the backbone come from operations that no graph has
         others = [parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
         return CompiledLayers(layers, backend, cuda_graphs=cuda_graphs, parameters=others)
-
-    def _reset_parameters(self) -> None:
-        """Xavier for the transformer's matrices; heads and deformable attention keep the start they gave themselves."""
-        for part in (self.encoder, self.decoder.layers, self.decoder.query_position_head):
-            for parameter in part.parameters():
-                if parameter.ndim > 1:
-                    nn.init.xavier_uniform_(parameter)
-        nn.init.xavier_uniform_(self.query_selection.content_queries.weight)
-        nn.init.xavier_uniform_(self.query_selection.output_projection.weight)
-        if self.query_groups > 1:
-            nn.init.xavier_uniform_(self.group_queries.weight)
-        for module in self.modules():
-            if isinstance(module, MultiScaleDeformableAttention):
-                module.reset_parameters()
-        # published: the encoder's heads begin as copies of the decoder's
-        for ours, theirs in zip(
-            (self.query_selection.bbox_head, self.query_selection.class_head), self.decoder.heads(-1), strict=True
-        ):
-            ours.load_state_dict(theirs.state_dict())
-        nn.init.normal_(self.level_embedding)
 
     def forward(self, batch: Batch, noise: Noise | None = None) -> ModelOutput:
         """Class logits and boxes of all decoder layers, of the proposals and of the denoising queries.

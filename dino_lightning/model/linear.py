@@ -43,5 +43,5 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
 def _has_both() -> bool:
     """Whether PyTorch was built with MKL, and with the operation of oneDNN that its compiler calls."""
     onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
-    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # as above
     return bool(onednn and mkl and hasattr(torch.ops.mkldnn, "_linear_pointwise"))

@@ -179,7 +179,7 @@ class _Fused(torch.autograd.Function):
             by_position = grads[2].sum(0, keepdim=True, dtype=dtype) if shared else grads[2].to(dtype)
         by_levels = None
         if ctx.needs_input_grad[8] and grads[2] is not None:
-            levels = grads[2].split(ctx.level_sizes, dim=1)
+            levels = torch.split(grads[2], ctx.level_sizes, dim=1)
             by_levels = torch.stack([level.sum((0, 1), dtype=torch.float32) for level in levels])
         grad_branch = grad_x if branch.dtype == x.dtype else grad_branch
         return grad_x, grad_branch, by_weight, by_bias, by_position, None, None, None, by_levels, None
@@ -273,17 +273,7 @@ def implementation_in_use(device: torch.device) -> str:
         On one line, such as "Triton kernel", "PyTorch", or "PyTorch (the device is older than compute capability 8.0)";
         of a CUDA device "not known yet" before the first forward pass.
     """
-    plain = kernel_trial.plain_pytorch(_implementation, device)
-    if plain is not None:
-        return plain
-    place = (device.type, device.index or 0)
-    troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
-    if not troubles:
-        return "not known yet"
-    reasons = kernel_trial.reasons(troubles)
-    if not reasons:
-        return "Triton kernel"
-    return f"Triton kernel, for some calls PyTorch ({reasons})" if None in troubles else f"PyTorch ({reasons})"
+    return kernel_trial.in_use(_implementation, device, _found)
 
 
 @functools.cache

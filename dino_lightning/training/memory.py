@@ -206,7 +206,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
     """Adds up the sizes of the living tensors that operations made, and keeps the peak."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,17 +36,12 @@ from dino_lightning.training.optim import (
     groups_of,
     is_fused,
 )
-from dino_lightning.training.option_checks import check_numbers
+from dino_lightning.training.option_checks import check_names, check_numbers
 from dino_lightning.training.precision import check_precision
 from dino_lightning.training.recipe import RecipeName, choose_recipe, criterion_of, planned_steps
-from dino_lightning.training.resume import check_same_architecture, check_same_optimizer, resume_from_raw_weights
+from dino_lightning.training.resume import check_same_architecture, resume_from_raw_weights
 from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
-from dino_lightning.training.stored_state import (
-    check_callbacks,
-    check_training_state,
-    check_whole,
-    with_own_settings,
-)
+from dino_lightning.training.stored_state import check_callbacks, check_whole, take_over
 from dino_lightning.weights.stored import (
     FORMAT,
     FORMAT_KEY,
@@ -177,7 +172,7 @@ class DINOModule(LoggedModule):
         **detector: Any,
     ) -> None:
         super().__init__()
-        _check_names(detector)
+        check_names(detector, inspect.signature(DINO).parameters)
         detector = {**needed_options(weights), **detector}
         check_nms_iou_threshold(nms_iou_threshold)
         self.save_hyperparameters()
@@ -346,20 +341,7 @@ class DINOModule(LoggedModule):
         else:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
                 groups, adamw = groups_of(self.model, self.hparams), self.own_optimizer is None
-                check_same_optimizer(checkpoint, groups, name=self._optimizer_name)
-                check_training_state(checkpoint, groups if adamw else None, self.trainer.fit_loop.state_dict())
+                take_over(checkpoint, groups, self.trainer, name=self._optimizer_name, adamw=adamw)
                 self._stored_rate = StoredRate.of(checkpoint)
-                if adamw:
-                    with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=is_fused(self.trainer))
             check_callbacks(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]  # not declared
             resume_from_raw_weights(checkpoint)
-
-
-def _check_names(detector: Iterable[str]) -> None:
-    """Refuse sizes of the detector that it does not have."""
-    valid = inspect.signature(DINO).parameters
-    unknown = [name for name in detector if name not in valid]
-    if unknown:
-        raise TypeError(
-            f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
-        )

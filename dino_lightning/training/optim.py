@@ -256,5 +256,5 @@ class AccumulatedBoxes:
         """The factor for the sum of the gradients, 0-dim float32; resets the counts."""
         assert self._first is not None and self._total is not None
         factor = self._first / self._total.clamp(min=1.0)
-        self.__init__()  # type: ignore[misc]
+        self.batches, self._total, self._first = 0, None, None
         return factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 # Weights of losses and costs are checked where they are summed: see `losses.matcher.check_weights`.
@@ -18,6 +18,23 @@ AT_LEAST_1 = (
 )  # fmt: skip
 ABOVE_0 = ("rooms_lr_factor", "backbone_layer_decay", "position_temperature")
 SHARES = ("label_noise_ratio", "dropout")
+
+
+def check_names(given: Iterable[str], valid: Collection[str]) -> None:
+    """Refuse sizes of the detector that it does not have.
+
+    Args:
+        given: names of arguments.
+        valid: the names that there are.
+
+    Raises:
+        TypeError: names those that there are not.
+    """
+    unknown = [name for name in given if name not in valid]
+    if unknown:
+        raise TypeError(
+            f"DINOModule has no argument {', '.join(unknown)}; those of the detector are {', '.join(valid)}."
+        )
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:

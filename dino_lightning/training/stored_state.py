@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dino_lightning.errors import CheckpointError
-from dino_lightning.training.resume import check_same_architecture
+from dino_lightning.training.optim import is_fused
+from dino_lightning.training.resume import check_same_architecture, check_same_optimizer
 from dino_lightning.weights.stored import WEIGHTS, check_checkpoint, check_hyperparameters, check_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their parameter
@@ -37,6 +38,27 @@ def check_whole(checkpoint: dict[str, Any], path: str | Path, module: LightningM
     for name in WEIGHTS if module.strict_loading else ():
         if name in checkpoint:
             check_state(checkpoint[name], module.state_dict(), path)
+
+
+def take_over(
+    checkpoint: dict[str, Any], groups: Sequence[dict[str, Any]], trainer: Trainer, *, name: str, adamw: bool
+) -> None:
+    """Check the optimizer and the loops in a checkpoint, and put a run's own settings into the optimizer's groups.
+
+    Args:
+        checkpoint: its content; changed in place.
+        groups: parameter groups of the run.
+        trainer: of the run.
+        name: of the run's optimizer.
+        adamw: whether that is our AdamW, rather than one that the user has chosen.
+
+    Raises:
+        CheckpointError: they are damaged, or of another optimizer or other parameters.
+    """
+    check_same_optimizer(checkpoint, groups, name=name)
+    check_training_state(checkpoint, groups if adamw else None, trainer.fit_loop.state_dict())
+    if adamw:
+        with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=is_fused(trainer))
 
 
 def check_training_state(

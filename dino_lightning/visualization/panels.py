@@ -172,7 +172,7 @@ def _text_width(text: str, points: float) -> float:
     resolution = 72  # dots per inch
     renderer = RendererAgg(1, 1, resolution)  # type: ignore[no-untyped-call]  # matplotlib has no types here
     font = FontProperties(size=points)
-    width, _, _ = renderer.get_text_width_height_descent(text, font, ismath=False)  # type: ignore[no-untyped-call]
+    width, _, _ = renderer.get_text_width_height_descent(text, font, ismath=False)  # type: ignore[no-untyped-call]  # as above
     return float(width) / resolution
 
 

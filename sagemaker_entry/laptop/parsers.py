@@ -6,7 +6,7 @@ import argparse
 import math
 
 from dino_lightning.cli.command import CommandParser
-from sagemaker_entry.laptop import serving_commands
+from sagemaker_entry.laptop import serving_options
 from sagemaker_entry.laptop.places import COMMAND
 
 COMMANDS = {
@@ -28,7 +28,7 @@ def launch_parser() -> CommandParser:
     commands += "\n\nOf the account:\n" + "\n".join(
         f"  {COMMAND} {name:<12} {text}" for name, text in OF_THE_ACCOUNT.items()
     )
-    serving = "\n".join(f"  {COMMAND} {name:<15}  {text}" for name, text in serving_commands.COMMANDS.items())
+    serving = "\n".join(f"  {COMMAND} {name:<15}  {text}" for name, text in serving_options.COMMANDS.items())
     parser = CommandParser(
         COMMAND,
         "Train on Amazon SageMaker: plans and says what it costs, checks, asks, uploads, starts, follows.",

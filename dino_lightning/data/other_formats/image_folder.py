@@ -123,7 +123,7 @@ def displayed_size(path: Path) -> tuple[int, int] | str:
         with open_regular(path) as file, open_image(file) as image:
             width, height = image.size
             if image.format == "TIFF":  # newer Pillow has turned its size already
-                tags = image.tag_v2  # type: ignore[attr-defined]
+                tags = image.tag_v2  # type: ignore[attr-defined]  # of Pillow's class for TIFF
                 width, height = tags.get(STORED_WIDTH, width), tags.get(STORED_HEIGHT, height)
             return (width, height) if _orientation(image, path) in range(5, 9) else (height, width)
     except Exception as error:  # decoders raise whatever they like on damaged files

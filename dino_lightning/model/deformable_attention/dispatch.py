@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dino_lightning import kernel_trial
 from dino_lightning.model.deformable_attention import cuda_kernels, fused, limits, nvrtc
-from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, softmax
+from dino_lightning.model.deformable_attention.gathered import can_gather, gathered, places_and_weights
 from dino_lightning.model.deformable_attention.halves import halves_on, in_halves, takes_halves
-from dino_lightning.model.deformable_attention.reference import deformable_attention, sampling_locations
+from dino_lightning.model.deformable_attention.reference import deformable_attention
 
 Implementation = Literal["auto", "pytorch", "triton", "cuda"]
 TRIAL = "dino_lightning.model.deformable_attention.cuda_trial"  # of the CUDA kernel, in a process of its own
@@ -79,26 +79,17 @@ def implementation_in_use(device: torch.device) -> str:
         (the device is older than compute capability 8.0)"; of a CUDA device "not known yet" before the first forward
         pass.
     """
-    plain = kernel_trial.plain_pytorch(_implementation, device)
-    if plain is not None:
-        return plain
     place = (device.type, device.index or 0)
-    troubles = {trouble for call, trouble in _found.items() if (call.device_type, call.device_index) == place}
-    if not troubles:
-        return "not known yet"
-    reasons = kernel_trial.reasons(troubles)
-    if None not in troubles:
-        halves = any(halves_on(device, call.value_dtype) for call in _found if call[:2] == place)
-        return f"PyTorch{' in float16' if halves else ''} ({reasons})"
-    said = "Triton kernel" if _implementation == "triton" else f"Triton kernel{_said_of_cuda(place)}"
-    return f"{said}, for some calls PyTorch ({reasons})" if reasons else said
+    fell_back = [call.value_dtype for call, trouble in _found.items() if trouble is not None and call[:2] == place]
+    plain = "PyTorch in float16" if any(halves_on(device, dtype) for dtype in fell_back) else "PyTorch"
+    kernel = "Triton kernel" if _implementation == "triton" else f"Triton kernel{_said_of_cuda(device)}"
+    return kernel_trial.in_use(_implementation, device, _found, kernel=kernel, plain=plain)
 
 
-def _said_of_cuda(place: tuple[str, int]) -> str:
+def _said_of_cuda(device: torch.device) -> str:
     """What follows "Triton kernel", where the CUDA kernel has been tried for the backward pass; else nothing."""
-    troubles = {trouble for call, trouble in _found_of_cuda.items() if (call.device_type, call.device_index) == place}
-    reasons = kernel_trial.reasons(troubles)
-    if None in troubles:
+    passed, reasons = kernel_trial.trials_on(device, _found_of_cuda)
+    if passed:
         return f", CUDA kernel backward{f', for some calls Triton ({reasons})' if reasons else ''}"
     return f", backward as well ({reasons})" if reasons else ""
 
@@ -149,9 +140,7 @@ def _in_pytorch(
         return in_halves(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     gathers = not torch.compiler.is_compiling() and can_gather(value, sampling_offsets.shape[1])
     with torch.autocast(device_type=value.device.type, enabled=False):
-        # float32: locations in bfloat16 would be off by several pixels on a large image
-        locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
-        weights = softmax(attention_logits.float()).view(sampling_offsets.shape[:-1])
+        locations, weights = places_and_weights(reference_points, sampling_offsets, attention_logits, spatial_shapes)
         attend = gathered if gathers else deformable_attention
         return attend(value.float(), spatial_shapes, locations, weights).to(value.dtype)
 
@@ -214,16 +203,16 @@ def _takes_cuda(images_and_heads: int, call: tuple[Any, ...]) -> bool:
     return trouble is None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
 def _for_cuda(device_index: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor in cuda_kernels.CAPABILITIES
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cuda_trouble(*call: object) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+def _cuda_trouble(*call: Any) -> str | None:
     """Why the CUDA kernel cannot take such calls, or None if it can. Constant, as `_trouble`."""
-    return _cuda_trouble_with(Call(*call))  # type: ignore[arg-type]
+    return _cuda_trouble_with(Call(*call))
 
 
 @functools.cache
@@ -241,10 +230,10 @@ def _cuda_trouble_with(call: Call) -> str | None:
     return trouble
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _trouble(*call: object) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
+def _trouble(*call: Any) -> str | None:
     """Why the kernel cannot take such calls, or None if it can. Constant, so that compiled code need not ask."""
-    return _trouble_with(Call(*call))  # type: ignore[arg-type]
+    return _trouble_with(Call(*call))
 
 
 @functools.cache

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino_lightning.model.deformable_attention.reference import sampling_locations
+
 SAMPLES_AT_A_TIME = 32_768  # for each thread: what is computed of more does not fit into the cache of a core
 
 
@@ -53,6 +55,20 @@ def softmax(logits: Tensor) -> Tensor:
         return logits.softmax(-1)
     out: Tensor = _Softmax.apply(logits)
     return out
+
+
+def places_and_weights(
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+) -> tuple[Tensor, Tensor]:
+    """Where each query looks, as `sampling_locations`, and the (B, Q, H, L, P) weight of each place; both float32.
+
+    Places in bfloat16 would be off by several pixels on a large image. For callers without autocast.
+    """
+    weights = softmax(attention_logits.float()).view(sampling_offsets.shape[:-1])
+    return sampling_locations(reference_points, sampling_offsets, spatial_shapes), weights
 
 
 class _Softmax(torch.autograd.Function):

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino_lightning.model.deformable_attention.reference import sampling_locations
+from dino_lightning.kernel_trial import OLDEST_CAPABILITY
+from dino_lightning.model.deformable_attention.gathered import places_and_weights
 
 # Some 200 bytes are held of each on a CPU; a CUDA device sorts the rows as well, by estimate 130 more: a third of a GB.
 SAMPLES_AT_A_TIME = 2**20
-OLDEST_WITH_KERNELS = (8, 0)
 
 
 def takes_halves(value: Tensor) -> bool:
@@ -34,7 +34,7 @@ def halves_on(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type != "cuda" or dtype != torch.float16:
         return False
-    return torch.cuda.get_device_capability(device) < OLDEST_WITH_KERNELS
+    return torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
 
 
 def in_halves(
@@ -44,20 +44,10 @@ def in_halves(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """As `dispatch.sample`, for values of float16.
+    """As `dispatch.sample`, with the same arguments, for values of float16.
 
     On a CPU, against float32 on the same values: output and gradients of offsets, logits and reference points within
     0.1 % of the largest, the gradient of the values, which a CPU adds up in float16, within 0.5 % (a test has these).
-
-    Args:
-        value: (B, S, H, D) float16.
-        spatial_shapes: (height, width) of each of the L levels, on the host.
-        reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes cxcywh, 0-1 of the padded map.
-        sampling_offsets: (B, Q, H, L, P, 2), in cells for points, in half box sizes over P for boxes.
-        attention_logits: (B, Q, H, L * P).
-
-    Returns:
-        (B, Q, H * D) float16.
     """
     out: Tensor = _InPieces.apply(value, reference_points, sampling_offsets, attention_logits, spatial_shapes)
     return out
@@ -126,8 +116,10 @@ def _attend(
     tokens, heads, dim = value.shape
     queries, points = len(offsets), offsets.shape[3]
     with torch.autocast(device_type=value.device.type, enabled=False):
-        weights = logits.float().softmax(-1)
-        places = sampling_locations(reference[None], offsets[None], spatial_shapes)[0].flatten(2, 3)
+        places, weights = (
+            one[0].flatten(2, 3)
+            for one in places_and_weights(reference[None], offsets[None], logits[None], spatial_shapes)
+        )
         level_of = [level for level in range(len(spatial_shapes)) for _ in range(points)]
         areas = [height * width for height, width in spatial_shapes]
         numbers = [(*spatial_shapes[level], sum(areas[:level])) for level in level_of]

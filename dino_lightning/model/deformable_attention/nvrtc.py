@@ -154,5 +154,5 @@ def addresses(arguments: Sequence[torch.Tensor | int]) -> ctypes.Array[ctypes.c_
     """Pointers to the arguments of a kernel, which the array keeps alive: 64-bit addresses and 32-bit integers."""
     values = [ctypes.c_int(one) if isinstance(one, int) else ctypes.c_void_p(one.data_ptr()) for one in arguments]
     array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    array._kept = values  # type: ignore[attr-defined]
+    array._kept = values  # type: ignore[attr-defined]  # as any Python object may have
     return array
