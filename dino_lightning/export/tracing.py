@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.export.sampling import exported_formulation
+from dino_lightning.export.formulation import exported_formulation
 from dino_lightning.export.traceable import CanvasDetector, TraceableDetector, TraceablePreprocessing
 from dino_lightning.training.module import DINOModule
 

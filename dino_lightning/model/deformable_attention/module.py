@@ -106,13 +106,27 @@ class MultiScaleDeformableAttention(nn.Module):
         spatial_shapes: tuple[tuple[int, int], ...],
         layers: Sequence[Callable[[Tensor], Tensor]],
     ) -> Tensor:
-        batch, queries, _ = query.shape
-        heads, levels, points = self.num_heads, self.num_levels, self.num_points
         to_offsets, to_logits, to_output = layers
-        offsets = to_offsets(query).view(batch, queries, heads, levels, points, 2)
-        logits = to_logits(query).view(batch, queries, heads, levels * points)
-        values = projected.view(batch, projected.shape[1], heads, projected.shape[2] // heads)
+        offsets, logits = self.offsets_and_logits(query, to_offsets, to_logits)
+        values = projected.view(*projected.shape[:2], self.num_heads, projected.shape[2] // self.num_heads)
         return to_output(self.sample(values, spatial_shapes, reference_points, offsets, logits))
+
+    def offsets_and_logits(
+        self, query: Tensor, to_offsets: Callable[[Tensor], Tensor], to_logits: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Where (B, Q, D) queries look, and how much each place counts before the softmax.
+
+        Args:
+            query: position already added.
+            to_offsets: computes what `sampling_offsets` does.
+            to_logits: computes what `attention_weights` does.
+
+        Returns:
+            (B, Q, H, L, P, 2) in cells of each level, and (B, Q, H, L * P).
+        """
+        places = (query.shape[0], query.shape[1], self.num_heads)
+        offsets = to_offsets(query).view(*places, self.num_levels, self.num_points, 2)
+        return offsets, to_logits(query).view(*places, self.num_levels * self.num_points)
 
 
 def without_padding(values: Tensor, padding_mask: Tensor | None) -> Tensor:

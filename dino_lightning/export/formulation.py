@@ -77,9 +77,7 @@ def _attend(
     spatial_shapes: tuple[tuple[int, int], ...],
 ) -> Tensor:
     """As `MultiScaleDeformableAttention.attend`, for what `_projected` gives."""
-    places = (query.shape[0], query.shape[1], layer.num_heads)
-    offsets = layer.sampling_offsets(query).view(*places, layer.num_levels, layer.num_points, 2)
-    logits = layer.attention_weights(query).view(*places, layer.num_levels * layer.num_points)
+    offsets, logits = layer.offsets_and_logits(query, layer.sampling_offsets, layer.attention_weights)
     out: Tensor = layer.output_proj(sample(projected, spatial_shapes, reference_points, offsets, logits))
     return out
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino_lightning.export.check import drawn
-from dino_lightning.export.sampling import exported_formulation, sample
+from dino_lightning.export.formulation import exported_formulation, sample
 from dino_lightning.export.traceable import TraceableDetector
 from dino_lightning.model.deformable_attention import dispatch
 from tests.export.exported import tiny_module
