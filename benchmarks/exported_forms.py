@@ -15,6 +15,7 @@ from dino_lightning.export.exported_model import Run
 from dino_lightning.export.fewer_bits import write_int8
 from dino_lightning.export.formats import describe_module, write_onnx, write_torch
 from dino_lightning.export.onnx_model import run_onnx
+from dino_lightning.export.openvino_int8 import write_openvino_int8
 from dino_lightning.export.openvino_model import run_openvino, write_openvino
 from dino_lightning.export.torch_model import run_torch
 from dino_lightning.training.module import DINOModule
@@ -25,8 +26,12 @@ FORMS = {
     "onnx_static": "ONNX Runtime, size fixed",
     "openvino": "OpenVINO float32, size fixed",
     "int8": "ONNX Runtime int8, size fixed",
+    "openvino_int8": "OpenVINO int8, size fixed",
 }
-SMALL_BATCH = tuple(FORMS[form] for form in ("onnx_static", "openvino", "int8"))  # of one image as it is, uint8
+NEEDED = {"openvino": ("openvino",), "openvino_int8": ("openvino", "nncf")}  # packages
+SMALL_BATCH = tuple(
+    FORMS[form] for form in ("onnx_static", "openvino", "int8", "openvino_int8")
+)  # of one image as it is, uint8
 CALIBRATION_IMAGES = 4  # drawn ones: how long 8 bits take does not depend on the ranges
 
 
@@ -41,15 +46,14 @@ def export_forms(
         module: on the CPU.
         size: (height, width) of the forms of fixed size.
         folder: for the files; those that are there are taken.
-        forms: keys of `FORMS`; others are ignored, as is OpenVINO where it is not installed.
+        forms: keys of `FORMS`; others are ignored, as are those whose packages in `NEEDED` are not installed.
         int8: a file to take for that form.
 
     Raises:
         SystemExit: files in the folder are those of other weights.
     """
-    wanted = [form for form in FORMS if form in forms]
-    if "openvino" in wanted and importlib.util.find_spec("openvino") is None:
-        wanted.remove("openvino")
+    missing = {form for form, names in NEEDED.items() for name in names if importlib.util.find_spec(name) is None}
+    wanted = [form for form in FORMS if form in forms and form not in missing]
     if wanted:
         _check_weights(module, folder)
     fixed = f"{size[0]}x{size[1]}"
@@ -67,17 +71,22 @@ def export_forms(
     def fixed_file() -> Path:
         return of(static, lambda path: write_onnx(module, path, describe_module(module, "inside", size)))
 
+    def openvino_file() -> Path:
+        return of(folder / f"{fixed}.xml", lambda path: write_openvino(fixed_file(), path, {}))
+
+    def openvino_int8(path: Path) -> None:
+        write_openvino_int8(openvino_file(), path, _calibration(size))
+
     open_sizes = describe_module(module, "outside")
     opened: dict[str, Callable[[], Run]] = {
         "torch": lambda: run_torch(of(folder / "open.pt2", lambda path: write_torch(module, path, open_sizes))),
         "onnx": lambda: run_onnx(of(folder / "open.onnx", lambda path: write_onnx(module, path, open_sizes))),
         "onnx_static": lambda: run_onnx(fixed_file()),
-        "openvino": lambda: run_openvino(
-            of(folder / f"{fixed}.xml", lambda path: write_openvino(fixed_file(), path, {}))
-        ),
+        "openvino": lambda: run_openvino(openvino_file()),
         "int8": lambda: run_onnx(
             int8 or of(folder / f"{fixed}_int8.onnx", lambda path: write_int8(fixed_file(), path, _calibration(size)))
         ),
+        "openvino_int8": lambda: run_openvino(of(folder / f"{fixed}_int8.xml", openvino_int8)),
     }
     return {FORMS[form]: opened[form]() for form in wanted}
 

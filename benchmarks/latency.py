@@ -130,7 +130,7 @@ def main() -> None:
     add("--rounds", type=int, default=20)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     every = (*MODULES, *FORMS)
-    usual = [form for form in every if form != "int8"]
+    usual = [form for form in every if not form.endswith("int8")]
     add("--forms", nargs="*", choices=every, default=usual, metavar="FORM", help=f"of {', '.join(every)}")
     add("--exports", type=Path, metavar="DIR", help="keeps the exported files, and takes those that are there")
     add("--int8", type=Path, metavar="FILE", help="an ONNX file of --precision int8; else made from drawn images")

@@ -124,11 +124,14 @@ def export_fewer_bits(
     from dino_lightning.cli.validation_images import validation_images
     from dino_lightning.export.fewer_bits import LARGEST_LOSS, loss_of, table, write_fewer_bits
     from dino_lightning.export.formats import describe_module
+    from dino_lightning.export.openvino_int8 import require_nncf
     from dino_lightning.export.openvino_model import require_openvino
     from dino_lightning.inference.detector import load_module
 
     if kind == "openvino":
         require_openvino()
+        if precision == "int8":
+            require_nncf()
     module = load_module(checkpoint)
     images = validation_images(checkpoint, module, root)
     with _written_in_full(output, kind) as temporary, tempfile.TemporaryDirectory() as folder:

@@ -40,11 +40,11 @@ only constants decide is computed when the file is written. Nothing is resized i
 
 --opset 16 or 17 go with --static or with --preprocessing outside: resizing inside needs 18.
 
---precision int8, of ONNX files: convolutions and products with weights in 8 bits; the ranges of activations are those
-of up to 32 validation images. --precision fp16, of ONNX files: the same in 16 bits; for OpenVINO, weights stored in 16
-bits. Inputs, outputs, coordinates and boxes stay in float32. AP, AP50 and F1 of the validation split and
-the latency, before and after, are printed and stored in the metadata. A loss of more than half a point of F1 is
-refused, unless --accept-loss is given. The images are those of --data.root, or of the run's own dataset.
+--precision int8: convolutions and products with weights in 8 bits; the ranges of activations are those of up to 32
+validation images. --format openvino needs nncf for it. --precision fp16, of ONNX files: the same in 16 bits; for
+OpenVINO, weights stored in 16 bits. Inputs, outputs, coordinates and boxes stay in float32. AP, AP50 and F1 of the
+validation split and the latency, before and after, are printed and stored in the metadata. A loss of more than half a
+point of F1 is refused, unless --accept-loss is given. The images are those of --data.root, or of the run's own dataset.
 
 --format openvino: a .xml file and its weights in a .bin file beside it, with the same inputs, outputs and metadata;
 preprocessing inside with --static only, since OpenVINO resizes in another way than training does.
@@ -116,8 +116,6 @@ def _parser() -> CommandParser:
 def _check_precision(parser: CommandParser, options: argparse.Namespace) -> None:
     if options.precision is not None and options.format in ("torch", "directory"):
         parser.error(f"--precision is for onnx and openvino; --format {options.format} has the weights as trained.")
-    if options.precision == "int8" and options.format == "openvino":
-        parser.error("--precision int8 is for onnx; --format openvino takes fp16 only.")
     if options.precision is None and (options.root is not None or options.accept_loss):
         parser.error("--data.root and --accept-loss go with --precision; an export without it needs no images.")
 

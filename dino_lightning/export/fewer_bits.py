@@ -18,7 +18,8 @@ from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.errors import UsageError
 from dino_lightning.export.exported_model import ExportedModel, stored_text
 from dino_lightning.export.onnx_model import OnnxModel
-from dino_lightning.export.openvino_model import OpenVinoModel, write_openvino
+from dino_lightning.export.openvino_int8 import write_openvino_int8
+from dino_lightning.export.openvino_model import OpenVinoModel, copy_openvino, write_openvino
 from dino_lightning.metrics import CocoMetric
 
 PRECISIONS = ("fp16", "int8")
@@ -53,12 +54,12 @@ class Measured:
 def write_fewer_bits(
     onnx_file: Path, path: Path, kind: str, precision: str, description: Mapping[str, Any], images: CocoDetection
 ) -> dict[str, Measured]:
-    """Write an ONNX file in a lower precision, with its accuracy and latency before and after in its metadata.
+    """Write a file in a lower precision, with its accuracy and latency before and after in its metadata.
 
     Args:
         onnx_file: in float32, of `write_onnx`.
         path: the file to write; for OpenVINO the weights are written beside it, with the suffix .bin.
-        kind: "onnx" or "openvino", the latter with "fp16" only.
+        kind: "onnx" or "openvino".
         precision: "fp16", convolutions and products with weights in half precision; or "int8", the same in 8 bits,
             weights by channel and activations by the range that they have in `CALIBRATION_IMAGES` images. All else,
             coordinates and boxes included, is computed in float32, and inputs and outputs stay as they are. For
@@ -72,31 +73,26 @@ def write_fewer_bits(
     Raises:
         UsageError: a package is missing, or the images have no boxes.
     """
+    load: Callable[[Path], ExportedModel] = OpenVinoModel if kind == "openvino" else OnnxModel
+    copy = copy_openvino if kind == "openvino" else _copy_with
     with tempfile.TemporaryDirectory() as folder:
-        lower = Path(folder) / "lower.onnx"
-        half_stored = kind == "openvino" and precision == "fp16"
-        if not half_stored:
-            with _quiet_tools(precision):
-                if precision == "fp16":
-                    _write_half(onnx_file, lower)
-                else:
-                    write_int8(onnx_file, lower, _calibration(OnnxModel(onnx_file), images))
-
-        def write(target: Path, stored: Mapping[str, str]) -> None:
-            if kind == "openvino":
-                write_openvino(onnx_file if half_stored else lower, target, stored, half=half_stored)
-            else:
-                _copy_with(lower, target, stored)
-
-        before, after = onnx_file, Path(folder) / f"after{path.suffix}"
+        before, lower, after = (Path(folder) / f"{name}{path.suffix}" for name in ("before", "lower", "after"))
         if kind == "openvino":
-            before = Path(folder) / "before.xml"
             write_openvino(onnx_file, before, stored_text(description))
-        write(after, stored_text(description))
-        load: Callable[[Path], ExportedModel] = OpenVinoModel if kind == "openvino" else OnnxModel
+        else:
+            before = onnx_file
+        with _quiet_tools(precision):
+            if precision == "fp16" and kind == "openvino":
+                write_openvino(onnx_file, lower, {}, half=True)
+            elif precision == "fp16":
+                _write_half(onnx_file, lower)
+            else:
+                write = write_openvino_int8 if kind == "openvino" else write_int8
+                write(before, lower, _calibration(load(before), images))
+        copy(lower, after, stored_text(description))
         measured = measure({"float32": load(before), precision: load(after)}, images)
         accuracy = {"images": len(images), **{name: asdict(values) for name, values in measured.items()}}
-        write(path, stored_text({**description, "precision": precision, "accuracy": accuracy}))
+        copy(lower, path, stored_text({**description, "precision": precision, "accuracy": accuracy}))
     return measured
 
 

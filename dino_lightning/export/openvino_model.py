@@ -63,11 +63,18 @@ def write_openvino(onnx_file: Path, path: Path, stored: Mapping[str, str], *, ha
     Raises:
         UsageError: OpenVINO is not installed.
     """
-    openvino = require_openvino()
-    model = openvino.convert_model(str(onnx_file))
+    _save(require_openvino().convert_model(str(onnx_file)), path, stored, half)
+
+
+def copy_openvino(source: Path, path: Path, stored: Mapping[str, str]) -> None:
+    """Write a .xml file again, with other metadata."""
+    _save(require_openvino().Core().read_model(str(source)), path, stored, half=False)
+
+
+def _save(model: Any, path: Path, stored: Mapping[str, str], half: bool) -> None:
     for name, value in stored.items():
         model.set_rt_info(value, [SECTION, name])
-    openvino.save_model(model, str(path), compress_to_fp16=half)
+    require_openvino().save_model(model, str(path), compress_to_fp16=half)
 
 
 def _read(path: Path) -> Any:

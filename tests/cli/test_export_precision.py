@@ -1,6 +1,7 @@
 """`export --precision`: accuracy and latency before and after, and what loses too much is not written."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -106,12 +107,46 @@ def test_int8_that_loses_more_than_half_a_point_is_not_written_unless_accepted(c
     assert len(load_detector(path)(dataset / "val" / "2.png", threshold=0.0)) > 0
 
 
+@pytest.mark.slow
+def test_openvino_in_8_bits_follows_the_same_rule_and_stores_the_same(checkpoint, dataset, tmp_path, capfd):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf", reason="needs nncf, of the extra openvino-int8")
+    options = ("--format", "openvino", "--static", "96x128", "--precision", "int8", "--data.root", str(dataset))
+    arguments = ["--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out"), *options]
+    assert export.run(arguments) == 1  # random weights lose nearly all
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "points of F1 on 6 validation images" in error and "--accept-loss" in error
+    assert list((tmp_path / "out").iterdir()) == []
+    assert export.run([*arguments, "--accept-loss"]) == 0
+    said = capfd.readouterr()
+    lines = said.out.splitlines()
+    assert said.err == "" and [line.split()[0] for line in lines[-3:-1]] == ["float32", "int8"]
+    path = tmp_path / "out" / "best.xml"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["best.bin", "best.xml"]
+    stored = openvino.Core().read_model(path)
+    assert stored.get_rt_info(["dino_lightning", "precision"]).astype(str) == "int8"
+    accuracy = json.loads(stored.get_rt_info(["dino_lightning", "accuracy"]).astype(str))
+    assert [f"{accuracy['int8'][name]:.4f}" for name in ("AP", "AP50", "F1")] == lines[-2].split()[1:4]
+    kinds = [operation.get_element_type().get_type_name() for operation in stored.get_ops() if operation.outputs()]
+    assert kinds.count("i8") > 10  # weights in 8 bits
+    assert len(load_detector(path)(dataset / "val" / "2.png", threshold=0.0)) > 0
+
+
+def test_a_missing_nncf_is_named_before_the_model_is_traced(checkpoint, dataset, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    options = ("--format", "openvino", "--precision", "int8", "--data.root", str(dataset))
+    assert exported(checkpoint, tmp_path / "out", *options) == 1
+    error = capsys.readouterr().err
+    assert 'pip install "dino-lightning[openvino-int8]"' in error and error.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         (("--precision", "int8", "--format", "torch"), 2, "--precision is for onnx and openvino"),
         (("--precision", "int8", "--format", "directory"), 2, "--precision is for onnx and openvino"),
-        (("--precision", "int8", "--format", "openvino"), 2, "takes fp16 only"),
         (("--precision", "int4"), 2, "int4"),
         (("--accept-loss",), 2, "go with --precision"),
         (("--data.root", "plans"), 2, "go with --precision"),
