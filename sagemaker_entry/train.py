@@ -124,7 +124,8 @@ def _run(
         stop.check()
         outcome = _train(environment, job, data, processes, environ, stop, scratch, peers)
         if outcome.failure is None and environment.leads and not job.trial:
-            _write_model(environment, complete=not outcome.stopped)
+            written = _write_model(environment, stop, complete=not outcome.stopped)
+            outcome = outcome if written else Outcome(stopped=True)
     except StopRequested:
         raise
     except Exception as error:
@@ -298,9 +299,22 @@ def _free_port() -> int:
     return port
 
 
-def _write_model(environment: Environment, *, complete: bool) -> None:
-    written = write_model(environment.checkpoint_dir, environment.model_dir, complete=complete)
+def _write_model(environment: Environment, stop: StopSignal, *, complete: bool) -> bool:
+    """Write the model and say so; returns False, and leaves no part of it, if a second Ctrl-C came before the end."""
+    try:
+        with stop.raised():
+            written = not stop.at_once and write_model(
+                environment.checkpoint_dir, environment.model_dir, complete=complete
+            )
+    except BaseException:  # PyTorch's writer turns the exception into its own
+        if not stop.at_once:
+            raise
+        written = False
+    if stop.at_once and not written:
+        say("stopped at once: no model was written; the checkpoints are kept")
+        return False
     say(f"model written to {environment.model_dir}" if written else "there is no best checkpoint yet: no model written")
+    return True
 
 
 def write_model(run_dir: Path, model_dir: Path, *, complete: bool) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dino_lightning.console import say, without_secrets, wrapped
+from dino_lightning.console import WHOLE_WORDS, say, without_secrets, wrapped
 from dino_lightning.errors import FROM_A_LOADER, UsageError, UserError
 from dino_lightning.files import FULL, reason_of, unreadable, unwritable, why_unreadable
 from dino_lightning.interrupts import CtrlC
@@ -33,11 +35,14 @@ class Terminated(BaseException):
     """SIGTERM arrived; raised where the program is, so that temporary files are removed on the way out."""
 
 
+WIDEST = 118  # characters of a line of help
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Descriptions as wide as the terminal, 118 characters at most."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return wrapped(text, min(width, 118))
+        return wrapped(text, min(width, WIDEST))
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -71,6 +76,21 @@ class CommandParser(argparse.ArgumentParser):
             self.error(no_such_option(unknown[0], self.option_names()))
         return options
 
+    def format_help(self) -> str:
+        """The help. Its usage has what must be given; all options, which follow, would be wider than a terminal."""
+        self.usage = self.usage or self._short_usage()
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        named = [action for action in self._actions if action.option_strings and action.required]
+        placed = [action for action in self._actions if not action.option_strings]
+        words = [f"{action.option_strings[-1]} {_values(action)}" for action in named]
+        words += ["[options]", *(_values(action) for action in placed)]
+        heading, width = " " * len("usage: "), min(shutil.get_terminal_size().columns - 2, WIDEST)
+        text = textwrap.fill(" ".join([self.prog, *words]), width, initial_indent=heading,
+                             subsequent_indent=f"{heading}    ", **WHOLE_WORDS)  # fmt: skip
+        return text.lstrip()
+
     def option_names(self) -> list[str]:
         """The names of all options, with their dashes."""
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
@@ -82,6 +102,21 @@ class CommandParser(argparse.ArgumentParser):
             argparse.ArgumentError: always; `run_command` prints its message.
         """
         raise argparse.ArgumentError(None, message)
+
+
+def _values(action: argparse.Action) -> str:
+    """What is given to an option or in a place, as a usage shows it."""
+    name = action.dest.upper() if action.option_strings else action.dest
+    if isinstance(action.metavar, str):
+        name = action.metavar
+    elif action.choices:
+        name = "|".join(map(str, action.choices))
+    return {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [{name} ...]"}.get(str(action.nargs), name)
+
+
+def capitalized(text: str) -> str:
+    """A text with a capital at its start; names within it stay as they are, unlike with `str.capitalize`."""
+    return text[:1].upper() + text[1:]
 
 
 def no_such_option(argument: str, names: Sequence[str]) -> str:

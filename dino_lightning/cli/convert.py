@@ -24,6 +24,8 @@ def run(args: Sequence[str]) -> int:
 
     def action() -> int:
         options = _parser().parse_args(args)
+        if Path(options.output).exists() and not options.overwrite:
+            raise UsageError(f"{options.output} exists; give --overwrite to replace it.")
         from dino_lightning.training.conversion import convert  # takes seconds to import
         from dino_lightning.weights.download import HUB_SCHEME
 

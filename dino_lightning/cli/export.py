@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from dino_lightning.cli.checkpoints import model_file, refuse_exported
 from dino_lightning.cli.command import run_command, writing
 from dino_lightning.cli.export_options import SUFFIXES, export_options
+from dino_lightning.console import say
 from dino_lightning.errors import UsageError
 from dino_lightning.export import DEFAULT_OPSET
 from dino_lightning.files import atomic_write
@@ -20,6 +22,8 @@ from dino_lightning.files import atomic_write
 if TYPE_CHECKING:
     from dino_lightning.export.check import Compared
     from dino_lightning.training.module import DINOModule
+
+NAMES = {"onnx": "an ONNX file", "openvino": "a file for OpenVINO", "torch": "a file for torch.export.load"}
 
 
 def run(args: Sequence[str]) -> int:
@@ -188,7 +192,9 @@ def _write_checked(
 
     description = describe_module(module, preprocessing, static)
     rule = ImageRule(**{field.name: description[field.name] for field in fields(ImageRule)})
+    say(f"Tracing the detector and writing it as {NAMES[kind]} ...", sys.stderr)
     detect, prepare = write_and_run(module, temporary, kind, description, opset)
+    say("Running it beside the checkpoint ...", sys.stderr)
     rows = compare_with_module(module, detect, prepare, rule=rule)
     print(table(rows), flush=True)
     if not all(row.same for row in rows):
@@ -231,6 +237,7 @@ def fill_model_directory(checkpoint: Path, folder: Path) -> None:
     from dino_lightning.inference.detector import load_module
 
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    say("Writing the weights and the code that serves them, and reading them again ...", sys.stderr)
     module = load_module(checkpoint)
     write_model_directory(checkpoint, run_dir, folder, serving_code(module.hparams["backbone"]), complete=True)
     before, after = module.state_dict(), load_module(folder / MODEL_FILE).state_dict()

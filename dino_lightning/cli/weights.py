@@ -53,14 +53,22 @@ def _table() -> str:
     from dino_lightning.weights.shipped import FOLDER, SHIPPED
     from dino_lightning.weights.zoo import at_hand, zoo
 
-    rows = [("name", "backbone", "levels", "epochs", "AP", "from", "licence", "here")]
+    heading = ("name", "backbone", "levels", "epochs", "AP", "here")
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for row in zoo().values():
         file = at_hand(row)
         here = "no" if file is None else f"{file.stat().st_size / 1e6:.0f} MB"
-        numbers = str(row.levels), str(row.epochs), f"{row.ap:.1f}"
-        rows.append((row.name, row.backbone, *numbers, PROJECTS[row.layout], row.licence, here))
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
+        cells = (row.name, row.backbone, str(row.levels), str(row.epochs), f"{row.ap:.1f}", here)
+        groups.setdefault(f"of {PROJECTS[row.layout]}, licence {row.licence}", []).append(cells)
+    rows = [heading, *(cells for group in groups.values() for cells in group)]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(heading))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    lines = [line(heading)]
+    for title, group in groups.items():
+        lines += ["", title, *map(line, group)]
     own = [
         f"{name}: {shipped.about}; {(FOLDER / shipped.file).stat().st_size / 1e6:.1f} MB, in this package."
         for name, shipped in SHIPPED.items()

@@ -240,10 +240,10 @@ def drawn(height: int, width: int, seed: int) -> Tensor:
 
 def table(rows: Sequence[Compared]) -> str:
     """The comparison as text."""
-    lines = ["batch  height x width  detections  boxes differ by  scores by  resized pixels by  queries exchanged"]
+    lines = ["batch  height x width  detections  boxes (px)   scores  pixels of 255  exchanged"]
     lines += [
-        f"{row.batch:>5}  {f'{row.size[0]} x {row.size[1]}':>14}  {row.detections:>10}  {row.boxes:>12.5f} px  "
-        f"{row.scores:>9.1e}  {row.resized:>17.1f}  {row.exchanged:>17}"
+        f"{row.batch:>5}  {f'{row.size[0]} x {row.size[1]}':>14}  {row.detections:>10}  {row.boxes:>10.5f}  "
+        f"{row.scores:>7.1e}  {row.resized:>13.1f}  {row.exchanged:>9}"
         for row in rows
     ]
-    return "\n".join(lines)
+    return "\n".join(["Largest differences between the file and the checkpoint", *lines])

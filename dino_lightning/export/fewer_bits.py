@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
+from dino_lightning.console import bar_seconds, say
 from dino_lightning.data.dataset import CocoDetection, Sample
 from dino_lightning.errors import UsageError
 from dino_lightning.export.exported_model import ExportedModel, stored_text
@@ -77,6 +80,9 @@ def write_fewer_bits(
     copy = copy_openvino if kind == "openvino" else _copy_with
     with tempfile.TemporaryDirectory() as folder:
         before, lower, after = (Path(folder) / f"{name}{path.suffix}" for name in ("before", "lower", "after"))
+        if not (precision == "fp16" and kind == "openvino"):
+            bits = {"fp16": "16", "int8": "8"}[precision]
+            say(f"Converting products with weights to {bits} bits ...", sys.stderr)
         if kind == "openvino":
             write_openvino(onnx_file, before, stored_text(description))
         else:
@@ -103,7 +109,8 @@ def measure(models: Mapping[str, ExportedModel], images: CocoDetection, rounds: 
         UsageError: there is no image, or none has a box.
     """
     metrics = {name: CocoMetric(class_names=images.classes.names) for name in models}
-    for sample in _samples(images):
+    title = "Evaluating " + " and ".join(models)
+    for sample in tqdm(_samples(images), title, len(images), unit="image", mininterval=bar_seconds()):
         assert sample.ground_truth is not None
         for name, model in models.items():
             found = model.detect([sample.image], threshold=0.0)

@@ -52,23 +52,25 @@ def write_model_directory(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     kept = (*KEPT_ENTRIES, *(name for name in (FORMAT_KEY, VERSION_KEY) if name in checkpoint))
-    torch.save({name: checkpoint[name] for name in kept}, partial / MODEL_FILE)
-    (partial / DESCRIPTION_FILE).write_text(
-        json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
-    )
-    for name in RESULT_FILES:
-        if (run_dir / name).is_file():
-            shutil.copyfile(run_dir / name, partial / name)
-    for name, content in code.items():
-        place = partial / CODE_FOLDER / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-    for path in partial.iterdir():
-        target = model_dir / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    partial.rmdir()
+    try:
+        torch.save({name: checkpoint[name] for name in kept}, partial / MODEL_FILE)
+        (partial / DESCRIPTION_FILE).write_text(
+            json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
+        )
+        for name in RESULT_FILES:
+            if (run_dir / name).is_file():
+                shutil.copyfile(run_dir / name, partial / name)
+        for name, content in code.items():
+            place = partial / CODE_FOLDER / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        for path in partial.iterdir():
+            target = model_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: bool) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def fetch(row: NamedWeights) -> Path:
         except CacheError:
             raise
         except CheckpointError as error:
-            tried.append(f"  {address}: {error}")
+            said = str(error)
+            tried.append(f"  {said}" if address in said else f"  {address}: {said}")
     raise CheckpointError(
         f"The weights {row.name} could not be fetched:\n" + "\n".join(tried) + "\nFetch the file with a browser, from "
         f"there or from a page linked at {row.source}, and put it at {own}; or give another file to --model.weights."

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,10 @@ class StopRequested(Exception):
     """SIGTERM or Ctrl-C arrived before training began."""
 
 
+class StopAtOnce(BaseException):
+    """A second Ctrl-C arrived in the midst of work that does not look at `at_once`; see `StopSignal.raised`."""
+
+
 class StopSignal:
     """Handles SIGTERM and Ctrl-C: `at` is the time of the first one, None before; `at_once` after a second Ctrl-C.
 
@@ -33,6 +37,7 @@ class StopSignal:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.at: float | None = None
         self.at_once = False
+        self._raises = False
         self._say = say
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -44,6 +49,17 @@ class StopSignal:
             self._say(f"received {signal.Signals(number).name}: saving a checkpoint and stopping")
         elif number == signal.SIGINT:
             self.at_once = True
+            if self._raises:
+                raise StopAtOnce
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise `StopAtOnce` inside, where the program is, when a second Ctrl-C arrives."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has arrived."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from dino_lightning.cli.command import CommandParser
+from dino_lightning.cli.command import CommandParser, capitalized
 from sagemaker_entry.laptop import serving_options
 from sagemaker_entry.laptop.places import COMMAND
 
@@ -81,7 +81,7 @@ def launch_parser() -> CommandParser:
 
 def job_parser(command: str) -> CommandParser:
     """The options of a command of `COMMANDS`."""
-    parser = CommandParser(f"{COMMAND} {command}", COMMANDS[command].capitalize() + ".")
+    parser = CommandParser(f"{COMMAND} {command}", capitalized(COMMANDS[command]) + ".")
     parser.add_argument("job", help="the name of the training job")
     _add_account_options(parser)
     if command == "fetch":
@@ -93,7 +93,7 @@ def job_parser(command: str) -> CommandParser:
 
 def account_parser(command: str) -> CommandParser:
     """The options of a command of `OF_THE_ACCOUNT`."""
-    parser = CommandParser(f"{COMMAND} {command}", OF_THE_ACCOUNT[command].capitalize() + ".")
+    parser = CommandParser(f"{COMMAND} {command}", capitalized(OF_THE_ACCOUNT[command]) + ".")
     _add_account_options(parser)
     if command == "list":
         parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="so many jobs at most; default 20")

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dino_lightning.cli.command import capitalized
 from sagemaker_entry.laptop.compute import Compute
 from sagemaker_entry.laptop.estimate import (
     HOUR,
@@ -200,7 +201,7 @@ class Plan:
             return ["The trial's measurements are not in S3; its log has them."]
         costs = (f"  {name:<10} {text}" for name, text in self.costs())
         lines = (f"  {line}" for line in self.measured.lines())
-        return [self.measured.origin().capitalize(), *lines, "The whole training", *costs]
+        return [capitalized(self.measured.origin()), *lines, "The whole training", *costs]
 
     def explanation(self) -> Sequence[str]:
         """How the time and the prices were obtained, as lines of text."""

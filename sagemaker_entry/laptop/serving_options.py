@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from dino_lightning.cli.command import CommandParser
+from dino_lightning.cli.command import CommandParser, capitalized
 from sagemaker_entry.protocol.instances import full_type_name
 from sagemaker_entry.protocol.problem import Problem
 
@@ -24,7 +24,7 @@ MEMORY = 4096  # MB of a serverless endpoint
 
 def parser_of(command: str, prog: str) -> CommandParser:
     """The parser of a command's options."""
-    parser = CommandParser(f"{prog} {command}", COMMANDS[command].capitalize() + ".")
+    parser = CommandParser(f"{prog} {command}", capitalized(COMMANDS[command]) + ".")
     if command == "delete-endpoint":
         parser.add_argument("endpoint", help="the name of the endpoint")
     else:

@@ -13,6 +13,8 @@ import yaml
 from dino_lightning.cli.arguments import known_options
 from sagemaker_entry import launch
 from sagemaker_entry.laptop.fit_options import GO_ALONG, REFUSED, fit_arguments
+from sagemaker_entry.laptop.parsers import COMMANDS, OF_THE_ACCOUNT
+from sagemaker_entry.laptop.serving_commands import COMMANDS as SERVING
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import COMMAND, base_name
 from sagemaker_entry.laptop.training_config import check_training
@@ -557,6 +559,16 @@ def test_options_in_one_word_or_two_reach_the_job(no_account, rooms, tiny_config
     )  # fmt: skip
     assert training.options["ema_decay"] == 0.99
     assert training.options["optimizer"]["init_args"]["lr"] == 0.001
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in (*COMMANDS, *OF_THE_ACCOUNT, *SERVING))])
+def test_help_fits_80_columns_and_spells_names_as_they_are(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        launch.main([*command, "--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "s3," not in printed and "from s3" not in printed and " ap " not in printed
 
 
 def test_help_is_quick_and_names_the_commands():

@@ -11,6 +11,7 @@ import pytest
 
 from dino_lightning.interrupts import ctrl_c_left_to_this_process
 from sagemaker_entry.container import stopping
+from tests.export.exported import save, tiny_module
 
 SLEEP = "import time; time.sleep(600)"
 # Starts a process in a session of its own, as torchrun does, which starts another in its group, as loaders are.
@@ -66,3 +67,34 @@ def test_a_signal_that_comes_before_it_is_handled_is_not_lost():
     said, error = child.communicate("\n", timeout=60)
     assert said == "received SIGINT: saving a checkpoint and stopping\nTrue\n" and not error
     assert child.returncode == 0
+
+
+WRITES_A_MODEL = """
+import sys, time, types, pathlib, torch
+from sagemaker_entry import train
+
+def slow(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+
+torch.save = slow
+stop = train.StopSignal(train.say)
+root = pathlib.Path(sys.argv[1])
+place = types.SimpleNamespace(checkpoint_dir=root, model_dir=root / "model")
+print(train._write_model(place, stop, complete=True))
+"""
+
+
+def test_a_second_ctrl_c_ends_the_writing_of_the_model_and_leaves_no_part_of_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    save(tiny_module(), tmp_path / "checkpoints" / "best.ckpt")
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITES_A_MODEL, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGINT)
+    assert "saving a checkpoint and stopping" in child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    said, error = child.communicate(timeout=30)
+    assert said.endswith("stopped at once: no model was written; the checkpoints are kept\nFalse\n") and not error
+    assert list((tmp_path / "model").iterdir()) == []
