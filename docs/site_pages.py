@@ -37,13 +37,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Options and names in the text do not break at their hyphens, and commands may wrap; see docs/site.css."""
+    """Options and names do not break at their hyphens, and commands may wrap; see docs/site.css."""
     return re.sub(r"<pre.*?</pre>|(<code>)([^<]*)(</code>)", _unbroken, html, flags=re.DOTALL)
 
 
 def _unbroken(found: re.Match[str]) -> str:
     if found[1] is None:
-        return re.sub(r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0])
+        block = re.sub(r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0])
+        return re.sub(
+            r"<[^>]*>|(?<!\S)--?[a-z][\w.-]*", lambda part: part[0] if "<" in part[0] else _word(part[0]), block
+        )
     words = re.sub(r"\S+", lambda word: word[0] if len(word[0]) > LONGEST else _word(word[0]), found[2])
     return f"{found[1]}{words}{found[3]}"
 

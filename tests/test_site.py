@@ -74,7 +74,8 @@ def test_the_reference_has_every_public_name(site):
 def test_options_do_not_break_and_commands_wrap(site):
     page = (site / "train" / "index.html").read_text(encoding="utf-8")
     assert '<code><span class="option">--ckpt_path</span> <span class="word">last</span></code>' in page
-    assert '<pre class="command"><span></span><code>python -m dino_lightning fit --ckpt_path last ' in page
+    command = '<pre class="command"><span></span><code>python <span class="option">-m</span> dino_lightning fit '
+    assert f'{command}<span class="option">--ckpt_path</span> last ' in page
     assert (site / "site.css").is_file() and 'href="../site.css"' in page
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dino_lightning.cli.command import capitalized
+from dino_lightning.console import WHOLE_WORDS
 from sagemaker_entry.laptop.compute import Compute
 from sagemaker_entry.laptop.estimate import (
     HOUR,
@@ -23,7 +25,8 @@ from sagemaker_entry.protocol.problem import Problem
 from sagemaker_entry.protocol.trial import Measured
 
 MAX_RUN_LIMIT = 5 * 24 * 3600  # SageMaker's default limit
-COLUMNS = 80  # of the paragraphs below the plan
+COLUMNS = 80  # of the plan and the paragraphs below it
+NO_BREAK = "\xa0"  # a space at which no line is broken
 PRICE_UNKNOWN = "price unknown without an account that may ask for it (pricing:GetProducts)"
 
 
@@ -89,6 +92,14 @@ def about(dollars: float) -> str:
     return f"${rounded:,.0f}" if rounded == round(rounded) else f"${rounded:,.2f}"
 
 
+def _row(name: str, value: str, width: int) -> str:
+    """A row of the plan in lines of `COLUMNS`, below each other; addresses and commands stay whole."""
+    first = f"  {name:<{width}}  "
+    whole = re.sub("`[^`]+`", lambda command: command[0].replace(" ", NO_BREAK), value)
+    lines = textwrap.fill(whole, COLUMNS, initial_indent=first, subsequent_indent=" " * len(first), **WHOLE_WORDS)
+    return lines.replace(NO_BREAK, " ")
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that is decided before the upload.
@@ -146,7 +157,7 @@ class Plan:
         else:
             rows.append(("at most", str(self.limits)))
         width = max(len(name) for name, _ in rows)
-        lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+        lines = [_row(name, value, width) for name, value in rows]
         return "\n".join(["Plan", *lines, "", *self.explanation(), *(f"NOTE: {note}" for note in self._notes())])
 
     def costs(self) -> list[tuple[str, str]]:
@@ -219,5 +230,5 @@ class Plan:
                 f"Gb/s, the evaluations, and {START_SECONDS / 60:.0f} minutes to start. A few dozen steps on the real "
                 "instances measure it: --trial."
             )
-        wrap = textwrap.TextWrapper(COLUMNS, "  ", "  ", break_long_words=False, break_on_hyphens=False).wrap
+        wrap = textwrap.TextWrapper(COLUMNS, "  ", "  ", **WHOLE_WORDS).wrap
         return [*wrap(time), *(line for text in prices for line in wrap(text)), ""]

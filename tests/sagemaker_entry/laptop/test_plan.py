@@ -207,7 +207,7 @@ def test_the_plan_shows_what_the_options_change():
 
     def table(**options):
         work = dataclasses.replace(WORK, length=Length(**{"max_epochs": 50, **options}))
-        return Plan(chosen, work, estimate_hours(work, chosen), limits(), False, "i", {}).table()
+        return " ".join(Plan(chosen, work, estimate_hours(work, chosen), limits(), False, "i", {}).table().split())
 
     assert "16 (2 on each GPU, 4 batches accumulated)" in table(accumulate_grad_batches=4)
     assert "1,001 (trainer.max_steps), 250 in an epoch, 4 evaluations" in table(max_steps=1001)
@@ -217,6 +217,23 @@ def test_the_plan_shows_what_the_options_change():
     assert "at most about 2.1 hours (1.3 to 4.0): early stopping may end it sooner" in table(
         ends_early="early stopping"
     )
+
+
+def test_the_rows_of_the_plan_fit_80_columns_and_break_no_command_and_no_address():
+    chosen, address = compute(), "s3://sagemaker-us-east-1-123456789012/dino-lightning/runs/a-rather-long-name/output/"
+    command = "`python -m dino_lightning weights get dino_r50_4scale_24ep`"
+    places = {
+        "weights": f"dino_r50_4scale_24ep, fetched by the job; {command} first sends them along",
+        "model": address,
+    }
+    cheaper = (
+        "1 x ml.g5.2xlarge (--instance-count 1): about $0.60, 46% less, and 9% more time; the global batch is then 2"
+    )
+    plan = Plan(chosen, WORK, estimate_hours(WORK, chosen), limits(), False, "i", places, cheaper=cheaper)
+    rows = plan.table().split("\n\n")[0].splitlines()
+    assert [row for row in rows if len(row) > 80] == [f"  model         {address}"]
+    assert any(row.startswith(f"{' ' * 16}{command}") for row in rows)
+    assert all(row.startswith(("Plan", "  ")) for row in rows) and len(rows) > 14
 
 
 def test_the_cheaper_choice_follows_from_the_estimate():
