@@ -45,7 +45,7 @@ def _unbroken(found: re.Match[str]) -> str:
     if found[1] is None:
         block = re.sub(r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0])
         return re.sub(
-            r"<[^>]*>|(?<!\S)--?[a-z][\w.-]*", lambda part: part[0] if "<" in part[0] else _word(part[0]), block
+            r"<[^>]*>|(?<![\w-])--?[a-z][\w.-]*", lambda part: part[0] if "<" in part[0] else _word(part[0]), block
         )
     words = re.sub(r"\S+", lambda word: word[0] if len(word[0]) > LONGEST else _word(word[0]), found[2])
     return f"{found[1]}{words}{found[3]}"

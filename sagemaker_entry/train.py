@@ -10,6 +10,7 @@ Until `install` has run, only the standard library and torch may be imported.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dino_lightning.console import wrapped
 from dino_lightning.files import remove_unfinished
 from sagemaker_entry.container.channels import data_options, read_job
 from sagemaker_entry.container.environment import Environment, child_environment, failure_file, read_environment
@@ -56,6 +58,9 @@ def say(text: str) -> None:
 
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Run the job on this host; returns the exit code: 0, 1 after a failure, 143 after a stop."""
+    if {"-h", "--help"} & set(arguments):
+        print(wrapped(str(__doc__), shutil.get_terminal_size().columns))
+        return 0
     stop = StopSignal(say)
     failure_path = failure_file(environ)
     failure_path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import yaml
 
 from dino_lightning import load_detector
 from dino_lightning.floor_plans import write_rooms_dataset
-from sagemaker_entry import launch
+from sagemaker_entry import launch, train
 from sagemaker_entry.container.callbacks import ProgressLines
 from sagemaker_entry.container.environment import STRAY, child_environment, read_environment
 from sagemaker_entry.container.failure import Failure, first_cause
@@ -155,6 +155,14 @@ def test_a_trial_measures_and_leaves_the_model_of_the_run_alone(local_run, rooms
     assert "The whole training on this machine" in said and "model written" not in said
     after = {path: path.stat().st_mtime_ns for path in [*(local_run / "model").rglob("*"), *local_run.rglob("*.ckpt")]}
     assert after == before
+
+
+def test_help_starts_nothing(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert train.main(["--help"], {}) == 0
+    printed = capsys.readouterr().out
+    assert "python -m sagemaker_entry.train" in printed and "error" not in printed
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ------------------------------------------------------------------ stopping
