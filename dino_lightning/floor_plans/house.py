@@ -12,7 +12,7 @@ import numpy as np
 
 from dino_lightning.floor_plans.geometry import Polygon, bounds, clip, signed_area
 from dino_lightning.floor_plans.layout import Cell, Layout, cut, divide, place_openings
-from dino_lightning.floor_plans.shapes import add_wing, bulge, carve, footprint, join
+from dino_lightning.floor_plans.shapes import add_wing, bend, bulge, carve, footprint, join
 
 # The rooms of a home, most needed first: kind and square metres. Rooms of one group stay neighbours.
 GROUND_FLOOR = (
@@ -60,7 +60,8 @@ def house_layout(
         num_rooms: number of rooms wanted, 2 or more.
         rng: random generator.
         upper: whether this is an upper floor: bedrooms around a landing.
-        wings: whether some homes have wings: outlines in the shape of an L, a T, a Z or with steps.
+        wings: whether some homes have wings, outlines in the shape of an L, a T, a Z or with steps, and more rooms
+            that are not rectangles.
 
     Returns:
         The floor, and the cell of a terrace in an open corner, or None.
@@ -69,8 +70,9 @@ def house_layout(
     in_wings = [int(rng.integers(1, max(2, num_rooms // 3 + 1))) for _ in range(num_wings)]
     num_rooms -= sum(in_wings)
     carved = int(num_rooms >= 5 and rng.random() < 0.35)
+    bent = wings and num_rooms >= 5 and rng.random() < 0.5
     open_plan = not upper and num_rooms >= 3 and rng.random() < 0.45
-    groups = _programme(num_rooms - carved + int(open_plan), rng, UPPER_FLOOR if upper else GROUND_FLOOR)
+    groups = _programme(num_rooms - carved + open_plan + bent, rng, UPPER_FLOOR if upper else GROUND_FLOOR)
     rooms = [room for group in groups for room in group]
     with_terrace = num_rooms >= 3 and not in_wings and rng.random() < 0.3
     terrace_share = float(rng.uniform(0.06, 0.14)) if with_terrace else 0.0
@@ -100,6 +102,7 @@ def house_layout(
         cells = add_wing(cells, _wing_programme(count, rng), rng)
     cells = join(cells, ("living", "kitchen")) if open_plan else cells
     cells = join(cells, ("hall", "hall"))
+    cells = bend(cells, rng) if bent else cells
     for _ in range(carved):
         cells = carve(cells, rng)
     for _ in range(int(rng.choice((0, 1, 2, 3), p=(0.55, 0.25, 0.15, 0.05)))):

@@ -71,6 +71,21 @@ def join(cells: list[Cell], kinds: tuple[str, str]) -> list[Cell]:
     return cells
 
 
+def bend(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
+    """Make one room of a room and a smaller neighbour beside a part of its wall: it becomes L-shaped or T-shaped."""
+    pairs = [(i, j) for (i, j), walls in shared_walls(cells)[0].items() if sum(distance(*wall) for wall in walls) > 1.0]
+    for at in rng.permutation(len(pairs)):
+        kept, gone = sorted(
+            (cells[k] for k in pairs[at]), key=lambda cell: cell.kind not in ("hall", "landing", "living")
+        )
+        union = merge(kept.outline, gone.outline)
+        plain = len(kept.parts) == len(gone.parts) == 1 and "garage" not in (kept.kind, gone.kind)
+        if union is not None and plain and len(union) in (6, 8) and abs(signed_area(gone.outline)) < 12.0:
+            joined = Cell(kept.kind, union, ((kept.kind, union),))
+            return [joined if cell is kept else cell for cell in cells if cell is not gone]
+    return cells
+
+
 def carve(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
     """Cut a small room out of the corner of a large rectangular one, which becomes L-shaped."""
     for i in rng.permutation(len(cells)):
