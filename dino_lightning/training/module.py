@@ -341,7 +341,6 @@ class DINOModule(LoggedModule):
         else:
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
                 groups, adamw = groups_of(self.model, self.hparams), self.own_optimizer is None
-                take_over(checkpoint, groups, self.trainer, name=self._optimizer_name, adamw=adamw)
-                self._stored_rate = StoredRate.of(checkpoint)
+                self._stored_rate = take_over(checkpoint, groups, self.trainer, name=self._optimizer_name, adamw=adamw)
             check_callbacks(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]  # not declared
             resume_from_raw_weights(checkpoint)

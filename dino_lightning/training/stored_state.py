@@ -14,6 +14,7 @@ from torch import Tensor
 from dino_lightning.errors import CheckpointError
 from dino_lightning.training.optim import is_fused
 from dino_lightning.training.resume import check_same_architecture, check_same_optimizer
+from dino_lightning.training.schedule import StoredRate
 from dino_lightning.weights.stored import WEIGHTS, check_checkpoint, check_hyperparameters, check_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as their parameter
@@ -42,7 +43,7 @@ def check_whole(checkpoint: dict[str, Any], path: str | Path, module: LightningM
 
 def take_over(
     checkpoint: dict[str, Any], groups: Sequence[dict[str, Any]], trainer: Trainer, *, name: str, adamw: bool
-) -> None:
+) -> StoredRate | None:
     """Check the optimizer and the loops in a checkpoint, and put a run's own settings into the optimizer's groups.
 
     Args:
@@ -52,13 +53,18 @@ def take_over(
         name: of the run's optimizer.
         adamw: whether that is our AdamW, rather than one that the user has chosen.
 
+    Returns:
+        The learning rate that the checkpoint was saved at, if it says.
+
     Raises:
         CheckpointError: they are damaged, or of another optimizer or other parameters.
     """
     check_same_optimizer(checkpoint, groups, name=name)
     check_training_state(checkpoint, groups if adamw else None, trainer.fit_loop.state_dict())
+    rate = StoredRate.of(checkpoint)
     if adamw:
         with_own_settings(checkpoint["optimizer_states"][0]["param_groups"], fused=is_fused(trainer))
+    return rate
 
 
 def check_training_state(
