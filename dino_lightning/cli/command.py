@@ -86,10 +86,11 @@ class CommandParser(argparse.ArgumentParser):
         placed = [action for action in self._actions if not action.option_strings]
         words = [f"{action.option_strings[-1]} {_values(action)}" for action in named]
         words += ["[options]", *(_values(action) for action in placed)]
-        heading, width = " " * len("usage: "), min(shutil.get_terminal_size().columns - 2, WIDEST)
-        text = textwrap.fill(" ".join([self.prog, *words]), width, initial_indent=heading,
-                             subsequent_indent=f"{heading}    ", **WHOLE_WORDS)  # fmt: skip
-        return text.lstrip()
+        first = " " * len("usage: ")
+        further, width = f"{first}    ", min(shutil.get_terminal_size().columns - 2, WIDEST)
+        text = " ".join([self.prog, *words])
+        filled = textwrap.fill(text, width, initial_indent=first, subsequent_indent=further, **WHOLE_WORDS)
+        return filled.lstrip()
 
     def option_names(self) -> list[str]:
         """The names of all options, with their dashes."""
