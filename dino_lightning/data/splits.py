@@ -286,7 +286,8 @@ def _named(root: Path, given: str | Sequence[str], argument: str) -> list[Path]:
     paths: list[Path] = []
     for name in [given] if isinstance(given, str) else given:
         if glob.has_magic(name) and not any(is_file(folder / name) for folder in (Path(), root)):
-            matches = sorted({Path(match) for folder in (Path(), root) for match in glob.glob(str(folder / name))})  # noqa: PTH207
+            found = [glob.glob(str(folder / name)) for folder in (Path(), root)]  # noqa: PTH207 - absolute patterns
+            matches = sorted({Path(match) for of_folder in found for match in of_folder})
             if not matches:
                 raise DataError(f"{argument}: no file fits {name}, neither in the working directory nor in {root}.")
             paths += matches

@@ -126,7 +126,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _is_shown(name: str) -> bool:
-    return is_image(name) and not os.path.basename(name).startswith(".")  # noqa: PTH119
+    return is_image(name) and not os.path.basename(name).startswith(".")  # noqa: PTH119 - as above
 
 
 def _images_of_coco(path: Path, image_folder: Path | None) -> list[ListedImage]:

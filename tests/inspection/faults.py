@@ -195,7 +195,7 @@ def copied(source: str, target: str) -> Callable[[Path], None]:
 def odd_name(root: Path) -> None:
     if (root / "train/images").is_dir():
         name = os.path.join(os.fsencode(root / "train/images"), b"caf\xe9.png")  # noqa: PTH118  # bytes, not UTF-8
-        with open(name, "wb") as file:  # noqa: PTH123
+        with open(name, "wb") as file:  # noqa: PTH123 - as above
             file.write(saved())
 
 

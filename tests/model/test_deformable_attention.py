@@ -394,7 +394,8 @@ def test_a_trial_waits_without_a_warning(monkeypatch, mode, said):
 
     def set_mode(new):
         seen.append(new)
-        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect", UserWarning)  # noqa: B028
+        text = "Synchronization debug mode is a prototype feature and does not yet detect"
+        warnings.warn(text, UserWarning)  # noqa: B028 - as torch does it
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)

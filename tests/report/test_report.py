@@ -66,7 +66,10 @@ def report(tmp_path):
 @pytest.mark.parametrize("class_names", [ONE, THREE, EIGHTY], ids=["one", "three", "eighty"])
 def test_numbers_agree_with_the_metric(report, class_names):
     folder, summary, evaluation = report(class_names, num_images=20, boxes=12, spread=0.15)
-    measured = lambda value: None if value == -1 else pytest.approx(value, abs=1e-6)  # noqa: E731
+
+    def measured(value):
+        return None if value == -1 else pytest.approx(value, abs=1e-6)
+
     for name, value in summary["values"].items():
         assert value == measured(evaluation.values[name]), name
     assert summary["at_threshold"]["f1"] == measured(evaluation.values["F1"])

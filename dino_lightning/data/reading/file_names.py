@@ -174,7 +174,7 @@ def _plain_parts(name: str) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0] if is_image(name) else name  # noqa: PTH122
+    return os.path.splitext(name)[0] if is_image(name) else name  # noqa: PTH122 - a text, which may hold a null byte
 
 
 def _folded(name: str) -> str:
