@@ -25,6 +25,7 @@ ALWAYS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # model.freeze
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # options may be left out
     r"Grad strides do not match bucket view strides",  # DDP with channels-last images
+    r"The number of training batches \(\d+\) is smaller than the logging interval",  # the table has each epoch
     r"Glyph \d+ .*missing from",  # class and file names in letters that matplotlib's font lacks
     # A folder with a run in it is refused, and a resumed run keeps its metrics: its lock alone is there, or its own.
     r"Checkpoint directory .* exists and is not empty",

@@ -23,6 +23,7 @@ NOT_PRINTED = (
     "\r",
     "dirpath has changed",
     "not empty",
+    "logging interval",
 )
 
 
@@ -61,13 +62,14 @@ def test_only_what_is_named_is_left_out(caplog):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate"])
-def test_a_folder_that_holds_a_lock_is_not_warned_about(subcommand):
-    """One that holds another run is refused before."""
+def test_a_folder_that_holds_a_lock_and_a_short_epoch_are_not_warned_about(subcommand):
+    """A folder that holds another run is refused before."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with quiet(subcommand):
             warnings.warn("Checkpoint directory /run/checkpoints exists and is not empty.", stacklevel=1)
             warnings.warn("Experiment logs directory /run exists and is not empty.", stacklevel=1)
+            warnings.warn("The number of training batches (6) is smaller than the logging interval T", stacklevel=1)
             warnings.warn("Something else is not empty.", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["Something else is not empty."]
 
