@@ -70,9 +70,9 @@ def house_layout(
     in_wings = [int(rng.integers(1, max(2, num_rooms // 3 + 1))) for _ in range(num_wings)]
     num_rooms -= sum(in_wings)
     carved = int(num_rooms >= 5 and rng.random() < 0.35)
-    bent = wings and num_rooms >= 5 and rng.random() < 0.5
+    bends = int(rng.choice((0, 1, 2, 3), p=(0.3, 0.3, 0.25, 0.15))) if wings and num_rooms >= 5 else 0
     open_plan = not upper and num_rooms >= 3 and rng.random() < 0.45
-    groups = _programme(num_rooms - carved + open_plan + bent, rng, UPPER_FLOOR if upper else GROUND_FLOOR)
+    groups = _programme(num_rooms - carved + open_plan + bends, rng, UPPER_FLOOR if upper else GROUND_FLOOR)
     rooms = [room for group in groups for room in group]
     with_terrace = num_rooms >= 3 and not in_wings and rng.random() < 0.3
     terrace_share = float(rng.uniform(0.06, 0.14)) if with_terrace else 0.0
@@ -102,7 +102,8 @@ def house_layout(
         cells = add_wing(cells, _wing_programme(count, rng), rng)
     cells = join(cells, ("living", "kitchen")) if open_plan else cells
     cells = join(cells, ("hall", "hall"))
-    cells = bend(cells, rng) if bent else cells
+    for _ in range(bends):
+        cells = bend(cells, rng)
     for _ in range(carved):
         cells = carve(cells, rng)
     for _ in range(int(rng.choice((0, 1, 2, 3), p=(0.55, 0.25, 0.15, 0.05)))):

@@ -80,7 +80,7 @@ def bend(cells: list[Cell], rng: np.random.Generator) -> list[Cell]:
         )
         union = merge(kept.outline, gone.outline)
         plain = len(kept.parts) == len(gone.parts) == 1 and "garage" not in (kept.kind, gone.kind)
-        if union is not None and plain and len(union) in (6, 8) and abs(signed_area(gone.outline)) < 12.0:
+        if union is not None and plain and 6 <= len(union) <= 10 and abs(signed_area(gone.outline)) < 12.0:
             joined = Cell(kept.kind, union, ((kept.kind, union),))
             return [joined if cell is kept else cell for cell in cells if cell is not gone]
     return cells
