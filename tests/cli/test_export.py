@@ -195,9 +195,10 @@ def test_newer_operator_sets_agree_too(module, opset, tmp_path):
 
 def test_the_command_shows_what_it_has_compared_and_leaves_one_file(exported):
     path, printed = exported
-    lines = printed.splitlines()
-    assert lines[0].split()[0] == "batch" and [line.split()[0] for line in lines[1:4]] == ["1", "3", "8"]
-    assert lines[-1] == str(path)
+    title, heading, *rows, last = printed.splitlines()
+    assert title.startswith("Largest differences") and heading.split()[0] == "batch"
+    assert [row.split()[0] for row in rows] == ["1", "3", "8"]
+    assert last == str(path)
     assert list(path.parent.iterdir()) == [path]
 
 
