@@ -36,7 +36,7 @@ class ShippedWeights:
 SHIPPED = {
     "rooms_small": ShippedWeights(
         "rooms_small.pt",
-        "ee3a41042ed9bacb289df17f661bdb9e0fda79e51ed1be628ca248e9b20aa1c3",
+        "e2dd0ed5f05a52b3c98fa83cceea1e9c108a73d6c99cdbd2bcf3e4458510384c",
         "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
     ),
 }
