@@ -91,7 +91,11 @@ def test_training_step(option):
 
 
 def test_bfloat16_stays_close_to_the_published_step():
-    """Losses of the proposals, which no rank decides, to 0.5 %; the total, where ranks swap, to 2 %."""
+    """Losses of the proposals to 0.5 %, the total to 1 %, with the proposals that float32 takes.
+
+    Two proposals of nearly equal score swap ranks by the rounding of a processor; content queries are tied to ranks:
+    left free, the total differed by 2.02 % on one with AVX2 only and by less on one with AVX-512.
+    """
     golden, meta = golden_arrays("train_step.npz"), golden_json("train_step.json")
     model = load_recipe(DINO(**TINY, num_denoising=12, denoising_rule="published"), meta["salts"]).train()
     counts = meta["box_counts"]
@@ -100,12 +104,18 @@ def test_bfloat16_stays_close_to_the_published_step():
         targets=[(golden[f"target{i}/boxes"], golden[f"target{i}/labels"]) for i in range(len(counts))],
     )
     noise = flat_draws_to_noise(golden, counts, meta["num_dn_group"], 0.5)
+    chosen = []
+    watch = model.query_selection.register_forward_hook(lambda *called: chosen.append(called[-1].token_indices))
+    with torch.no_grad():
+        model(batch, noise)
+    watch.remove()
+    model.query_selection.register_forward_pre_hook(lambda _, given: (*given[:2], chosen[0]))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch, noise)
     losses = Criterion()(output, batch.targets)
     for term in ("loss_class_encoder", "loss_bbox_encoder", "loss_giou_encoder"):
         assert losses[term].item() == pytest.approx(meta["losses"][published_name(term)], rel=0.005), term
-    assert losses["loss"].item() == pytest.approx(meta["total_weighted"], rel=0.02)
+    assert losses["loss"].item() == pytest.approx(meta["total_weighted"], rel=0.01)
     losses["loss"].backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item()
     assert norm == pytest.approx(meta["total_grad_norm_before_clip"], rel=0.05)
