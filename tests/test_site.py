@@ -80,6 +80,7 @@ def test_options_do_not_break_and_commands_wrap(site):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TCP without encryption")
+@pytest.mark.timeout(900)  # it trains and exports
 def test_the_notebook_runs(tmp_path):
     import nbformat
     from nbclient import NotebookClient
