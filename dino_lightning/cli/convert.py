@@ -36,7 +36,7 @@ def run(args: Sequence[str]) -> int:
             _to_hub(place, options)
             return 0
         with writing(options.output, "--output"):
-            print(convert(place, Path(options.output), options.layout, options.overwrite, options.contiguous))
+            print(convert(place, Path(options.output), options.layout, options.contiguous))
         return 0
 
     return run_command(action)
@@ -58,7 +58,7 @@ def _to_hub(place: str, options: argparse.Namespace) -> None:
         file, folder = weights_file(place), Path(temporary) / "model"
         if options.contiguous or read_weights(file).source != "dino_lightning checkpoint":
             converted = Path(temporary) / "converted.ckpt"
-            convert(place, converted, "ours", False, options.contiguous)
+            convert(place, converted, "ours", options.contiguous)
             file = converted
         folder.mkdir()
         fill_model_directory(file, folder)

@@ -80,7 +80,8 @@ def write_fewer_bits(
     copy = copy_openvino if kind == "openvino" else _copy_with
     with tempfile.TemporaryDirectory() as folder:
         before, lower, after = (Path(folder) / f"{name}{path.suffix}" for name in ("before", "lower", "after"))
-        if not (precision == "fp16" and kind == "openvino"):
+        stored_in_half = precision == "fp16" and kind == "openvino"  # the device decides what it computes in
+        if not stored_in_half:
             bits = {"fp16": "16", "int8": "8"}[precision]
             say(f"Converting products with weights to {bits} bits ...", sys.stderr)
         if kind == "openvino":
@@ -88,7 +89,7 @@ def write_fewer_bits(
         else:
             before = onnx_file
         with _quiet_tools(precision):
-            if precision == "fp16" and kind == "openvino":
+            if stored_in_half:
                 write_openvino(onnx_file, lower, {}, half=True)
             elif precision == "fp16":
                 _write_half(onnx_file, lower)

@@ -129,8 +129,8 @@ def add_wing(cells: list[Cell], programme: list[tuple[str, float]], rng: np.rand
     area = sum(size for _, size in programme)
     for _ in range(12):
         vertical, far = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
-        low, high, near = (y0, y1, (x0, x1)[far]) if vertical else (x0, x1, (y0, y1)[far])
-        # The block leans on the stretch of outer wall that reaches furthest out on that side.
+        near = (x0, x1)[far] if vertical else (y0, y1)[far]
+        # The block lies before the stretch of outer wall that reaches furthest out on that side.
         flush = [
             sorted((a[vertical], b[vertical]))
             for cell in cells
@@ -139,9 +139,9 @@ def add_wing(cells: list[Cell], programme: list[tuple[str, float]], rng: np.rand
         ]
         if not flush:
             continue
-        low, high = max(low, min(span[0] for span in flush)), min(high, max(span[1] for span in flush))
+        low, high = min(span[0] for span in flush), max(span[1] for span in flush)
         breadth = min(float(rng.uniform(0.35, 0.8)) * (high - low), area / 1.5)
-        depth = area / breadth if breadth > 0 else math.inf
+        depth = area / breadth
         start = low + (high - low - breadth) * float(rng.choice((0.0, 1.0, rng.random())))
         end = near + depth if far else near - depth
         across, along_it = sorted((near, end)), (start, start + breadth)

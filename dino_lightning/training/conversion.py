@@ -24,15 +24,13 @@ from dino_lightning.weights.zoo import named, weights_file
 FileLayout = Literal["ours", "published", "detrex", "mmdet"]
 
 
-def convert(place: str, output: Path, layout: FileLayout | None, overwrite: bool, contiguous: bool) -> str:
-    """Convert a file; returns what was written, in words.
+def convert(place: str, output: Path, layout: FileLayout | None, contiguous: bool) -> str:
+    """Convert a file, and replace the output if it exists; returns what was written, in words.
 
     Raises:
-        CheckpointError: no such weights, not those of a detector, or an output that exists.
+        CheckpointError: no such weights, or not those of a detector.
         OSError: the output cannot be written.
     """
-    if output.exists() and not overwrite:
-        raise CheckpointError(f"{output} exists; give --overwrite to replace it.")
     file = weights_file(place)
     found = read_weights(file)
     if found.part != "detector":
