@@ -14,7 +14,7 @@ from dino_lightning.cli.arguments import known_options
 from sagemaker_entry import launch
 from sagemaker_entry.laptop.fit_options import GO_ALONG, REFUSED, fit_arguments
 from sagemaker_entry.laptop.parsers import COMMANDS, OF_THE_ACCOUNT
-from sagemaker_entry.laptop.serving_commands import COMMANDS as SERVING
+from sagemaker_entry.laptop.serving_options import COMMANDS as SERVING
 from sagemaker_entry.laptop.source_archive import build_archive
 from sagemaker_entry.laptop.submit import COMMAND, base_name
 from sagemaker_entry.laptop.training_config import check_training
