@@ -115,7 +115,7 @@ def write_onnx(
     if inside and static is not None:
         model = _as_onnx(traced_canvas(module, static), INPUTS["inside"], OUTPUTS, opset)
     else:
-        model = _as_onnx(traced_detector(module, static), INPUTS["outside"], OUTPUTS, opset)
+        model = _as_onnx(traced_detector(module, static, own_sampling=True), INPUTS["outside"], OUTPUTS, opset)
     if inside and static is None:
         # Two graphs joined: sizes that are computed from sizes are too much for torch.export's symbols in one.
         sizes = {name: description[name] for name in ("image_size", "max_size", "stretch_to")}
@@ -155,6 +155,7 @@ def _as_onnx(
             input_names=list(inputs),
             output_names=list(outputs),
             opset_version=max(opset, RESIZING_OPSET),  # it writes no older one
+            custom_translation_table={torch.ops.dino_lightning.grid_sample.default: _grid_sample},
             dynamo=True,
             external_data=False,
             optimize=False,  # torch 2.14's optimizer loses a node; onnxruntime has its own
@@ -168,6 +169,13 @@ def _as_onnx(
     if opset < RESIZING_OPSET:
         lower_opset(model, opset)
     return model
+
+
+def _grid_sample(image: Any, grid: Any) -> Any:
+    """`tracing.grid_sample` in ONNX; images and results are of onnxscript."""
+    from onnxscript import opset18
+
+    return opset18.GridSample(image, grid, align_corners=0, mode="bilinear", padding_mode="zeros")
 
 
 def _name_dimensions(model: Any) -> None:

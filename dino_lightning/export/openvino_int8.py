@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dino_lightning.errors import UsageError
 from dino_lightning.export.openvino_model import require_openvino
+from dino_lightning.export.signal_stack import signal_stack_kept
 
 QUANTIZED = ("Convolution", "GroupConvolution", "MatMul")
 MISSING = '--precision int8 of --format openvino needs nncf: pip install "dino-lightning[openvino-int8]".'
@@ -55,7 +56,7 @@ def write_openvino_int8(source: Path, path: Path, inputs: Iterable[tuple[Tensor,
         names=[operation.get_friendly_name() for operation in operations if _is_of_activations(operation)],
         validate=False,  # not all of these types are known to it
     )
-    with redirect_stdout(io.StringIO()):  # its progress
+    with signal_stack_kept(), redirect_stdout(io.StringIO()):  # of its progress
         quantized = nncf.quantize(
             model,
             nncf.Dataset(given),

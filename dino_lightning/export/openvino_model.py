@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.export.exported_model import OUTPUTS, STORED, ExportedModel, Run
+from dino_lightning.export.signal_stack import signal_stack_kept
 
 SECTION = "dino_lightning"  # of the file's metadata, which OpenVINO calls runtime information
 MISSING = 'OpenVINO is not installed: pip install "dino-lightning[openvino]".'
@@ -98,17 +99,18 @@ def _function(model: Any, path: str | Path, provider: str, precision: str) -> Ru
 
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
-    core = openvino.Core()
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
     if provider.startswith("CPU"):
         settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-    try:
-        compiled = core.compile_model(model, provider, settings)
-    except Exception as error:  # as above
-        there = ", ".join(core.available_devices)
-        raise CheckpointError(
-            f"{path} cannot be run by OpenVINO on {provider} ({_reason(error)}); it has {there}."
-        ) from error
+    with signal_stack_kept():
+        core = openvino.Core()
+        try:
+            compiled = core.compile_model(model, provider, settings)
+        except Exception as error:  # as above
+            there = ", ".join(core.available_devices)
+            raise CheckpointError(
+                f"{path} cannot be run by OpenVINO on {provider} ({_reason(error)}); it has {there}."
+            ) from error
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         found = compiled([value.contiguous().numpy() for value in inputs])

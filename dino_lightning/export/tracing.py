@@ -10,7 +10,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dino_lightning.export.formulation import exported_formulation
 from dino_lightning.export.traceable import CanvasDetector, TraceableDetector, TraceablePreprocessing
@@ -19,12 +21,17 @@ from dino_lightning.training.module import DINOModule
 Size = tuple[int, int]
 
 
-def traced_detector(module: DINOModule, static: Size | None = None) -> torch.export.ExportedProgram:
-    """The `TraceableDetector` of a module; with `static` for one image in a canvas of that (height, width)."""
+def traced_detector(
+    module: DINOModule, static: Size | None = None, *, own_sampling: bool = False
+) -> torch.export.ExportedProgram:
+    """The `TraceableDetector` of a module; with `static` for one image in a canvas of that (height, width).
+
+    With `own_sampling` it samples by `grid_sample` of this file, as do the others, which are for ONNX alone.
+    """
     detector = _detector(module)
     if static is not None:
         sizes = torch.tensor([static])
-        return _traced(detector, (torch.zeros(1, 3, *static), sizes, sizes.clone()))
+        return _traced(detector, (torch.zeros(1, 3, *static), sizes, sizes.clone()), own_sampling=own_sampling)
     # Large enough for two cells and more on the coarsest level: PyTorch takes a size of 1 in an example for a constant.
     coarsest = 32 * 2 ** len(module.model.neck.projections)
     sizes = torch.tensor([[3 * coarsest, 4 * coarsest], [2 * coarsest, 3 * coarsest]])
@@ -32,7 +39,8 @@ def traced_detector(module: DINOModule, static: Size | None = None) -> torch.exp
     dynamic = torch.export.Dim.DYNAMIC
     # a clone: one tensor in two places would be traced as one argument
     example = (images, sizes, sizes.clone())
-    return _traced(detector, example, ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}, {0: dynamic}))
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}, {0: dynamic})
+    return _traced(detector, example, shapes, own_sampling=own_sampling)
 
 
 def traced_canvas(module: DINOModule, static: Size) -> torch.export.ExportedProgram:
@@ -54,32 +62,84 @@ def _detector(module: DINOModule) -> TraceableDetector:
 
 
 def _traced(
-    part: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None = None
+    part: nn.Module,
+    example: tuple[Tensor, ...],
+    shapes: tuple[Any, ...] | None = None,
+    *,
+    own_sampling: bool = True,
 ) -> torch.export.ExportedProgram:
-    with _plain_attention(), exported_formulation(part), torch.no_grad(), quiet():
-        traced = torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
-        program: torch.export.ExportedProgram = traced.run_decompositions(_without_lists())
-    return program
+    functions: dict[Callable[..., Any], Callable[..., Any]] = {**SLICES}
+    if own_sampling:
+        functions[F.grid_sample] = _grid_sample
+    with _plain_attention(), exported_formulation(part), _Instead(functions), torch.no_grad(), quiet():
+        return torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
 
 
-def _without_lists() -> dict[Any, Callable[..., list[Tensor]]]:
-    """Rules that replace operations whose result is a list of tensors by slices.
+class _Instead(TorchFunctionMode):
+    """Other functions in place of some of PyTorch's."""
 
-    ONNX has sequences for lists, which TensorRT and the reader of OpenCV do not take.
+    def __init__(self, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
+
+
+@torch.library.custom_op("dino_lightning::grid_sample", mutates_args=())
+def grid_sample(image: Tensor, grid: Tensor) -> Tensor:
+    """`F.grid_sample` with zeros outside of the image, as an operation whose shape is known at once.
+
+    PyTorch works out the shape of its own by some sixty operations on symbols, and a detector has up to 200 of them.
+
+    Args:
+        image: (N, C, h, w).
+        grid: (N, height, width, 2), x and y from -1 to 1 over the image.
+
+    Returns:
+        (N, C, height, width).
     """
-    aten = torch.ops.aten
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
-        ends = accumulate(sizes)
-        return [aten.slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
-    def split_evenly(tensor: Tensor, size: int, dim: int = 0) -> list[Tensor]:
-        return [aten.slice(tensor, dim, start, start + size) for start in range(0, tensor.shape[dim], size)]
+@grid_sample.register_fake
+def _(image: Tensor, grid: Tensor) -> Tensor:
+    return image.new_empty((*image.shape[:2], *grid.shape[1:3]))
 
-    def unbind(tensor: Tensor, dim: int = 0) -> list[Tensor]:
-        return [aten.select(tensor, dim, index) for index in range(tensor.shape[dim])]
 
-    return {aten.split_with_sizes.default: split, aten.split.Tensor: split_evenly, aten.unbind.int: unbind}
+def _grid_sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
+    assert (mode, padding_mode, align_corners) == ("bilinear", "zeros", False)
+    sampled: Tensor = grid_sample(image, grid)
+    return sampled
+
+
+def _split(tensor: Tensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
+    sizes = split_size_or_sections
+    if isinstance(sizes, int):
+        length = tensor.shape[dim]
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+    return tuple(tensor.narrow(dim, end - size, size) for size, end in zip(sizes, accumulate(sizes), strict=True))
+
+
+def _chunk(tensor: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
+
+
+def _unbind(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    return tuple(tensor.select(dim, index) for index in range(tensor.shape[dim]))
+
+
+# ONNX has sequences for lists of tensors, which TensorRT and the reader of OpenCV do not take.
+SLICES: dict[Callable[..., Any], Callable[..., tuple[Tensor, ...]]] = {
+    torch.split: _split,
+    torch.Tensor.split: _split,
+    torch.chunk: _chunk,
+    torch.Tensor.chunk: _chunk,
+    torch.unbind: _unbind,
+    torch.Tensor.unbind: _unbind,
+}
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """`export --precision`: accuracy and latency before and after, and what loses too much is not written."""
 
+import gc
 import json
+import signal
 import sys
 
 import pytest
@@ -116,6 +118,8 @@ def test_openvino_in_8_bits_follows_the_same_rule_and_stores_the_same(
     pytest.importorskip("nncf", reason="needs nncf, of the extra openvino-int8")
     options = ("--format", "openvino", "--static", "96x128", "--precision", "int8", "--data.root", str(dataset))
     arguments = ["--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out"), *options]
+    handled = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
     monkeypatch.setattr("dino_lightning.export.fewer_bits.LARGEST_LOSS", -1.0)  # so that any loss is too much
     assert export.run(arguments) == 1
     *stages, error = capfd.readouterr().err.splitlines()
@@ -136,6 +140,10 @@ def test_openvino_in_8_bits_follows_the_same_rule_and_stores_the_same(
     kinds = [constant.get_output_element_type(0).get_type_name() for constant in constants]
     assert kinds.count("i8") > 10  # weights in 8 bits
     assert len(load_detector(path)(dataset / "val" / "2.png", threshold=0.0)) > 0
+    del stored
+    gc.collect()
+    signal.raise_signal(signal.SIGUSR1)  # kills this process if nncf has left a freed stack for signals
+    assert handled == [signal.SIGUSR1]
 
 
 def test_a_missing_nncf_is_named_before_the_model_is_traced(checkpoint, dataset, tmp_path, capsys, monkeypatch):

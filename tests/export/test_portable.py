@@ -1,6 +1,8 @@
 """Exported files in the runtimes they are for: which operators they use, and that each gives the checkpoint's boxes."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -177,6 +179,25 @@ def test_openvino_files_have_the_same_metadata_and_refuse_what_is_missing(form, 
         load_detector(path, provider="TPU")
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         load_detector(path, precision="int4")
+
+
+TWO_DETECTORS = """
+import gc, os, signal, sys
+from dino_lightning import load_detector
+first, second = load_detector(sys.argv[1]), load_detector(sys.argv[1])
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+for name in ("first", "second"):
+    del globals()[name]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_openvino_detectors_are_gone_is_handled(form):
+    """OpenVINO's own plugins, unloaded in the order of loading, leave a freed stack for signals."""
+    command = [sys.executable, "-c", TWO_DETECTORS, str(form("outside.xml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_openvino_files_are_written_both_or_none(folder, tmp_path, monkeypatch, capsys):
