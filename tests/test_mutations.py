@@ -227,6 +227,7 @@ def run(nodes):
             assert dino_lightning.__file__.startswith(copy)
             seen = Seen()
             options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # a plugin's package may be imported above
             done = pytest.main([*options, *nodes], plugins=[seen])
             code = 0 if done == 0 and seen.called else 1 if done == 1 and seen.failed else 2
         finally:

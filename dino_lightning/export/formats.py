@@ -19,7 +19,14 @@ from dino_lightning.export.folding import fold_shapes, lower_opset, name_types
 from dino_lightning.export.onnx_model import run_onnx
 from dino_lightning.export.openvino_model import require_openvino, run_openvino, write_openvino
 from dino_lightning.export.torch_model import run_torch
-from dino_lightning.export.tracing import Size, quiet, traced_canvas, traced_detector, traced_preprocessing
+from dino_lightning.export.tracing import (
+    Size,
+    quiet,
+    sampled_by_pytorch,
+    traced_canvas,
+    traced_detector,
+    traced_preprocessing,
+)
 from dino_lightning.training.module import DINOModule
 
 INPUTS = {"inside": ("images",), "outside": ("images", "image_sizes", "original_sizes")}
@@ -83,7 +90,8 @@ def write_and_run(
 
 def write_torch(module: DINOModule, path: Path, description: Mapping[str, Any]) -> None:
     """Write a .pt2 file for `torch.export.load`, with the description as an extra file."""
-    torch.export.save(traced_detector(module), path, extra_files={DESCRIPTION_FILE: json.dumps(description)})
+    program = sampled_by_pytorch(traced_detector(module))
+    torch.export.save(program, path, extra_files={DESCRIPTION_FILE: json.dumps(description)})
 
 
 def write_onnx(
@@ -115,7 +123,7 @@ def write_onnx(
     if inside and static is not None:
         model = _as_onnx(traced_canvas(module, static), INPUTS["inside"], OUTPUTS, opset)
     else:
-        model = _as_onnx(traced_detector(module, static, own_sampling=True), INPUTS["outside"], OUTPUTS, opset)
+        model = _as_onnx(traced_detector(module, static), INPUTS["outside"], OUTPUTS, opset)
     if inside and static is None:
         # Two graphs joined: sizes that are computed from sizes are too much for torch.export's symbols in one.
         sizes = {name: description[name] for name in ("image_size", "max_size", "stretch_to")}

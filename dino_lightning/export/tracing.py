@@ -21,17 +21,15 @@ from dino_lightning.training.module import DINOModule
 Size = tuple[int, int]
 
 
-def traced_detector(
-    module: DINOModule, static: Size | None = None, *, own_sampling: bool = False
-) -> torch.export.ExportedProgram:
+def traced_detector(module: DINOModule, static: Size | None = None) -> torch.export.ExportedProgram:
     """The `TraceableDetector` of a module; with `static` for one image in a canvas of that (height, width).
 
-    With `own_sampling` it samples by `grid_sample` of this file, as do the others, which are for ONNX alone.
+    It samples by `grid_sample` of this file; see `sampled_by_pytorch`.
     """
     detector = _detector(module)
     if static is not None:
         sizes = torch.tensor([static])
-        return _traced(detector, (torch.zeros(1, 3, *static), sizes, sizes.clone()), own_sampling=own_sampling)
+        return _traced(detector, (torch.zeros(1, 3, *static), sizes, sizes.clone()))
     # Large enough for two cells and more on the coarsest level: PyTorch takes a size of 1 in an example for a constant.
     coarsest = 32 * 2 ** len(module.model.neck.projections)
     sizes = torch.tensor([[3 * coarsest, 4 * coarsest], [2 * coarsest, 3 * coarsest]])
@@ -39,8 +37,7 @@ def traced_detector(
     dynamic = torch.export.Dim.DYNAMIC
     # a clone: one tensor in two places would be traced as one argument
     example = (images, sizes, sizes.clone())
-    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}, {0: dynamic})
-    return _traced(detector, example, shapes, own_sampling=own_sampling)
+    return _traced(detector, example, ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}, {0: dynamic}))
 
 
 def traced_canvas(module: DINOModule, static: Size) -> torch.export.ExportedProgram:
@@ -61,17 +58,20 @@ def _detector(module: DINOModule) -> TraceableDetector:
     return TraceableDetector(module.model, **options).eval()
 
 
+def sampled_by_pytorch(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program, changed to sample by PyTorch's own operation, so that it runs without this package."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.dino_lightning.grid_sample.default:
+            node.target = torch.ops.aten.grid_sampler_2d.default
+            node.args = (*node.args, 0, 0, False)  # bilinear, zeros outside, corners not aligned
+    program.graph_module.recompile()
+    return program
+
+
 def _traced(
-    part: nn.Module,
-    example: tuple[Tensor, ...],
-    shapes: tuple[Any, ...] | None = None,
-    *,
-    own_sampling: bool = True,
+    part: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None = None
 ) -> torch.export.ExportedProgram:
-    functions: dict[Callable[..., Any], Callable[..., Any]] = {**SLICES}
-    if own_sampling:
-        functions[F.grid_sample] = _grid_sample
-    with _plain_attention(), exported_formulation(part), _Instead(functions), torch.no_grad(), quiet():
+    with _plain_attention(), exported_formulation(part), _Instead(REPLACED), torch.no_grad(), quiet():
         return torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
 
 
@@ -131,8 +131,9 @@ def _unbind(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return tuple(tensor.select(dim, index) for index in range(tensor.shape[dim]))
 
 
-# ONNX has sequences for lists of tensors, which TensorRT and the reader of OpenCV do not take.
-SLICES: dict[Callable[..., Any], Callable[..., tuple[Tensor, ...]]] = {
+REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.grid_sample: _grid_sample,
+    # ONNX has sequences for lists of tensors, which TensorRT and the reader of OpenCV do not take
     torch.split: _split,
     torch.Tensor.split: _split,
     torch.chunk: _chunk,
