@@ -56,7 +56,7 @@ def write_openvino_int8(source: Path, path: Path, inputs: Iterable[tuple[Tensor,
         names=[operation.get_friendly_name() for operation in operations if _is_of_activations(operation)],
         validate=False,  # not all of these types are known to it
     )
-    with signal_stack_kept(), redirect_stdout(io.StringIO()):  # of its progress
+    with signal_stack_kept(), redirect_stdout(io.StringIO()):  # its progress
         quantized = nncf.quantize(
             model,
             nncf.Dataset(given),
