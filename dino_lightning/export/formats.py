@@ -180,7 +180,7 @@ def _as_onnx(
 
 
 def _grid_sample(image: Any, grid: Any) -> Any:
-    """`tracing.grid_sample` in ONNX; images and results are of onnxscript."""
+    """`formulation.grid_sample` in ONNX; images and results are of onnxscript."""
     from onnxscript import opset18
 
     return opset18.GridSample(image, grid, align_corners=0, mode="bilinear", padding_mode="zeros")

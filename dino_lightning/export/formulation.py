@@ -22,6 +22,27 @@ from dino_lightning.model.deformable_attention import MultiScaleDeformableAttent
 from dino_lightning.model.deformable_attention.reference import sampling_locations
 
 
+@torch.library.custom_op("dino_lightning::grid_sample", mutates_args=())
+def grid_sample(image: Tensor, grid: Tensor) -> Tensor:
+    """`F.grid_sample` with zeros outside of the image, as an operation whose shape is known at once.
+
+    PyTorch works out the shape of its own by some sixty operations on symbols, and a detector has up to 200 of them.
+
+    Args:
+        image: (N, C, h, w).
+        grid: (N, height, width, 2), x and y from -1 to 1 over the image.
+
+    Returns:
+        (N, C, height, width).
+    """
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+@grid_sample.register_fake
+def _(image: Tensor, grid: Tensor) -> Tensor:
+    return image.new_empty((*image.shape[:2], *grid.shape[1:3]))
+
+
 def sample(
     maps: Tensor,
     spatial_shapes: tuple[tuple[int, int], ...],
@@ -55,7 +76,7 @@ def sample(
         image = maps[:, :, start : start + height * width].reshape(batch * heads, dim, height, width)
         for place in range(level * points, (level + 1) * points):
             grid = grids[:, place : place + 1]
-            found = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            found: Tensor = grid_sample(image, grid)
             part = found * weights[:, :, place : place + 1]
             out = part if out is None else out + part
         start += height * width

@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +23,7 @@ Size = tuple[int, int]
 def traced_detector(module: DINOModule, static: Size | None = None) -> torch.export.ExportedProgram:
     """The `TraceableDetector` of a module; with `static` for one image in a canvas of that (height, width).
 
-    It samples by `grid_sample` of this file; see `sampled_by_pytorch`.
+    It samples by `formulation.grid_sample`; see `sampled_by_pytorch`.
     """
     detector = _detector(module)
     if static is not None:
@@ -71,48 +70,21 @@ def sampled_by_pytorch(program: torch.export.ExportedProgram) -> torch.export.Ex
 def _traced(
     part: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...] | None = None
 ) -> torch.export.ExportedProgram:
-    with _plain_attention(), exported_formulation(part), _Instead(REPLACED), torch.no_grad(), quiet():
+    with _plain_attention(), exported_formulation(part), _SlicesForLists(), torch.no_grad(), quiet():
         return torch.export.export(part, example, dynamic_shapes=shapes, strict=False)
 
 
-class _Instead(TorchFunctionMode):
-    """Other functions in place of some of PyTorch's."""
+class _SlicesForLists(TorchFunctionMode):
+    """Slices in place of operations whose result is a list of tensors.
 
-    def __init__(self, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
-        super().__init__()
-        self.functions = functions
+    ONNX has sequences for lists, which TensorRT and the reader of OpenCV do not take.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return self.functions.get(func, func)(*args, **(kwargs or {}))
-
-
-@torch.library.custom_op("dino_lightning::grid_sample", mutates_args=())
-def grid_sample(image: Tensor, grid: Tensor) -> Tensor:
-    """`F.grid_sample` with zeros outside of the image, as an operation whose shape is known at once.
-
-    PyTorch works out the shape of its own by some sixty operations on symbols, and a detector has up to 200 of them.
-
-    Args:
-        image: (N, C, h, w).
-        grid: (N, height, width, 2), x and y from -1 to 1 over the image.
-
-    Returns:
-        (N, C, height, width).
-    """
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-@grid_sample.register_fake
-def _(image: Tensor, grid: Tensor) -> Tensor:
-    return image.new_empty((*image.shape[:2], *grid.shape[1:3]))
-
-
-def _grid_sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
-    assert (mode, padding_mode, align_corners) == ("bilinear", "zeros", False)
-    sampled: Tensor = grid_sample(image, grid)
-    return sampled
+        function: Callable[..., Any] = SLICES.get(func, func)
+        return function(*args, **(kwargs or {}))
 
 
 def _split(tensor: Tensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
@@ -131,9 +103,7 @@ def _unbind(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return tuple(tensor.select(dim, index) for index in range(tensor.shape[dim]))
 
 
-REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.grid_sample: _grid_sample,
-    # ONNX has sequences for lists of tensors, which TensorRT and the reader of OpenCV do not take
+SLICES: dict[Callable[..., Any], Callable[..., tuple[Tensor, ...]]] = {
     torch.split: _split,
     torch.Tensor.split: _split,
     torch.chunk: _chunk,

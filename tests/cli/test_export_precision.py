@@ -143,6 +143,7 @@ def test_openvino_in_8_bits_follows_the_same_rule_and_stores_the_same(
     del stored
     gc.collect()
     signal.raise_signal(signal.SIGUSR1)  # kills this process if nncf has left a freed stack for signals
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert handled == [signal.SIGUSR1]
 
 
