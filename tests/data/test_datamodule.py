@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 import shutil
 import warnings
@@ -364,8 +365,10 @@ def test_an_unreadable_image_is_named(root, damage, workers):
     path = root / "images/102.png"
     data = small(root, num_workers=workers)
     path.unlink() if damage == "missing" else path.write_bytes(b"no image")
+    before = set(multiprocessing.active_children())
     with pytest.raises(DataError) as caught:
         list(data.val_dataloader())
+    assert set(multiprocessing.active_children()) <= before  # though the traceback still knows the iterator
     assert f"Image 102 of {root / 'val.json'}: {path} " in str(caught.value)
     assert {"missing": "does not exist", "broken": "cannot be decoded"}[damage] in str(caught.value)
     assert "on_bad_image=skip" in str(caught.value)

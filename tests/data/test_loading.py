@@ -1,5 +1,6 @@
 """Loaders continue when processes die and files vanish."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -106,6 +107,20 @@ def test_a_worker_killed_with_the_lock_after_the_epoch_does_not_hang_the_end(roo
     loader._iterator._workers_done_event.event._cond.acquire()  # as one that is killed with it leaves it
     workers[0].kill()
     loader._iterator = None  # as at the end of a run
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.timeout(60)
+def test_processes_of_an_iterator_that_the_garbage_collector_finds_end_at_once(root, monkeypatch):
+    loader = data_module(root).val_dataloader()
+    assert len(next(iter(loader))) == 1
+    workers = list(loader._iterator._workers)
+    gc.collect()
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 300)  # seconds that PyTorch would wait
+    loader.itself = loader  # as where a traceback keeps it
+    del loader
+    assert all(worker.is_alive() for worker in workers)
+    gc.collect()
     assert not any(worker.is_alive() for worker in workers)
 
 
