@@ -140,6 +140,7 @@ def test_a_resumed_run_keeps_its_batches(rooms, monkeypatch):
     assert checkpoint("parts")["callbacks"]["AutoBatchSize"]["batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_another_global_batch_is_chosen_for_anew(rooms, monkeypatch):
     monkeypatch.setattr(auto_batch_size, "_host_probe", real_steps)
     fit(rooms, "run", "--auto_batch_size=4")

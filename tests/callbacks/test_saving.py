@@ -103,6 +103,7 @@ def test_a_signal_to_the_first_process_stops_both(rooms, tmp_path):
     assert "error" not in output and output.count("Stopped at step") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_takes_the_other_down_with_the_cause(rooms, tmp_path):
     process, other = two_processes(rooms, tmp_path / "run")
     other.kill()
@@ -111,6 +112,7 @@ def test_a_process_that_is_killed_takes_the_other_down_with_the_cause(rooms, tmp
     assert "error: Rank 1 was killed by SIGKILL" in output
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(copied, rooms):
     last = copied / "checkpoints" / "last.ckpt"
     before = last.read_bytes()

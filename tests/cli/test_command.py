@@ -223,6 +223,7 @@ def test_ctrl_c_that_a_package_swallows_is_no_error(capsys):
         run_command(lambda: (_ for _ in ()).throw(RecursionError("without it")))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads which signals a process handles from /proc")
 def test_a_second_ctrl_c_ends_training_with_130(rooms, tmp_path):
     """The first one asks for a checkpoint after the step; the second one does not wait for it."""

@@ -147,6 +147,7 @@ def test_help_lists_its_own_options(capsys):
     assert "--strict" in printed and "--output" in printed and "--data.root" in printed
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_command_where_the_terminal_lacks_characters(root):
     break_dataset(root, FAULTS["category unused"], FAULTS["file name no utf-8"])
     content = json.loads((root / TRAIN).read_text())

@@ -246,9 +246,10 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(signal.SIGINT, id="interrupted"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)],
+    [pytest.param(signal.SIGINT, id="interrupted"), pytest.param(signal.SIGKILL, id="killed")],
 )
 def test_it_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, how):
     names = [f"{number:04d}.png" for number in range(600)]

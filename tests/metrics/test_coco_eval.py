@@ -459,6 +459,7 @@ def run_rank(rank, folder, data):
     (Path(folder) / f"seen{rank}").write_bytes(pickle.dumps(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_see_what_one_sees(tmp_path):
     data = random_dataset(21, num_images=7)

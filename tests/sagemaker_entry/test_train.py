@@ -93,6 +93,7 @@ def local_run(rooms, tmp_path_factory):
 # ------------------------------------------------------------------ success
 
 
+@pytest.mark.slow
 def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
     model = local_run / "model"
     assert {"model.ckpt", "model.json", "config.yaml", "metrics.csv", "detections.png", "code"} <= {
@@ -123,6 +124,7 @@ def test_a_local_run_leaves_a_model_that_can_be_used_alone(local_run, rooms):
     assert not (local_run / "output" / "failure").exists()
 
 
+@pytest.mark.slow
 def test_options_of_fit_reach_the_container(local_run):
     options = yaml.safe_load((local_run / "model" / "config.yaml").read_text())
     assert (options["ema_decay"], options["early_stopping_patience"]) == (0.9, 5)
@@ -249,6 +251,7 @@ def test_the_best_metrics_are_told_with_each_evaluation_also_of_a_resumed_run(tm
     assert "best" not in unevaluated
 
 
+@pytest.mark.slow
 def test_a_model_of_a_stopped_run_says_so(local_run, tmp_path):
     assert write_model(local_run / "checkpoints", tmp_path / "model", complete=False)
     assert json.loads((tmp_path / "model" / "model.json").read_text())["complete"] is False
@@ -272,7 +275,7 @@ def damaged(rooms, folder):
     ("case", "words"),
     [
         ("image", ["[algo-1, process 0] Image ", "cannot be decoded"]),
-        ("config", ["Did you mean --model.num_queries?"]),
+        pytest.param("config", ["Did you mean --model.num_queries?"], marks=pytest.mark.slow),
         ("gpus", ["1 GPUs were planned", "PyTorch sees 0"]),
         ("hosts", ["plan was for 2 hosts", "runs on 1"]),
         ("nested", ["starts torchrun itself"]),

@@ -104,7 +104,8 @@ def test_two_processes_train_as_one(tmp_path, empty):
         torch.testing.assert_close(two["state"][name], value, atol=2e-4, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("empty", [pytest.param("odd", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("empty", ["odd", "all"])
 def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
     """With denoising queries on one process and none on the other, plain ddp still finds every parameter used."""
     losses = train(tmp_path, 2, denoising=50, empty=empty)["losses"]

@@ -90,6 +90,7 @@ def test_training_step(option):
     assert after["loss"].item() == pytest.approx(published_after["total_weighted"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_the_published_step():
     """Losses of the proposals to 0.5 %, the total to 1 %, with the proposals that float32 takes.
 

@@ -60,10 +60,12 @@ def options(rooms):
 @pytest.mark.parametrize(
     ("how", "killed_before"),
     [
-        (["--trainer.max_epochs=3", "--model.lr_schedule=cosine", "--save_every_steps=3"], 11),
+        pytest.param(
+            ["--trainer.max_epochs=3", "--model.lr_schedule=cosine", "--save_every_steps=3"], 11, marks=pytest.mark.slow
+        ),
         pytest.param(["--trainer.max_steps=24", "--early_stopping_patience=5"], 12, marks=pytest.mark.slow),
         (["--trainer.max_steps=24", "--trainer.max_epochs=3", "--save_every_steps=3"], 11),
-        (["--trainer.max_steps=24", "--trainer.check_val_every_n_epoch=2"], 12),
+        pytest.param(["--trainer.max_steps=24", "--trainer.check_val_every_n_epoch=2"], 12, marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -94,6 +96,7 @@ def test_a_save_due_before_a_validation_follows_after_the_next_step(options, tmp
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_was_moved_keeps_its_best_checkpoint(options, tmp_path, monkeypatch):
     compute, reached = CocoMetric.compute, {"AP": 0.5}
     monkeypatch.setattr(CocoMetric, "compute", lambda metric: {**compute(metric), **reached})
@@ -107,6 +110,7 @@ def test_a_run_folder_that_was_moved_keeps_its_best_checkpoint(options, tmp_path
     assert torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_new_run_with_the_configuration_of_one_that_went_on_begins_anew(options, tmp_path):
     run_dir = ["--run_dir", str(tmp_path / "run")]
     fit([*options, "--trainer.max_epochs=1", *run_dir])

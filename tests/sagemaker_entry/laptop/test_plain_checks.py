@@ -24,8 +24,16 @@ CONFIG = ["--config", "room_detection.yaml"]
 ORDINARY = [
     [],
     ["--model.num_queries=300", "--trainer.max_steps=500"],
-    ["--model.weights=null", "--model.backbone_weights=null", "--model.hidden_dim=128", "--model.num_encoder_layers=3"],
-    ["--model.weights=dino_r50_5scale_12ep"],
+    pytest.param(
+        [
+            "--model.weights=null",
+            "--model.backbone_weights=null",
+            "--model.hidden_dim=128",
+            "--model.num_encoder_layers=3",
+        ],
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(["--model.weights=dino_r50_5scale_12ep"], marks=pytest.mark.slow),
     ["--model.class_map={room: person}", "--model.lr=3", "--model.lr_drop_epochs=[4, 7]", "--seed_everything=7"],
     ["--data.fixed_size=96", "--data.fixed_size_mode=stretch", "--data.batch_size=3", "--data.num_workers=0"],
     ["--trainer.devices=[0, 1]", "--trainer.precision=16", "--trainer.limit_train_batches=0.5"],

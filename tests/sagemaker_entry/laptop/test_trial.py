@@ -60,6 +60,7 @@ def test_measurements_are_read_as_they_were_written_and_others_are_not():
         assert read_measured(wrong) is None
 
 
+@pytest.mark.slow
 def test_the_name_of_measurements_changes_with_what_changes_the_speed(no_account, rooms, tiny_config):
     compute = choose_compute(gpus=2, instance_type=None, count=None, wanted=1)
 
