@@ -230,7 +230,9 @@ class Commands(LightningCLI):
         assert isinstance(self.model, DINOModule)
         say(f"\n{self.report.table()}\n")
         if self.model.evaluation is not None:
-            say(f"Last epoch: {dominating_error(self.model.evaluation, threshold=self.model.score_threshold)}\n")
+            threshold, suppressed = self.model.score_threshold, self.model.hparams["nms_iou_threshold"]
+            errors = dominating_error(self.model.evaluation, threshold=threshold, nms_iou_threshold=suppressed)
+            say(f"Last epoch: {errors}\n")
         show_places(self.run_dir, self.report.curves_path, self.program)
         if self.stop_flag is None and os.environ.get("LOCAL_RANK", "0") == "0":
             self._end_if_interrupted()

@@ -9,7 +9,7 @@ from dino_lightning.report.errors import CORRECTABLE_KINDS, ERROR_KINDS, classif
 from dino_lightning.report.tables import REASON_WORDS
 
 _AGAINST = {
-    "duplicate": "--model.nms_iou_threshold 0.7, which keeps the best of several boxes, or train longer",
+    "duplicate": "--model.nms_iou_threshold {nms}, which keeps the best of several boxes, or train longer",
     "classification": "look at the confusion table of the report: two classes may be drawn alike or labelled unevenly",
     "localization": "train longer, or at a larger data.image_size",
     "both": "see whether the annotations of such objects are complete and of the right class",
@@ -22,12 +22,15 @@ _AGAINST_MISSED = {
 }
 
 
-def dominating_error(evaluation: Evaluation, *, threshold: float) -> str:
+def dominating_error(evaluation: Evaluation, *, threshold: float, nms_iou_threshold: float | None = None) -> str:
     """Counts of all kinds of errors at a score threshold and, of the most frequent kind, what to try; two lines.
+
+    Where there are fewer errors than two, nothing follows from them: one line.
 
     Args:
         evaluation: images and detections.
         threshold: lowest score of the detections that count.
+        nms_iou_threshold: of the non-maximum suppression that these detections went through; None for none.
     """
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -42,7 +45,10 @@ def dominating_error(evaluation: Evaluation, *, threshold: float) -> str:
         return f"no errors at a score of {threshold:.3f}."
     listed = ", ".join(f"{counts[kind]} {kind}" for kind in ERROR_KINDS if counts[kind])
     first = f"errors at a score of {threshold:.3f}, of {boxes} boxes in {len(evaluation.images)} images: {listed}."
+    if counts.total() < 2:
+        return first
     if most != "missed":
-        return f"{first}\nMost are {most}; try this: {_AGAINST[most]}."
+        lower = 0.7 if nms_iou_threshold is None else max(0.1, nms_iou_threshold - 0.1)
+        return f"{first}\nMost are {most}; try this: {_AGAINST[most].format(nms=f'{lower:.2g}')}."
     reason, count = reasons.most_common(1)[0]
     return f"{first}\nMost are missed, {count} of them {REASON_WORDS[reason]}; try this: {_AGAINST_MISSED[reason]}."
