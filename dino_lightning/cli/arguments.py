@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dino_lightning.cli.checkpoints import LAST, checkpoint_to_resume, model_file, read_whole_checkpoint
 from dino_lightning.cli.class_options import explain_class_error, kind
-from dino_lightning.cli.config_files import with_packaged_configs
+from dino_lightning.cli.config_files import absent_config, with_packaged_configs
 from dino_lightning.cli.options_of_weights import place_of_weights, with_options_of_weights
 from dino_lightning.cli.run_folder import new_folder, shared_run_dir
 from dino_lightning.cli.run_options import add_own_options
@@ -125,7 +125,7 @@ def explain_argument_error(message: str) -> str:
     if required := re.search(r"arguments are required: (?:\w+\.)?(data\.root)$", message):
         return f"--{required[1]} is needed: the folder of the dataset."
     if absent := re.fullmatch(r'Parser key "config": File does not exist: (.*)', message):
-        return f"--config: {absent[1]} does not exist."
+        return absent_config(absent[1].strip("'\""))
     if (about_class := explain_class_error(message)) is not None:
         return about_class
     key = re.match(r'Parser key "([\w.]+)": ', message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,18 +10,35 @@ from pathlib import Path
 def config_path(name: str) -> Path:
     """A configuration file that comes with the package, in a checkout as in an installed wheel.
 
+    Args:
+        name: of the file, with or without `.yaml`.
+
     Raises:
         FileNotFoundError: there is none of that name.
     """
-    package = Path(__file__).parent.parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
+    folder = _folder()
+    for file in (folder / name, folder / f"{name}.yaml"):
+        if file.is_file():
+            return file
     raise FileNotFoundError(name)
 
 
+def absent_config(path: str) -> str:
+    """One sentence about a configuration that is not there, with those of the package that its name comes close to."""
+    names = sorted(file.stem for file in _folder().glob("*.yaml"))
+    near = difflib.get_close_matches(Path(path).name.removesuffix(".yaml"), names, n=1)
+    if near:
+        return f"--config: {path} does not exist. Did you mean configs/{near[0]}.yaml, which comes with this package?"
+    return f"--config: {path} does not exist. With this package come {', '.join(names)}."
+
+
+def _folder() -> Path:
+    package = Path(__file__).parent.parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
 def with_packaged_configs(args: Sequence[str]) -> list[str]:
-    """Let `--config configs/NAME.yaml` work from any directory for the files that come with the package."""
+    """Let `--config configs/NAME.yaml`, or `--config NAME`, work from any directory for those of the package."""
     return [_packaged_config(previous, arg) for previous, arg in zip(["", *args], args, strict=False)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dino_lightning.cli.command import expected_errors, explain
-from dino_lightning.cli.config_files import config_path
+from dino_lightning.cli.config_files import absent_config, config_path
 from dino_lightning.data.class_paths import KNOWN_PACKAGES, class_paths
 from dino_lightning.weights.places import PLACES, needs_download, starting_option
 from dino_lightning.weights.shipped import SHIPPED
@@ -153,7 +153,7 @@ def _existing_config(config: str) -> Path:
     try:
         return config_path(Path(config).name)
     except FileNotFoundError as error:
-        raise Problem(f"--config: {config} does not exist.") from error
+        raise Problem(absent_config(config)) from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -383,8 +383,24 @@ def test_help_of_the_program_and_unknown_commands(capsys):
 
 def test_packaged_configs_are_found_from_anywhere(rooms):
     assert config_files.config_path("rooms_demo.yaml").is_file()
-    args = ["--config", "configs/rooms_demo.yaml", "--data.root", str(rooms), "--trainer.fast_dev_run=1"]
-    assert fit.run([*args, "--trainer.accelerator=cpu", "--data.num_workers=0"]) == 0
+    assert config_files.config_path("rooms_demo") == config_files.config_path("rooms_demo.yaml")
+    args = ["--data.root", str(rooms), "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--data.num_workers=0"]
+    assert fit.run(["--config", "configs/rooms_demo.yaml", *args]) == 0
+    assert fit.run(["--config=rooms_demo", *args]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("configs/smal_cpu.yaml", "Did you mean configs/small_cpu.yaml"),
+        ("smallcpu", "Did you mean configs/small_cpu.yaml"),
+        ("mine.yaml", "With this package come coco_r50_4scale_12ep, "),
+    ],
+)
+def test_a_configuration_that_is_absent_is_answered_with_those_that_are_there(rooms, capsys, name, words):
+    assert run(["fit", "--config", name, "--data.root", str(rooms)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"{name} does not exist. " in line and words in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has a GPU")
