@@ -112,7 +112,7 @@ def draw_curves(history: list[dict[str, float]], *, denoising: bool) -> Figure |
         "val/loss": "validation" + (", without denoising queries" if denoising else ""),
     }
     metric_names = {name: name.removeprefix("val/") for name in CURVES}
-    contents = [("loss", loss_names, None), ("validation metrics", metric_names, 1.0)]
+    contents = [("loss", loss_names, None), ("validation metrics", metric_names, 1.03)]
     filled = [content for content in contents if any(_points(history, name) for name in content[1])]
     if not filled:
         return None
@@ -121,6 +121,7 @@ def draw_curves(history: list[dict[str, float]], *, denoising: bool) -> Figure |
     panels = figure.subplots(1, len(filled), sharex=True, squeeze=False)[0]
     for axes, (title, names, top) in zip(panels, filled, strict=True):
         _draw(axes, history, names)
+        axes.legend(fontsize=8, loc="lower left" if title == "loss" else "lower right")  # losses fall, the others rise
         axes.set_title(title, fontsize=10)
         axes.set_ylim(0, top)
         axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
@@ -129,13 +130,14 @@ def draw_curves(history: list[dict[str, float]], *, denoising: bool) -> Figure |
 
 
 def _draw(axes: Axes, history: list[dict[str, float]], names: dict[str, str]) -> None:
-    for name, label in names.items():
+    for number, (name, label) in enumerate(names.items()):
         points = _points(history, name)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=".", linewidth=1.4)
+        if points:  # each narrower than the one below it, which shows where values are equal
+            thinner, label = 0.75**number, f"{label}: {points[-1][1]:.3f}"
+            (line,) = axes.plot(*zip(*points, strict=True), label=label, marker="o")
+            line.set(linewidth=2.5 * thinner, markersize=5 * thinner)
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
 
 
 def _points(history: list[dict[str, float]], name: str) -> list[tuple[float, float]]:

@@ -66,7 +66,8 @@ def test_a_panel_appears_only_with_something_to_show():
     (losses,) = draw_curves([row(1)], denoising=True).axes
     assert losses.get_title() == "loss"
     losses, metrics = draw_curves([row(1), row(2, **VALIDATED)], denoising=True).axes
-    assert metrics.get_ylim() == (0, 1)
+    low, high = metrics.get_ylim()
+    assert low == 0 and 1 < high < 1.1  # a line at 1 is not on the edge
     assert losses.get_xlim() == metrics.get_xlim()
     nothing_to_measure = dict.fromkeys(VALIDATED, -1.0)
     assert len(draw_curves([row(1, **nothing_to_measure)], denoising=True).axes) == 1
@@ -79,6 +80,13 @@ def test_ticks_are_whole_epochs(epochs):
         low, high = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
         assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_lines_of_equal_values_are_told_apart():
+    _, metrics = draw_curves([row(epoch, **dict.fromkeys(VALIDATED, 1.0)) for epoch in (1, 2)], denoising=True).axes
+    widths = [line.get_linewidth() for line in metrics.get_lines()]
+    assert len(widths) > 1 and widths == sorted(set(widths), reverse=True)  # each lies in the one below it
+    assert all(text.get_text().endswith(": 1.000") for text in metrics.get_legend().get_texts())
 
 
 @pytest.mark.parametrize("denoising", [True, False])
