@@ -230,8 +230,13 @@ class Commands(LightningCLI):
         assert isinstance(self.model, DINOModule)
         say(f"\n{self.report.table()}\n")
         if self.model.evaluation is not None:
-            threshold, suppressed = self.model.score_threshold, self.model.hparams["nms_iou_threshold"]
-            errors = dominating_error(self.model.evaluation, threshold=threshold, nms_iou_threshold=suppressed)
+            errors = dominating_error(
+                self.model.evaluation,
+                threshold=self.model.score_threshold,
+                nms_iou_threshold=self.model.hparams["nms_iou_threshold"],
+                image_size=self.datamodule.image_size,
+                fixed_size=None if self.datamodule.pad_to is None else self.datamodule.pad_to[0],
+            )
             say(f"Last epoch: {errors}\n")
         show_places(self.run_dir, self.report.curves_path, self.program)
         if self.stop_flag is None and os.environ.get("LOCAL_RANK", "0") == "0":

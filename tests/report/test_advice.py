@@ -26,7 +26,7 @@ def evaluated(found):
     [
         ([BOX, BOX, BOX, FAR], "2 duplicate", "--model.nms_iou_threshold 0.7"),
         ([BOX, FAR, ELSEWHERE, ELSEWHERE], "2 background", "add images without objects"),
-        ([], "2 missed", "2 of them not detected; try this: train at a larger"),
+        ([], "2 missed", "2 of them not detected; try this: train at a larger size, such as --data.image_size 1056,"),
         ([SHIFTED, FAR], "1 missed, 1 localization", "train longer"),
     ],
 )
@@ -48,3 +48,8 @@ def test_suppression_that_is_there_is_not_advised_again():
 
 def test_without_errors_that_is_said():
     assert dominating_error(evaluated([BOX, FAR]), threshold=0.5) == "no errors at a score of 0.500."
+
+
+def test_the_size_to_try_is_above_that_of_the_run():
+    said = dominating_error(evaluated([SHIFTED, FAR]), threshold=0.5, image_size=320, fixed_size=320)
+    assert "--data.fixed_size 416" in said and "image_size" not in said
