@@ -69,7 +69,8 @@ def wait_for_steps(folder, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_run_resumes_as_if_nothing_had_been(rooms, whole, tmp_path, number, capsys):
     folder = tmp_path / "interrupted"
     process = start(options(rooms, folder))

@@ -119,6 +119,7 @@ def test_each_detection_is_compared_with_the_nearest_of_its_label(other, boxes, 
 # ------------------------------------------------------------------ ONNX
 
 
+@pytest.mark.slow
 def test_onnx_agrees_with_the_module_over_images_of_varied_sizes_in_batches_of_1_3_and_8(module, outside):
     draws = random.Random(0)
     sizes = [(draws.randint(48, 160), draws.randint(48, 160)) for _ in range(20)]
@@ -139,6 +140,7 @@ def test_onnx_agrees_with_the_module_over_images_of_varied_sizes_in_batches_of_1
                 assert_same(Detections(*(value[index] for value in values[:3])), expected[index])
 
 
+@pytest.mark.slow
 def test_an_image_with_fewer_tokens_than_queries_gives_fewer(module, outside):
     for size, number in (
         ((33, 17), 24),
@@ -152,6 +154,7 @@ def test_an_image_with_fewer_tokens_than_queries_gives_fewer(module, outside):
             assert_same(Detections(*(value[0] for value in values[:3])), module(batch)[0])
 
 
+@pytest.mark.slow
 def test_the_file_has_names_ids_threshold_and_open_sizes(outside):
     import onnx
 
@@ -176,6 +179,7 @@ def test_the_file_has_names_ids_threshold_and_open_sizes(outside):
     }
 
 
+@pytest.mark.slow
 def test_the_graph_has_no_sequences_of_tensors(outside):
     import onnx
 
@@ -193,6 +197,7 @@ def test_newer_operator_sets_agree_too(module, opset, tmp_path):
 # ------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_it_has_compared_and_leaves_one_file(exported):
     path, printed = exported
     title, heading, *rows, last = printed.splitlines()
@@ -202,6 +207,7 @@ def test_the_command_shows_what_it_has_compared_and_leaves_one_file(exported):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_what_does_not_agree_is_not_written(module, checkpoint, outside, tmp_path, capsys, monkeypatch):
     changed = tiny_module()
     with torch.no_grad():
@@ -313,6 +319,7 @@ def test_a_stretched_model_is_stretched_inside(tmp_path):
     assert prepared.shape == (1, 3, 64, 64) and sizes.tolist() == [[64, 64]] and originals.tolist() == [[50, 90]]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_differs(module, outside):
     rows = compare_with_module(module, run_onnx(outside), None, [images([(64, 80), (96, 96)])])
     assert (rows[0].batch, rows[0].size) == (2, (96, 120)) and rows[0].same

@@ -113,7 +113,8 @@ def test_a_process_without_boxes_neither_hangs_nor_crashes(tmp_path, empty):
     assert all(loss > 0 for loss in losses)
 
 
-@pytest.mark.parametrize("compress", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", [False, True])
 def test_the_command_line_under_ddp_writes_everything_once(rooms, tmp_path, compress):
     command = [sys.executable, "-m", "dino_lightning.fit", "--data.root", str(rooms), *TINY_ARGS]
     command += [

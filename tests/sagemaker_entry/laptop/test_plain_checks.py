@@ -23,7 +23,7 @@ PROJECT = Path(__file__).parents[3]
 CONFIG = ["--config", "room_detection.yaml"]
 ORDINARY = [
     [],
-    ["--model.num_queries=300", "--trainer.max_steps=500"],
+    pytest.param(["--model.num_queries=300", "--trainer.max_steps=500"], marks=pytest.mark.slow),
     pytest.param(
         [
             "--model.weights=null",
@@ -164,7 +164,11 @@ SIZES = [
         7,
         (333, 257),
     ),
-    ({"feature_strides": [4, 8, 16, 32], "num_feature_levels": 5, "trainable_backbone_layers": 0}, 2, (200, 300)),
+    pytest.param(
+        {"feature_strides": [4, 8, 16, 32], "num_feature_levels": 5, "trainable_backbone_layers": 0},
+        *(2, (200, 300)),
+        marks=pytest.mark.slow,
+    ),
     ({"num_feature_levels": 3, "num_encoder_layers": 1, "trainable_backbone_layers": 4}, 91, (32, 32)),
 ]
 
