@@ -166,7 +166,8 @@ SIZES = [
     ),
     pytest.param(
         {"feature_strides": [4, 8, 16, 32], "num_feature_levels": 5, "trainable_backbone_layers": 0},
-        *(2, (200, 300)),
+        2,
+        (200, 300),
         marks=pytest.mark.slow,
     ),
     ({"num_feature_levels": 3, "num_encoder_layers": 1, "trainable_backbone_layers": 4}, 91, (32, 32)),
