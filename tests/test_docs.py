@@ -230,7 +230,14 @@ def python_of(text):
     "ignore:The '.*_dataloader' does not have many workers",
     "ignore:OpenCV .* is not installed",
 )
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page == "docs/lightning.md" else ())
+        for page, text in PAGES.items()
+        if "```python" in text
+    ],
+)
 def test_the_python_of_a_page_runs(page, rooms, tmp_path, monkeypatch):
     shutil.copytree(rooms, tmp_path / "room_detection_dataset_coco")
     shutil.copyfile(rooms / "val" / "images" / "000001.png", tmp_path / "plan.png")

@@ -50,7 +50,13 @@ def trained(rooms, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def marked(config):
+    """The longer schedules of a published model and its larger relative differ little from the first: slow."""
+    others = config.startswith("coco") and config != "coco_r50_4scale_12ep.yaml"
+    return pytest.param(config, marks=pytest.mark.slow if others else ())
+
+
+@pytest.mark.parametrize("config", [marked(path.name) for path in sorted(CONFIGS.glob("*.yaml"))])
 def test_every_config_runs_a_step(config, rooms):
     text = (CONFIGS / config).read_text()
     assert len(text.splitlines()) <= 30

@@ -274,7 +274,7 @@ def damaged(rooms, folder):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("image", ["[algo-1, process 0] Image ", "cannot be decoded"]),
+        pytest.param("image", ["[algo-1, process 0] Image ", "cannot be decoded"], marks=pytest.mark.slow),
         pytest.param("config", ["Did you mean --model.num_queries?"], marks=pytest.mark.slow),
         ("gpus", ["1 GPUs were planned", "PyTorch sees 0"]),
         ("hosts", ["plan was for 2 hosts", "runs on 1"]),
