@@ -16,25 +16,28 @@ def config_path(name: str) -> Path:
     Raises:
         FileNotFoundError: there is none of that name.
     """
-    folder = _folder()
-    for file in (folder / name, folder / f"{name}.yaml"):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(name)
+    file = _packaged().get(name.removesuffix(".yaml"))
+    if file is None:
+        raise FileNotFoundError(name)
+    return file
 
 
 def absent_config(path: str) -> str:
     """One sentence about a configuration that is not there, with those of the package that its name comes close to."""
-    names = sorted(file.stem for file in _folder().glob("*.yaml"))
+    names = sorted(_packaged())
     near = difflib.get_close_matches(Path(path).name.removesuffix(".yaml"), names, n=1)
     if near:
         return f"--config: {path} does not exist. Did you mean configs/{near[0]}.yaml, which comes with this package?"
     return f"--config: {path} does not exist. With this package come {', '.join(names)}."
 
 
-def _folder() -> Path:
+def _packaged() -> dict[str, Path]:
+    """The files by their names without `.yaml`; none where the package was copied without them."""
     package = Path(__file__).parent.parent
-    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {file.stem: file for file in folder.glob("*.yaml")}
+    return {}
 
 
 def with_packaged_configs(args: Sequence[str]) -> list[str]:
