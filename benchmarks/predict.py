@@ -148,6 +148,7 @@ def rate_of_predict(checkpoint: Path, images: Path, output: Path, options: argpa
         output=output,
         overwrite=True,
         overlays=pictures,
+        tta_views=1,  # as the model alone sees them
         accelerator=options.device,
         devices="1",
         precision="32-true",

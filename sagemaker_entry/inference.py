@@ -1,6 +1,7 @@
 """Requests to a trained model and their answers: for our server, see `serve`, and for AWS's inference toolkit.
 
-Request: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}.
+Request: an image (image/jpeg, image/png, application/x-image), or JSON {"images": [base64, ...], "threshold": 0.5}, and
+with "tta_views" (1, 2, 4 or 8) for another number of ways to see each image than the model's.
 Response: JSON, for each image its size and its detections with name, original category id, score and bbox (x, y, width,
 height in pixels). A request that cannot be answered gets status 400 (413 too large, 415 and 406 a type that is not
 supported) and {"error": "one sentence"}. The limits are environment variables of the container, see `Limits`.
@@ -31,12 +32,13 @@ from dino_lightning import Detections, Detector, load_detector
 from dino_lightning.data.image_files import open_image
 from dino_lightning.data.images import decode_image
 from dino_lightning.errors import DataError
+from dino_lightning.training.option_checks import TTA_VIEWS
 
 JSON = "application/json"
 IMAGES = ("image/jpeg", "image/png", "image/webp", "image/tiff", "application/x-image", "application/octet-stream")
 # Pillow knows more, some of them (EPS) by starting other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-KEYS = ("images", "threshold")
+KEYS = ("images", "threshold", "tta_views")
 LIMIT_PREFIX = "DINO_LIGHTNING_"
 OK, BAD_REQUEST, NOT_ACCEPTABLE, TOO_LARGE, UNSUPPORTED_TYPE = 200, 400, 406, 413, 415
 ONNX_FILE = "model.onnx"  # of `python -m dino_lightning export`, put beside the checkpoint
@@ -98,10 +100,11 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """Decoded images, each (3, H, W) uint8, and the score threshold; None for the model's own."""
+    """Decoded images, each (3, H, W) uint8, the score threshold and the ways to see an image; None for the model's."""
 
     images: list[Tensor]
     threshold: float | None = None
+    tta_views: int | None = None
 
 
 def model_fn(model_dir: str) -> Detector:
@@ -148,15 +151,20 @@ def parse_request(body: bytes | bytearray | str, content_type: str) -> Request:
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise RequestError('JSON must look like {"images": ["<base64>", ...], "threshold": 0.5}.')
     if unknown := sorted(set(content) - set(KEYS)):
-        raise RequestError(f"There is no key {unknown[0][:50]!r} in a request; there are {' and '.join(KEYS)}.")
+        raise RequestError(
+            f"There is no key {unknown[0][:50]!r} in a request; there are {', '.join(KEYS[:-1])} and {KEYS[-1]}."
+        )
     threshold = content.get("threshold")
     if threshold is not None and not (type(threshold) in (int, float) and 0 <= threshold <= 1):
         raise RequestError(f"threshold is {repr(threshold)[:50]}; it must be a number from 0 to 1.")
+    views = content.get("tta_views")
+    if views is not None and (type(views) is not int or views not in TTA_VIEWS):
+        raise RequestError(f"tta_views is {repr(views)[:50]}; it must be 1, 2, 4 or 8.")
     encoded = content["images"]
     if len(encoded) > limits().max_images:
         raise too_large(f"The request has {len(encoded):,} images", "max_images")
     names = [f"Image {position}" for position in range(len(encoded))]
-    return Request(_decoded([_bytes(*each) for each in zip(encoded, names, strict=True)], names), threshold)
+    return Request(_decoded([_bytes(*each) for each in zip(encoded, names, strict=True)], names), threshold, views)
 
 
 def check_size(count: int) -> None:
@@ -188,7 +196,7 @@ def predict_fn(request: Request | RequestError, model: Detector) -> list[dict[st
     """Run the detector; returns for each image its width, height and detections."""
     if isinstance(request, RequestError):
         return request
-    found = model.detect(request.images, threshold=request.threshold)
+    found = model.detect(request.images, threshold=request.threshold, tta_views=request.tta_views)
     return [_described(image, detections) for image, detections in zip(request.images, found, strict=True)]
 
 

@@ -13,6 +13,7 @@ from dino_lightning.cli.checkpoints import HELP, model_file, refuse_exported
 from dino_lightning.cli.command import PROGRAM, CommandParser, boolean, run_command, writing
 from dino_lightning.console import say
 from dino_lightning.errors import OutOfMemory
+from dino_lightning.training.option_checks import check_tta_views
 
 if TYPE_CHECKING:
     from dino_lightning.inference.results import Summary
@@ -81,6 +82,7 @@ def _parser() -> CommandParser:
     add("--tile", type=int, help="cut images into tiles of so many pixels, for scans much larger than in training")
     add("--overlap", type=float, default=0.2, help="share of its side that a tile shares with the next (0.2)")
     add("--whole_image", type=boolean, default=True, help="with tiles: look at the whole image too (true)")
+    add("--tta_views", type=int, help="ways to see each image, whose detections are fused: 1, 2, 4, 8 (of the model)")
     add("--overlays", type=boolean, default=True, help="draw the detections on the images (true)")
     add("--batch_size", type=int, help="images in a batch, on each device (4 on a GPU, else 1)")
     add("--num_workers", type=int, help="processes that read images, for each device (by cores)")
@@ -107,6 +109,11 @@ def _check(parser: CommandParser, options: argparse.Namespace) -> None:
         parser.error(f"--tile is {options.tile}; it must be at least 32 pixels.")
     if not 0 <= options.overlap <= 0.9:
         parser.error(f"--overlap is {options.overlap}; it must lie between 0 and 0.9.")
+    if options.tta_views is not None:
+        try:
+            check_tta_views(options.tta_views)
+        except ValueError as error:
+            parser.error(f"--{error}")
     if options.batch_size is not None and options.batch_size < 1:
         parser.error(f"--batch_size is {options.batch_size}; it must be at least 1.")
     if options.num_workers is not None and options.num_workers < 0:

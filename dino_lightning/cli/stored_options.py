@@ -24,6 +24,7 @@ from dino_lightning.weights.zoo import weights_file
 SECTIONS = ("data", "model", "trainer")  # of every configuration of ours
 CONFIG = "config.yaml"
 EVALUATED = ("data.", "model.")  # options that an evaluation takes from the run
+AFTER_THE_MODEL = ("max_detections", "nms_iou_threshold", "tta_views")  # what makes detections of its output
 MOST_SHOWN = 4  # differing options in a sentence
 
 # arguments that the model takes over from the data
@@ -97,7 +98,7 @@ def arguments_of_model(settings: Mapping[str, Any], *, architecture_only: bool =
 
     Args:
         settings: hyperparameters by name.
-        architecture_only: leave out what concerns training.
+        architecture_only: leave out what concerns training alone.
     """
     if settings.get("stretch_to") is not None:
         sizes = [f"--data.fixed_size={settings['stretch_to']}", "--data.fixed_size_mode=stretch"]
@@ -107,7 +108,7 @@ def arguments_of_model(settings: Mapping[str, Any], *, architecture_only: bool =
     wanted = {
         name: value
         for name, value in settings.items()
-        if name not in FROM_DATA and (name in ARCHITECTURE or not architecture_only)
+        if name not in FROM_DATA and (name in (*ARCHITECTURE, *AFTER_THE_MODEL) or not architecture_only)
     }
     return [*sizes, *model_options(wanted)]
 

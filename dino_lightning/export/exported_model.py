@@ -17,12 +17,13 @@ from dino_lightning.data.sizes import fitted_size, resized_size
 from dino_lightning.data.transforms import resize_pixels
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.errors import CheckpointError
+from dino_lightning.training.test_time_augmentation import fuse, orientations
 
 FORMAT = "dino_lightning detector 1"
 OUTPUTS = ("boxes", "scores", "labels", "tokens")
 STORED = (  # what of a file's metadata is used
     "class_names", "category_ids", "score_threshold", "preprocessing", "image_size", "max_size", "stretch_to", "static",
-    "mean", "std",
+    "mean", "std", "tta_views", "max_detections", "nms_iou_threshold",
 )  # fmt: skip
 DESCRIPTION_FILE = "dino_lightning.json"  # within a .pt2 file
 
@@ -87,6 +88,7 @@ class ExportedModel:
         category_ids: the original COCO category id of each label.
         score_threshold: the lowest score that counts, unless another is given.
         rule: how it wants its images.
+        tta_views: in how many ways each image is seen unless another number is given, see `DINOModule`.
 
     Raises:
         CheckpointError: the metadata is not that of a file that `export` wrote.
@@ -99,6 +101,11 @@ class ExportedModel:
             self.category_ids = tuple(json.loads(stored["category_ids"]))
             self.score_threshold = check_score_threshold(float(stored["score_threshold"]))
             static = json.loads(stored.get("static", "null"))
+            self._fused_by = {
+                "max_detections": int(json.loads(stored.get("max_detections", "300"))),
+                "nms_iou_threshold": json.loads(stored.get("nms_iou_threshold", "null")),
+            }
+            self.tta_views = len(orientations(json.loads(stored.get("tta_views", "1"))))
             self.rule = ImageRule(
                 stored["preprocessing"],
                 int(stored["image_size"]),
@@ -141,6 +148,7 @@ class ExportedModel:
         threshold: float | None = None,
         image_size: int | None = None,
         max_size: int | None = None,
+        tta_views: int | None = None,
     ) -> list[Detections]:
         """Detect objects in images of any kind and size, one at a time; as `DINOModule.detect`.
 
@@ -149,12 +157,14 @@ class ExportedModel:
             threshold: keep detections of at least this score; by default `score_threshold`.
             image_size: short side in pixels to resize to, with preprocessing outside and sizes left open.
             max_size: limit of the long side in pixels, likewise.
+            tta_views: in how many ways each image is seen, 1, 2, 4 or 8; by default as the file has it.
 
         Returns:
             Detections of each image, boxes in its own pixels and clipped to it, see `Detections.within`.
 
         Raises:
-            ValueError: an image that cannot be read, or sizes for a file whose sizes are fixed.
+            ValueError: an image that cannot be read, sizes for a file whose sizes are fixed, or a number of views that
+                there is not.
         """
         if (image_size or max_size) and (self.preprocessing == "inside" or self.rule.static is not None):
             raise ValueError(
@@ -162,7 +172,14 @@ class ExportedModel:
                 "--static."
             )
         threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
-        return [self._detect(to_pixels(image), image_size, max_size).above(threshold) for image in images]
+        ways = orientations(self.tta_views if tta_views is None else tta_views)
+        found = []
+        for image in images:
+            pixels = to_pixels(image)
+            size = (int(pixels.shape[1]), int(pixels.shape[2]))
+            views = [way.back(self._detect(way.seen(pixels), image_size, max_size), size) for way in ways]
+            found.append(fuse(views, **self._fused_by).above(threshold).within(size))
+        return found
 
     def inputs(
         self, pixels: Tensor, image_size: int | None = None, max_size: int | None = None
@@ -193,7 +210,7 @@ class ExportedModel:
             labels=labels[kept],
             class_names=self.class_names,
             category_ids=self.category_ids,
-        ).within(size)
+        )
 
 
 def stored_text(description: Mapping[str, Any]) -> dict[str, str]:

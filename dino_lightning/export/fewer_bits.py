@@ -114,7 +114,7 @@ def measure(models: Mapping[str, ExportedModel], images: CocoDetection, rounds: 
     for sample in tqdm(_samples(images), title, len(images), unit="image", mininterval=bar_seconds()):
         assert sample.ground_truth is not None
         for name, model in models.items():
-            found = model.detect([sample.image], threshold=0.0)
+            found = model.detect([sample.image], threshold=0.0, tta_views=1)
             metrics[name].update(found, [sample.ground_truth], [sample.image_id])
     if not len(images) or all(metric.compute()["F1"] < 0 for metric in metrics.values()):
         raise UsageError(f"{images.annotations.path} has no boxes; measuring a lower precision needs images with some.")

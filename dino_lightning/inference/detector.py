@@ -43,7 +43,9 @@ class _Model(Protocol):
 
     score_threshold: float
 
-    def detect(self, images: Sequence[ImageLike], *, threshold: float | None = None) -> list[Detections]: ...
+    def detect(
+        self, images: Sequence[ImageLike], *, threshold: float | None = None, tta_views: int | None = None
+    ) -> list[Detections]: ...
 
 
 class Detector:
@@ -130,7 +132,7 @@ class Detector:
             overlap: share of its side that a tile has in common with the next; objects up to that size are whole in
                 one of them.
             whole_image: with tiles, look at the whole image as well, scaled down, for objects larger than a tile.
-            **sizes: `image_size` and `max_size` of `DINOModule.detect`.
+            **sizes: `image_size`, `max_size` and `tta_views` of `DINOModule.detect`.
 
         Returns:
             Detections of each image, on the host, boxes in its own pixels and clipped to it, see `Detections.within`.

@@ -213,7 +213,7 @@ def _detect(fabric: Fabric, module: DINOModule, threshold: float, seen: Sequence
         [view.pixels for view in seen], original_sizes=[(view.window.height, view.window.width) for view in seen]
     )
     with fabric.autocast():
-        found: list[Detections] = module(batch.to(fabric.device))
+        found = module.detect_batch(batch.to(fabric.device))
     return [
         detections.cpu().above(threshold).within(size)
         for detections, size in zip(found, batch.original_sizes, strict=True)

@@ -13,7 +13,7 @@ from dino_lightning.data.images import ImageLike
 from dino_lightning.detections import Detections, check_score_threshold
 from dino_lightning.model import DINO
 from dino_lightning.structures import Batch
-from dino_lightning.training.detection import detect_in, detections_of, transform_of
+from dino_lightning.training.detection import detect_in, detections_of, detections_of_views, transform_of
 from dino_lightning.weights.stored import DEFAULT_THRESHOLD
 from dino_lightning.weights.zoo import needed_options
 
@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "image_size": None,
     "max_size": None,
     "stretch_to": None,
+    "tta_views": 1,
 }
 
 
@@ -50,7 +51,7 @@ class PlainModel(nn.Module):
         self.score_threshold = DEFAULT_THRESHOLD
 
     def forward(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch, in pixels of the original images, whose edges boxes may pass."""
+        """The detections of a batch as it is, in pixels of the original images, whose edges boxes may pass."""
         return detections_of(self.model(batch), batch, self.hparams)
 
     @torch.no_grad()
@@ -61,9 +62,15 @@ class PlainModel(nn.Module):
         threshold: float | None = None,
         image_size: int | None = None,
         max_size: int | None = None,
+        tta_views: int | None = None,
     ) -> list[Detections]:
         """Detect objects in images, one at a time; arguments, results and errors of `DINOModule.detect`."""
         threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
         transform = transform_of(self.hparams, image_size, max_size)
         device = next(self.parameters()).device
-        return [detect_in(image, self, transform, device, threshold) for image in images]
+        views = self.hparams["tta_views"] if tta_views is None else tta_views
+
+        def detect(batch: Batch) -> list[Detections]:
+            return self(batch) if views == 1 else detections_of_views(self.model, batch, self.hparams, views)
+
+        return [detect_in(image, detect, transform, device, threshold) for image in images]

@@ -52,6 +52,7 @@ class PredictOptions:
         tile: side of the tiles in pixels; None for whole images only.
         overlap: share of its side that a tile has in common with the next.
         whole_image: with tiles, look at the whole image as well.
+        tta_views: in how many ways each image is seen, see `DINOModule`; as the model has it when None.
         overlays: draw the detections.
         batch_size: images in a batch on each device; by the device when None.
         num_workers: loader processes for each device; by the number of cores when None.
@@ -68,6 +69,7 @@ class PredictOptions:
     tile: int | None = None
     overlap: float = 0.2
     whole_image: bool = True
+    tta_views: int | None = None
     overlays: bool = True
     batch_size: int | None = None
     num_workers: int | None = None
@@ -98,12 +100,15 @@ def predict_folder(
     images = list_images(options.images, options.image_folder, leave_out=options.output)
     module = load_module(checkpoint)
     threshold = check_score_threshold(module.score_threshold if options.threshold is None else options.threshold)
+    if options.tta_views is not None:
+        module.hparams["tta_views"] = options.tta_views
     settings = {
         "model": sha256_of(checkpoint),
         "threshold": threshold,
         "tile": options.tile,
         "overlap": options.overlap if options.tile else None,
         "whole_image": options.whole_image if options.tile else None,
+        "tta_views": module.hparams["tta_views"],
         "overlays": options.overlays,
     }
     fabric = _fabric(options)

@@ -17,6 +17,7 @@ from dino_lightning.data.transforms import LabelledImage, Transform, eval_transf
 from dino_lightning.detections import Detections
 from dino_lightning.model import postprocess
 from dino_lightning.structures import Batch, ModelOutput
+from dino_lightning.training.test_time_augmentation import ORIENTATIONS, fuse, orientations, seen_batch
 
 FROM_DATA = ("class_names", "category_ids", "image_size", "max_size", "stretch_to")
 
@@ -68,6 +69,36 @@ def detections_of(output: ModelOutput, batch: Batch, settings: Mapping[str, Any]
         class_names=settings["class_names"] or (),
         category_ids=settings["category_ids"] or (),
     )
+
+
+def detections_of_views(
+    model: Callable[[Batch], ModelOutput],
+    batch: Batch,
+    settings: Mapping[str, Any],
+    views: int,
+    output: ModelOutput | None = None,
+) -> list[Detections]:
+    """The detections of a batch whose images are seen in several ways, see `test_time_augmentation`.
+
+    Args:
+        model: in evaluation mode.
+        batch: the images.
+        settings: hyperparameters of a `DINOModule`.
+        views: how many ways, one after another; of 1, detections are those of `detections_of`.
+        output: of the model for the batch as it is, where that is there already.
+
+    Raises:
+        ValueError: a number of views that there is not.
+    """
+    found: list[list[Detections]] = [[] for _ in batch.image_sizes]
+    for orientation in orientations(views):
+        seen = batch if orientation == ORIENTATIONS[0] else seen_batch(batch, orientation)
+        given = output if seen is batch and output is not None else model(seen)
+        of_images = zip(found, detections_of(given, seen, settings), batch.original_sizes, strict=True)
+        for of_image, detections, size in of_images:
+            of_image.append(orientation.back(detections, size))
+    limits = {name: settings[name] for name in ("max_detections", "nms_iou_threshold")}
+    return [fuse(of_image, **limits) for of_image in found]
 
 
 def on_host(detections: Sequence[Detections], image_ids: Sequence[int]) -> list[Detections]:

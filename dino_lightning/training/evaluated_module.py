@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -17,7 +18,7 @@ from dino_lightning.losses import Criterion
 from dino_lightning.metrics import ClassResult, CocoMetric, Evaluation
 from dino_lightning.model import DINO
 from dino_lightning.structures import Batch
-from dino_lightning.training.detection import detect_in, detections_of, on_host, transform_of
+from dino_lightning.training.detection import detect_in, detections_of, detections_of_views, on_host, transform_of
 from dino_lightning.training.evaluation_loss import EvaluationLoss, of_loader, summed_loss
 from dino_lightning.weights.stored import DEFAULT_THRESHOLD
 
@@ -47,8 +48,16 @@ class EvaluatedModule(lightning.LightningModule):
         self._evaluation_losses: defaultdict[int, EvaluationLoss] = defaultdict(EvaluationLoss)  # by loader
 
     def forward(self, batch: Batch) -> list[Detections]:
-        """The detections of a batch, in pixels of the original images, whose edges boxes may pass."""
-        return self._detections(self.model(batch), batch)
+        """The detections of a batch as it is, in pixels of the original images, whose edges boxes may pass."""
+        return detections_of(self.model(batch), batch, self.hparams)
+
+    def detect_batch(self, batch: Batch, *, tta_views: int | None = None) -> list[Detections]:
+        """The same with test-time augmentation, of `tta_views` ways to see an image; by default the module's."""
+        views = self.hparams["tta_views"] if tta_views is None else tta_views
+        if views == 1:
+            found: list[Detections] = self(batch)
+            return found
+        return detections_of_views(self.model, batch, self.hparams, views)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Detect objects, update the metric, and return the batch's `detections` for callbacks.
@@ -64,7 +73,7 @@ class EvaluatedModule(lightning.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Detections]:
         """The detections of a batch, on the host, boxes clipped to their images, each with the id of its image."""
-        found = on_host(self(batch), batch.image_ids)
+        found = on_host(self.detect_batch(batch), batch.image_ids)
         return [each.within(size) for each, size in zip(found, batch.original_sizes, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
@@ -86,7 +95,10 @@ class EvaluatedModule(lightning.LightningModule):
         if batch.targets is not None:
             loss = summed_loss(self.criterion, output, batch)
             self._evaluation_losses[loader].add(batch.image_ids, loss, sum(batch.targets.num_boxes))
-        detections = on_host(self._detections(output, batch), batch.image_ids)
+        training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        views = 1 if training else self.hparams["tta_views"]  # not while training, where it would take much of the time
+        found = detections_of_views(self.model, batch, self.hparams, views, output)
+        detections = on_host(found, batch.image_ids)
         if batch.ground_truth is None:
             raise ValueError("The batch has no ground_truth; evaluation needs it.")
         self._metric_of(loader).update(detections, batch.ground_truth, batch.image_ids)
@@ -114,9 +126,6 @@ class EvaluatedModule(lightning.LightningModule):
                 self.log(name, value, prog_bar=name in shown, sync_dist=True, add_dataloader_idx=False)
         return first
 
-    def _detections(self, output: Any, batch: Batch) -> list[Detections]:
-        return detections_of(output, batch, self.hparams)
-
     def eval_transform(self, image_size: int | None = None, max_size: int | None = None) -> Transform:
         """The transform that resizes images for the detector; without sizes, as in training."""
         return transform_of(self.hparams, image_size, max_size)
@@ -129,6 +138,7 @@ class EvaluatedModule(lightning.LightningModule):
         threshold: float | None = None,
         image_size: int | None = None,
         max_size: int | None = None,
+        tta_views: int | None = None,
     ) -> list[Detections]:
         """Detect objects in images of any kind and size, one at a time.
 
@@ -137,18 +147,20 @@ class EvaluatedModule(lightning.LightningModule):
             threshold: keep detections of at least this score; by default that of the best F1 in validation.
             image_size: short side in pixels to resize to; by default that of training.
             max_size: limit of the long side in pixels.
+            tta_views: in how many ways each image is seen, 1, 2, 4 or 8; by default as the module has it.
 
         Returns:
             Detections of each image, on the host, boxes in its own pixels and clipped to it, see `Detections.within`.
 
         Raises:
-            ValueError: an image that cannot be read, or a threshold that is none.
+            ValueError: an image that cannot be read, a threshold that is none, or a number of views that there is not.
         """
         threshold = check_score_threshold(self.score_threshold if threshold is None else threshold)
         transform = self.eval_transform(image_size, max_size)
         was_training = self.training
         self.eval()
         try:
-            return [detect_in(image, self, transform, self.device, threshold) for image in images]
+            detect = partial(self.detect_batch, tta_views=tta_views)
+            return [detect_in(image, detect, transform, self.device, threshold) for image in images]
         finally:
             self.train(was_training)

@@ -118,6 +118,9 @@ class DINOModule(LoggedModule):
         nms_iou_threshold: non-maximum suppression: of detections whose boxes overlap by more than this IoU, whatever
             their classes, the best is kept; null for none, as published. A detector that has seen few images finds
             objects twice, see benchmarks/RESULTS.md.
+        tta_views: test-time augmentation: in how many ways an image is seen where a trained detector is evaluated or
+            detects: 1, as it is; 2, mirrored as well; 4, all flips; 8, flips and quarter turns. What is found in the
+            views is fused, for as many times the time. Validation while training sees images as they are.
         image_size: short side in pixels to which `detect` resizes; the data's by default.
         max_size: limit of the long side in `detect`; the data's by default.
         stretch_to: side in pixels of the square that `detect` stretches images to, or None; the data's by default.
@@ -166,6 +169,7 @@ class DINOModule(LoggedModule):
         cuda_graphs: bool = False,
         max_detections: int = 300,
         nms_iou_threshold: float | None = None,
+        tta_views: int = 1,
         image_size: int | None = None,
         max_size: int | None = None,
         stretch_to: int | None = None,

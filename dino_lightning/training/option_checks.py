@@ -17,6 +17,7 @@ AT_LEAST_1 = (
     "num_feature_levels", "denoising_multiple", "query_groups",
 )  # fmt: skip
 ABOVE_0 = ("rooms_lr_factor", "backbone_layer_decay", "position_temperature")
+TTA_VIEWS = (1, 2, 4, 8)  # ways to see an image: as it is; mirrored; upside down as well; and all four transposed
 SHARES = ("label_noise_ratio", "dropout")
 
 
@@ -60,9 +61,23 @@ def check_numbers(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it {words}{'' if math.isfinite(value) else ' and finite'}.")
+    check_tta_views(options.get("tta_views", 1))
     for epoch in options.get("lr_drop_epochs") or ():
         if epoch < 1:
             raise ValueError(f"lr_drop_epochs names epoch {epoch}; the first that the rate can drop after is 1.")
+
+
+def check_tta_views(count: int) -> None:
+    """Refuse a number of views for test-time augmentation that there is not.
+
+    Raises:
+        ValueError: it is none of `TTA_VIEWS`.
+    """
+    if isinstance(count, bool) or count not in TTA_VIEWS:
+        raise ValueError(
+            f"tta_views is {count}; it must be 1 (images as they are), 2 (mirrored as well), 4 (all flips) or 8 (flips "
+            "and quarter turns)."
+        )
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ class ShippedWeights:
 SHIPPED = {
     "rooms_small": ShippedWeights(
         "rooms_small.pt",
-        "e2dd0ed5f05a52b3c98fa83cceea1e9c108a73d6c99cdbd2bcf3e4458510384c",
+        "e11751ef890961e4078fc3df19f436a8b6326b99709960476d29b493c16a2093",
         "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
     ),
 }
