@@ -29,6 +29,7 @@ from dino_lightning.cli.arguments import (
 )
 from dino_lightning.cli.command import PROGRAM, Terminated, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
+from dino_lightning.cli.final_evaluation import evaluate_with_views
 from dino_lightning.cli.introduction import introduce, load_weights
 from dino_lightning.cli.option_checks import check_options
 from dino_lightning.cli.options_of_weights import with_options_of_weights
@@ -238,16 +239,24 @@ class Commands(LightningCLI):
                 fixed_size=None if self.datamodule.pad_to is None else self.datamodule.pad_to[0],
             )
             say(f"Last epoch: {errors}\n")
+        if not self._asked_to_stop():
+            best = self.run_dir / "checkpoints" / "best.ckpt"
+            if (sentence := evaluate_with_views(self.trainer, self.model, self.datamodule, best)) is not None:
+                say(f"{sentence}\n")
         show_places(self.run_dir, self.report.curves_path, self.program)
         if self.stop_flag is None and os.environ.get("LOCAL_RANK", "0") == "0":
             self._end_if_interrupted()
 
     def _end_if_interrupted(self) -> None:
         """A signal that came too late to stop the training ends the command all the same: what follows must not run."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning, not declared
-            if isinstance(callback, GracefulCheckpoint) and callback.asked_by:
-                kind = KeyboardInterrupt if callback.asked_by == signal.SIGINT else Terminated
-                raise kind("Interrupted after the end of the training; all its results are there.")
+        if asked_by := self._asked_to_stop():
+            kind = KeyboardInterrupt if asked_by == signal.SIGINT else Terminated
+            raise kind("Interrupted after the end of the training; all its results are there.")
+
+    def _asked_to_stop(self) -> int:
+        """The signal that asked this process to stop; 0 if none has."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
+        return max((each.asked_by for each in callbacks if isinstance(each, GracefulCheckpoint)), default=0)
 
     def before_validate(self) -> None:
         """Load weights that are not a checkpoint of ours, and read what to compare with before it takes hours."""

@@ -1,5 +1,7 @@
 """Test-time augmentation: images seen flipped and turned, and what is found in the views fused into one."""
 
+import re
+
 import lightning
 import numpy as np
 import pytest
@@ -177,3 +179,20 @@ def test_weights_bring_their_views_and_suppression_to_an_evaluation(rooms, tmp_p
         options = ["--data.root", str(rooms), "--model.weights", str(path), "--run_dir", str(tmp_path / "out"), *more]
         assert run(["validate", *options, *sizes, "--report", "false"]) == 0
         assert set(seen) == {expected}
+
+
+def test_fit_ends_with_the_best_epoch_seen_in_all_views(rooms, tmp_path, capsys):
+    """The values that are printed are those of `validate`; the checkpoint has the threshold that belongs to them."""
+    options = ["fit", "--config", "small_cpu", "--data.root", str(rooms), "--run_dir", str(tmp_path / "run")]
+    quick = ["--data.fixed_size=160", "--data.num_workers=0", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert run([*options, *quick, "--model.tta_views=2"]) == 0
+    printed = capsys.readouterr().out
+    said = re.search(r"with 2 views of each image .* AP ([0-9.]+), .* F1 ([0-9.]+) .* of ([0-9.]+), which", printed)
+    assert said, printed
+    best = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    stored = torch.load(best, weights_only=True)["score_threshold"]
+    assert f"{stored:.3f}" == said[3]
+    assert run(["validate", "--ckpt_path", str(best), "--trainer.accelerator", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert f"best F1 on these images: {said[2]}, at {said[3]}" in table
+    assert re.search(rf"val/AP +{said[1]}", table)
