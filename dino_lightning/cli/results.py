@@ -101,6 +101,7 @@ def save_report(
         checkpoint,
         deformable_attention=deformable_attention.implementation_in_use(device),
         residual_norm=residual_norm.implementation_in_use(device),
+        tta_views=module.hparams["tta_views"],
     )
     with writing(folder, "--run_dir"):
         summary = write_report(

@@ -48,6 +48,7 @@ class Source:
         checkpoint: path of the evaluated weights; empty if there were none.
         deformable_attention: which implementation computed it, such as "Triton kernel"; empty if it is not known.
         residual_norm: the same of the sums with their layer norms.
+        tta_views: in how many ways each image was seen, see `DINOModule`.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Source:
     checkpoint: str = ""
     deformable_attention: str = ""
     residual_norm: str = ""
+    tta_views: int = 1
 
 
 def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def summarise(evaluation: Evaluation, source: Source, *, threshold: float) -> di
         "checkpoint": source.checkpoint,
         "deformable_attention": source.deformable_attention,
         "residual_norm": source.residual_norm,
+        "tta_views": source.tta_views,
         "annotations": str(source.annotations.path),
         "num_images": len(rows),
         "num_boxes": int(evaluation.matches.num_boxes.sum()),

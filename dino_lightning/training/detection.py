@@ -17,7 +17,7 @@ from dino_lightning.data.transforms import LabelledImage, Transform, eval_transf
 from dino_lightning.detections import Detections
 from dino_lightning.model import postprocess
 from dino_lightning.structures import Batch, ModelOutput
-from dino_lightning.training.test_time_augmentation import ORIENTATIONS, fuse, orientations, seen_batch
+from dino_lightning.training.test_time_augmentation import fuse, orientation_groups, seen_batch
 
 FROM_DATA = ("class_names", "category_ids", "image_size", "max_size", "stretch_to")
 
@@ -84,19 +84,23 @@ def detections_of_views(
         model: in evaluation mode.
         batch: the images.
         settings: hyperparameters of a `DINOModule`.
-        views: how many ways, one after another; of 1, detections are those of `detections_of`.
+        views: how many ways, some of them in one batch; of 1, detections are those of `detections_of`.
         output: of the model for the batch as it is, where that is there already.
 
     Raises:
         ValueError: a number of views that there is not.
     """
+    if views == 1:
+        return detections_of(model(batch) if output is None else output, batch, settings)
     found: list[list[Detections]] = [[] for _ in batch.image_sizes]
-    for orientation in orientations(views):
-        seen = batch if orientation == ORIENTATIONS[0] else seen_batch(batch, orientation)
-        given = output if seen is batch and output is not None else model(seen)
-        of_images = zip(found, detections_of(given, seen, settings), batch.original_sizes, strict=True)
-        for of_image, detections, size in of_images:
-            of_image.append(orientation.back(detections, size))
+    groups = orientation_groups(views, batch.images.shape, first_alone=output is not None)
+    for group in groups:
+        seen = seen_batch(batch, group)
+        given, output = model(seen) if output is None else output, None  # the first group's is there, if any is
+        detections = iter(detections_of(given, seen, settings))
+        for orientation in group:
+            for of_image, size in zip(found, batch.original_sizes, strict=True):
+                of_image.append(orientation.back(next(detections), size))
     limits = {name: settings[name] for name in ("max_detections", "nms_iou_threshold")}
     return [fuse(of_image, **limits) for of_image in found]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from dino_lightning.structures import Batch
 from dino_lightning.training.option_checks import check_tta_views
 
 SAME_OBJECT = 0.55  # IoU from which boxes of two views mean one object, as weighted boxes fusion has it
+PIXELS_AT_ONCE = 3_000_000  # of the views that are in one batch: no more memory than a batch of training takes
 
 Array = npt.NDArray[np.float32]
 
@@ -78,18 +80,49 @@ def orientations(count: int) -> tuple[Orientation, ...]:
     return ORIENTATIONS[:count]
 
 
-def seen_batch(batch: Batch, orientation: Orientation) -> Batch:
-    """A batch whose images are seen in another way, each top left in its canvas, without targets and ground truth."""
-    canvas = orientation.size((int(batch.images.shape[2]), int(batch.images.shape[3])))
-    images = batch.images.new_zeros((len(batch), 3, *canvas))
-    for index, (height, width) in enumerate(batch.image_sizes):
-        seen = orientation.seen(batch.images[index, :, :height, :width])
-        images[index, :, : seen.shape[1], : seen.shape[2]] = seen
+def orientation_groups(count: int, shape: Sequence[int], *, first_alone: bool = False) -> list[list[Orientation]]:
+    """The first `count` of `ORIENTATIONS` in groups that the model sees at once: of one shape, and not too large.
+
+    Args:
+        count: one of `TTA_VIEWS`.
+        shape: (B, 3, H, W) of the images.
+        first_alone: the image as it is has a group of its own.
+
+    Raises:
+        ValueError: a number of views that there is not.
+    """
+    most = max(1, PIXELS_AT_ONCE // max(1, shape[0] * shape[2] * shape[3]))
+    groups: list[list[Orientation]] = []
+    for place, orientation in enumerate(orientations(count)):
+        new = not groups or groups[-1][0].transposed != orientation.transposed or len(groups[-1]) >= most
+        if new or (first_alone and place == 1):
+            groups.append([])
+        groups[-1].append(orientation)
+    return groups
+
+
+def seen_batch(batch: Batch, ways: Sequence[Orientation]) -> Batch:
+    """A batch whose images are seen in other ways: all in the first, then all in the second, and so on.
+
+    Args:
+        batch: images, each top left in its canvas.
+        ways: all of them transposed, or none.
+
+    Returns:
+        A batch of the same kind, of `len(ways)` times as many images, without targets and ground truth.
+    """
+    canvas = ways[0].size((int(batch.images.shape[2]), int(batch.images.shape[3])))
+    images = batch.images.new_zeros((len(ways) * len(batch), 3, *canvas))
+    for row, (way, index) in enumerate(product(ways, range(len(batch)))):
+        height, width = batch.image_sizes[index]
+        seen = way.seen(batch.images[index, :, :height, :width])
+        images[row, :, : seen.shape[1], : seen.shape[2]] = seen
     return replace(
         batch,
         images=images,
-        image_sizes=tuple(orientation.size(size) for size in batch.image_sizes),
-        original_sizes=tuple(orientation.size(size) for size in batch.original_sizes),
+        image_sizes=tuple(way.size(size) for way in ways for size in batch.image_sizes),
+        image_ids=len(ways) * batch.image_ids,
+        original_sizes=tuple(way.size(size) for way in ways for size in batch.original_sizes),
         targets=None,
         ground_truth=None,
     )

@@ -71,12 +71,13 @@ def names_for_rooms(class_names: Sequence[str]) -> list[str] | None:
     return ["room" if room else name for room, name in zip(found, class_names, strict=True)] if any(found) else None
 
 
-def write_for_shipping(checkpoint: Mapping[str, Any], path: Path) -> str:
+def write_for_shipping(checkpoint: Mapping[str, Any], path: Path, score_threshold: float | None = None) -> str:
     """Write what a detector needs of a run's checkpoint, with 16-bit numbers; returns the SHA-256 of the file.
 
     Args:
         checkpoint: of a run, as read.
         path: the new file.
+        score_threshold: the lowest score that counts; the checkpoint's where it is not given.
     """
     state = {
         name: value.half() if value.is_floating_point() else value
@@ -87,7 +88,7 @@ def write_for_shipping(checkpoint: Mapping[str, Any], path: Path) -> str:
     content = {
         "state_dict": state,
         "hyper_parameters": settings,
-        "score_threshold": checkpoint["score_threshold"],
+        "score_threshold": checkpoint["score_threshold"] if score_threshold is None else score_threshold,
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": checkpoint["pytorch-lightning_version"],

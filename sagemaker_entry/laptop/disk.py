@@ -50,7 +50,8 @@ def check_disk(instance_type: str, size: float, mode: str) -> str:
     copies = 2 if mode == FILE else 1
     needed = copies * size
     disk = NVME_GB.get(instance_type) if has_own_disk(instance_type) else VOLUME_GB
-    what = f"{needed:,.1f} GB for the dataset, " + ("packed and unpacked" if mode == FILE else "streamed and unpacked")
+    shown = f"{needed:,.1f}" if needed >= 0.1 else "less than 0.1"
+    what = f"{shown} GB for the dataset, " + ("packed and unpacked" if mode == FILE else "streamed and unpacked")
     if disk is None:
         return f"{what}; how large the disk of {instance_type} is, is not known here"
     if needed + FOR_THE_REST_GB > disk:

@@ -21,4 +21,6 @@ def test_weights_made_before_train_on_at_the_larger_size_and_for_the_epochs_aske
     checkpoint = torch.load(short / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     assert checkpoint["epoch"] == 0 and checkpoint["global_step"] == 1
     assert not (tmp_path / "runs" / "long").exists()
-    assert load_detector(output).class_names == ("room",)
+    detector = load_detector(output)
+    assert detector.class_names == ("room",)
+    assert detector.score_threshold == 0.38 and detector.module.hparams["tta_views"] == 8

@@ -59,6 +59,7 @@ def test_validate_writes_a_report_and_says_where(checkpoint, capsys):
     page = (folder / "index.html").read_text()
     assert page.count("data:image/jpeg") == 4
     assert summary["deformable_attention"] == summary["residual_norm"] == "PyTorch"
+    assert summary["tta_views"] == 1
     assert "; deformable attention: PyTorch; residual and layer norm: PyTorch; " in page
 
 

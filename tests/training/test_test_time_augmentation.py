@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from dino_lightning import Batch, CocoDataModule, Detections, load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.inference.detector import load_plain_model
-from dino_lightning.training.test_time_augmentation import ORIENTATIONS, fuse, orientations, seen_batch
+from dino_lightning.training.test_time_augmentation import (
+    ORIENTATIONS,
+    fuse,
+    orientation_groups,
+    orientations,
+    seen_batch,
+)
 from tests.conftest import TINY_ARGS
 from tests.inference.test_detector import save_tiny
 from tests.training.test_module import QUIET, tiny_module
@@ -46,11 +52,29 @@ def test_the_eight_ways_differ():
 def test_images_of_a_batch_are_turned_without_their_padding(way):
     images = [torch.rand(3, 20, 30), torch.rand(3, 32, 16)]
     batch = Batch.from_images(images, original_sizes=[(40, 60), (64, 32)], pad_to=(32, 40))
-    seen = seen_batch(batch, way)
+    seen = seen_batch(batch, [way])
     expected = Batch.from_images([way.seen(image) for image in images], pad_to=way.size((32, 40)))
     assert torch.equal(seen.images, expected.images)
     assert seen.image_sizes == expected.image_sizes
     assert seen.original_sizes == tuple(way.size(size) for size in batch.original_sizes)
+
+
+def test_views_are_seen_together_where_they_have_one_shape_and_are_not_too_large():
+    batch = Batch.from_images([torch.rand(3, 20, 30), torch.rand(3, 16, 12)])
+    seen = seen_batch(batch, ORIENTATIONS[4:])
+    assert seen.images.shape == (8, 3, 30, 20) and seen.image_ids == (0, 1) * 4
+    for place, way in enumerate(ORIENTATIONS[4:]):
+        assert torch.equal(seen.images[2 * place : 2 * place + 2], seen_batch(batch, [way]).images)
+
+    def sizes(*shape, **options):
+        groups = orientation_groups(8, shape, **options)
+        assert [way for group in groups for way in group] == list(ORIENTATIONS)
+        return [len(group) for group in groups]
+
+    assert sizes(2, 3, 20, 30) == [4, 4]
+    assert sizes(2, 3, 20, 30, first_alone=True) == [1, 3, 4]
+    assert sizes(1, 3, 800, 1333) == [2, 2, 2, 2]
+    assert sizes(4, 3, 800, 1333) == [1] * 8
 
 
 def test_what_views_agree_on_is_one_object_and_what_one_has_missed_counts_less():

@@ -101,6 +101,7 @@ def test_a_warm_pool_has_a_quota_of_its_own(account):
 @pytest.mark.parametrize(
     ("instance_type", "size", "mode", "words"),
     [
+        ("ml.g5.2xlarge", 0.01, "File", "less than 0.1 GB for the dataset, packed and unpacked, of 450 GB"),
         ("ml.g5.2xlarge", 100, "File", "200.0 GB for the dataset, packed and unpacked, of 450 GB"),
         ("ml.g5.2xlarge", 400, "FastFile", "400.0 GB for the dataset, streamed and unpacked, of 450 GB"),
         ("ml.p3.2xlarge", 40, "File", "of 100 GB"),  # a volume
