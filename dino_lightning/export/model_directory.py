@@ -105,5 +105,6 @@ def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: boo
             "stretched_to_a_square_of": settings.get("stretch_to"),
             "normalisation": "inside the model",
         },
+        "tta_views": settings.get("tta_views", 1),
         "metrics": metrics,
     }
