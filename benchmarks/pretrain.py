@@ -39,12 +39,9 @@ def main() -> None:
     add("--config", default="configs/rooms_small.yaml")
     add("--long_epochs", type=int, default=100, help="of 1,200 plans each, at the config's size")
     add("--short_epochs", type=int, default=8, help="the same, at --size")
-    add("--size", type=int, default=320, help="side of the larger pages in pixels")
+    add("--size", type=int, default=416, help="side of the larger pages in pixels")
     add("--weights", help="name or file to start the short run from, instead of the long one")
     add("--seed", type=int, default=1)
-    add(
-        "--score_threshold", type=float, default=0.38, help="of the weights; that of drawn plans is too high for others"
-    )
     options, more = parser.parse_known_args()
     plans = write_rooms_dataset(options.folder / "plans", num_train=240, num_val=60, style="realistic", seed=SEED)
     common = ["--data.root", str(plans), "--seed_everything", str(options.seed), *more]
@@ -62,7 +59,7 @@ def main() -> None:
         ],
     )
     checkpoint = torch.load(second, map_location="cpu", weights_only=True)
-    checksum = write_for_shipping(checkpoint, options.output, options.score_threshold)
+    checksum = write_for_shipping(checkpoint, options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB, SHA-256 {checksum}")
 
 

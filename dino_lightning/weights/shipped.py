@@ -36,8 +36,8 @@ class ShippedWeights:
 SHIPPED = {
     "rooms_small": ShippedWeights(
         "rooms_small.pt",
-        "e11751ef890961e4078fc3df19f436a8b6326b99709960476d29b493c16a2093",
-        "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 320 x 320 pixels",
+        "ea4a71ec2b2c48c5d3066cfc333ecb4566624ce7e6c0a984a246097d51b8b8c6",
+        "finds rooms on floor plans; the architecture of configs/small_cpu.yaml at 416 x 416 pixels",
     ),
 }
 
@@ -71,13 +71,12 @@ def names_for_rooms(class_names: Sequence[str]) -> list[str] | None:
     return ["room" if room else name for room, name in zip(found, class_names, strict=True)] if any(found) else None
 
 
-def write_for_shipping(checkpoint: Mapping[str, Any], path: Path, score_threshold: float | None = None) -> str:
+def write_for_shipping(checkpoint: Mapping[str, Any], path: Path) -> str:
     """Write what a detector needs of a run's checkpoint, with 16-bit numbers; returns the SHA-256 of the file.
 
     Args:
         checkpoint: of a run, as read.
         path: the new file.
-        score_threshold: the lowest score that counts; the checkpoint's where it is not given.
     """
     state = {
         name: value.half() if value.is_floating_point() else value
@@ -88,7 +87,7 @@ def write_for_shipping(checkpoint: Mapping[str, Any], path: Path, score_threshol
     content = {
         "state_dict": state,
         "hyper_parameters": settings,
-        "score_threshold": checkpoint["score_threshold"] if score_threshold is None else score_threshold,
+        "score_threshold": checkpoint["score_threshold"],
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": checkpoint["pytorch-lightning_version"],

@@ -51,6 +51,7 @@ REFUSED_BY_FIT = {
     "model.class_map": ["[a]", "5"],
     "model.rooms_lr_factor": [".nan", ".inf", "-1", "inf", "0"],
     "model.backbone_weights": ["nowhere", "FILE"],
+    "model.tta_views": ["0", "3", "16", "1.5", "null", "all"],
     "model.lr": [".nan", ".inf", "-1", "inf", "fast", "null", "[1]"],
     "model.backbone_lr": [".nan", ".inf", "-1", "inf"],
     "model.backbone_layer_decay": [".nan", ".inf", "-1", "inf", "0"],

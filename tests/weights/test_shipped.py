@@ -53,19 +53,6 @@ def test_a_detector_by_name_has_classes_threshold_and_the_norms_of_training(tiny
         torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)  # of 16-bit numbers
 
 
-@pytest.mark.parametrize("given", [None, 0.25])
-def test_the_threshold_may_be_another_than_that_of_the_run(tmp_path, given):
-    checkpoint = {
-        "state_dict": {},
-        "hyper_parameters": {},
-        "score_threshold": 0.4,
-        "pytorch-lightning_version": "2.6.0",
-    }
-    shipped.write_for_shipping(checkpoint, tmp_path / "tiny.pt", given)
-    stored = torch.load(tmp_path / "tiny.pt", weights_only=True)
-    assert stored["score_threshold"] == (0.4 if given is None else given)
-
-
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_they_start_a_training_with_either_norm(tiny, norm):
     module = DINOModule(num_classes=1, backbone_norm=norm, **SIZES)
