@@ -16,6 +16,7 @@ from dino_lightning.training.detection import on_host
 from dino_lightning.training.module import DINOModule
 from dino_lightning.weights.reading import read_checkpoint
 
+ROUNDING = 1e-5  # of scores in other batches, which must not take out the detection that the threshold is of
 MOST_VIEWS = 8_000  # of all images: beyond, the user decides when to evaluate
 
 
@@ -47,7 +48,7 @@ def evaluate_with_views(trainer: Trainer, module: DINOModule, data: CocoDataModu
         module.load_state_dict(own)
     if values["F1"] <= 0:
         return None
-    content["score_threshold"] = values["F1_threshold"]
+    content["score_threshold"] = max(0.0, values["F1_threshold"] - ROUNDING)
     with atomic_write(checkpoint) as temporary:
         torch.save(content, temporary)
     return (
