@@ -130,7 +130,7 @@ class Model:
     def __init__(self, work=lambda: None):
         self.work = work
 
-    def detect(self, images, threshold=None):
+    def detect(self, images, threshold=None, tta_views=None):
         self.work()
         return []
 
