@@ -222,6 +222,7 @@ def train(name: str, seed: int, data: Path, options: argparse.Namespace) -> dict
             clock="cpu",
             seed=seed,
             evaluations=1,
+            tta_views=1,
         ),
     )
     last = moments[-1]

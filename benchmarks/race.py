@@ -3,6 +3,7 @@
 All contestants have the same images in the same sizes, the same augmentation, cores, starting weights of the backbone
 (MobileNetV2) and evaluation, and the same minutes of training, in which evaluation does not count. They run one after
 another. How many epochs fit into the minutes is estimated from a few steps of each; the rate drops after 4/5 of them.
+At the end each is evaluated once more with the configuration's test-time augmentation, which is the same for all.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ SHOWN = ("AP", "AP50", "F1")
 
 @dataclass(frozen=True)
 class Moment:
-    """One evaluation: after how many minutes of training and steps, and what came out."""
+    """One evaluation: after how many minutes of training and steps, in how many views, and what came out."""
 
     minutes: float
     step: int
+    views: int
     values: dict[str, float]
 
 
@@ -53,7 +55,7 @@ class Clock(lightning.Callback):
     """
 
     def __init__(self, limit: float, kind: str) -> None:
-        self.limit, self.kind, self.seconds, self.steps = limit, kind, 0.0, 0
+        self.limit, self.kind, self.seconds, self.steps, self.views = limit, kind, 0.0, 0, 1
         self.moments: list[Moment] = []
         self._since: float | None = None
 
@@ -85,16 +87,17 @@ class Clock(lightning.Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Note what came out."""
         values = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in SHOWN}
-        self.moments.append(Moment(self.seconds / 60, trainer.global_step, values))
+        self.moments.append(Moment(self.seconds / 60, trainer.global_step, self.views, values))
         shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"  {self.seconds / 60:5.1f} min, step {trainer.global_step}: {shown}", flush=True)
+        views = f", {self.views} views" if self.views > 1 else ""
+        print(f"  {self.seconds / 60:5.1f} min, step {trainer.global_step}{views}: {shown}", flush=True)
 
 
 def contestant(
     name: str, data: CocoDataModule, epochs: int, options: argparse.Namespace
 ) -> tuple[lightning.LightningModule, list[lightning.Callback], dict[str, Any]]:
     """The module of that name, its callbacks, and options of its Trainer."""
-    model = {**options.settings["model"], "backbone_weights": options.backbone_weights}
+    model = {**options.settings["model"], "backbone_weights": options.backbone_weights, "tta_views": options.tta_views}
     if name == "ours":
         own = {"weights": options.weights, "weights_for_rooms": options.weights_for_rooms, "recipe": "auto"}
         module = DINOModule(num_classes=data.num_classes, **{**model, **own})
@@ -111,7 +114,7 @@ def contestant(
         body.load_state_dict(holder.model.backbone.state_dict())
     side = data.stretch_to or data.image_size
     detector = (faster_rcnn if name == "faster_rcnn" else ssdlite)(body, data.num_classes, side)
-    return Peer(detector, epochs), [], {"gradient_clip_val": 10.0}
+    return Peer(detector, epochs, options.tta_views), [], {"gradient_clip_val": 10.0}
 
 
 def race(name: str, options: argparse.Namespace) -> list[Moment]:
@@ -119,8 +122,8 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
 
     Args:
         name: of `CONTESTANTS`.
-        options: those of the command line; `settings`, a configuration's; `weights_for_rooms`; and `evaluations`, how
-            many there are in the minutes.
+        options: those of the command line; `settings`, a configuration's; `weights_for_rooms`; `evaluations`, how many
+            there are in the minutes; and `tta_views`, in how many views it is evaluated once more at the end.
     """
     lightning.seed_everything(options.seed, verbose=False)
     config = options.settings
@@ -128,7 +131,7 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
     def fit(epochs: int, clock: Clock, **more: Any) -> None:
         data = CocoDataModule(root=str(options.data), **{**config["data"], "num_workers": 0})
         module, callbacks, arguments = contestant(name, data, epochs, options)
-        lightning.Trainer(
+        trainer = lightning.Trainer(
             max_epochs=epochs,
             logger=False,
             enable_checkpointing=False,
@@ -139,7 +142,11 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
             callbacks=[*callbacks, clock],
             **arguments,
             **more,
-        ).fit(module, data)
+        )
+        trainer.fit(module, data)
+        if options.tta_views > 1 and clock.moments:
+            clock.views = options.tta_views
+            trainer.validate(module, data, verbose=False)
 
     limit = options.minutes * 60
     probe = Clock(limit * PROBED_SHARE, options.clock)
@@ -161,8 +168,12 @@ def draw(results: dict[str, list[Moment]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
         for name, moments in results.items():
-            places = [moment.minutes for moment in moments]
-            axes.plot(places, [moment.values[metric] for moment in moments], marker="o", markersize=3, label=name)
+            single = [moment for moment in moments if moment.views == 1]
+            values = [moment.values[metric] for moment in single]
+            (line,) = axes.plot([moment.minutes for moment in single], values, marker="o", markersize=3, label=name)
+            for moment in moments[len(single) :]:
+                place, label = (moment.minutes, moment.values[metric]), f"{name}, {moment.views} views"
+                axes.plot(*place, marker="*", markersize=9, linestyle="", color=line.get_color(), label=label)
         axes.set(title=metric, xlabel="minutes of training", ylim=(0, 1))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
@@ -177,15 +188,21 @@ def main() -> None:
     add("--minutes", type=float, default=30.0, help="of training for each contestant")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time over threads, for a busy machine")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    add("--config", default="small_cpu.yaml", help="ours; the sizes, augmentation and batches of all")
+    add(
+        "--config",
+        default="small_cpu.yaml",
+        help="ours, a file or one that is shipped; the sizes, augmentation and batches of all",
+    )
     add("--backbone_weights", help="file or torchvision name; random if left out")
     add("--weights", help="starting weights of our whole detector")
     add("--seed", type=int, default=0)
     add("--picture", type=Path, default=Path("race.png"))
     add("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
-    options.settings = yaml.safe_load(config_path(options.config).read_text(encoding="utf-8"))
+    config = Path(options.config) if Path(options.config).is_file() else config_path(options.config)
+    options.settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     options.weights_for_rooms, options.evaluations = None, EVALUATIONS
+    options.tta_views = options.settings["model"].get("tta_views", 1)
     results: dict[str, list[Moment]] = {}
     for name in options.contestants:
         results[name] = race(name, options)
@@ -193,10 +210,11 @@ def main() -> None:
         if options.output is not None:
             rows = {key: [vars(moment) for moment in moments] for key, moments in results.items()}
             save(options.output, {"environment": environment(), "results": rows})
-    rows_shown: list[tuple[str, ...]] = [("contestant", "minutes", "steps", *SHOWN)]
+    rows_shown: list[tuple[str, ...]] = [("contestant", "minutes", "steps", "views", *SHOWN)]
     for name, moments in results.items():
         rows_shown += [
-            (name, f"{m.minutes:.1f}", str(m.step), *(f"{m.values[metric]:.3f}" for metric in SHOWN)) for m in moments
+            (name, f"{m.minutes:.1f}", str(m.step), str(m.views), *(f"{m.values[metric]:.3f}" for metric in SHOWN))
+            for m in moments
         ]
     print(table(rows_shown))
     print(f"picture: {options.picture}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -20,6 +21,7 @@ from dino_lightning.detections import Detections
 from dino_lightning.metrics import CocoMetric
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.structures import Batch
+from dino_lightning.training.test_time_augmentation import detect_in_views
 
 CHANNELS = 128  # of the feature maps
 PEER_RATE, PEER_WARMUP = 0.01, 100  # SGD's, and steps
@@ -102,11 +104,12 @@ class Peer(lightning.LightningModule):
     Args:
         detector: takes and gives what torchvision's detection models do.
         max_epochs: the rate drops after 4/5 of them.
+        tta_views: in how many ways an image is seen where it is not evaluated in training.
     """
 
-    def __init__(self, detector: nn.Module, max_epochs: int) -> None:
+    def __init__(self, detector: nn.Module, max_epochs: int, tta_views: int = 1) -> None:
         super().__init__()
-        self.detector, self.max_epochs = detector, max_epochs
+        self.detector, self.max_epochs, self.tta_views = detector, max_epochs, tta_views
         self.metric = CocoMetric()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -116,14 +119,20 @@ class Peer(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Detect as `DINOModule` does: images as they are in training, in all views afterwards."""
+        assert batch.ground_truth is not None
+        views = 1 if self.trainer.state.fn == TrainerFn.FITTING else self.tta_views
+        found = detect_in_views(self.detect, batch, views) if views > 1 else self.detect(batch)
+        self.metric.update(found, batch.ground_truth, batch.image_ids)
+
+    def detect(self, batch: Batch) -> list[Detections]:
         """Detections in pixels of the original images."""
         images, _ = _for_torchvision(batch)
-        assert batch.ground_truth is not None
         found = []
         for output, image, size in zip(self.detector(images), images, batch.original_sizes, strict=True):
             scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
             found.append(Detections(output["boxes"] * scale, output["scores"], output["labels"] - 1))
-        self.metric.update(found, batch.ground_truth, batch.image_ids)
+        return found
 
     def on_validation_epoch_end(self) -> None:
         """Log what DINOModule logs."""

@@ -17,7 +17,7 @@ from dino_lightning.data.transforms import LabelledImage, Transform, eval_transf
 from dino_lightning.detections import Detections
 from dino_lightning.model import postprocess
 from dino_lightning.structures import Batch, ModelOutput
-from dino_lightning.training.test_time_augmentation import fuse, orientation_groups, seen_batch
+from dino_lightning.training.test_time_augmentation import detect_in_views
 
 FROM_DATA = ("class_names", "category_ids", "image_size", "max_size", "stretch_to")
 
@@ -92,17 +92,14 @@ def detections_of_views(
     """
     if views == 1:
         return detections_of(model(batch) if output is None else output, batch, settings)
-    found: list[list[Detections]] = [[] for _ in batch.image_sizes]
-    groups = orientation_groups(views, batch.images.shape, first_alone=output is not None)
-    for group in groups:
-        seen = seen_batch(batch, group)
-        given, output = model(seen) if output is None else output, None  # the first group's is there, if any is
-        detections = iter(detections_of(given, seen, settings))
-        for orientation in group:
-            for of_image, size in zip(found, batch.original_sizes, strict=True):
-                of_image.append(orientation.back(next(detections), size))
-    limits = {name: settings[name] for name in ("max_detections", "nms_iou_threshold")}
-    return [fuse(of_image, **limits) for of_image in found]
+    return detect_in_views(
+        lambda seen: detections_of(model(seen), seen, settings),
+        batch,
+        views,
+        first=None if output is None else detections_of(output, batch, settings),
+        max_detections=settings["max_detections"],
+        nms_iou_threshold=settings["nms_iou_threshold"],
+    )
 
 
 def on_host(detections: Sequence[Detections], image_ids: Sequence[int]) -> list[Detections]:

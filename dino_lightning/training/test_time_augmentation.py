@@ -6,9 +6,10 @@ are fewer, for as many times the time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,39 @@ def seen_batch(batch: Batch, ways: Sequence[Orientation]) -> Batch:
         targets=None,
         ground_truth=None,
     )
+
+
+def detect_in_views(
+    detect: Callable[[Batch], list[Detections]],
+    batch: Batch,
+    count: int,
+    *,
+    first: list[Detections] | None = None,
+    max_detections: int = 300,
+    nms_iou_threshold: float | None = None,
+) -> list[Detections]:
+    """What any detector finds in a batch whose images are seen in several ways, some of them in one batch.
+
+    Args:
+        detect: the detections of a batch, in pixels of its original images.
+        batch: the images.
+        count: how many ways, one of `TTA_VIEWS`.
+        first: the detections of the images as they are, where they are there already.
+        max_detections: see `fuse`.
+        nms_iou_threshold: see `fuse`.
+
+    Raises:
+        ValueError: a number of views that there is not.
+    """
+    found: list[list[Detections]] = [[] for _ in batch.image_sizes]
+    for group in orientation_groups(count, batch.images.shape, first_alone=first is not None):
+        detections = iter(detect(seen_batch(batch, group)) if first is None else first)
+        first = None
+        for orientation in group:
+            for of_image, size in zip(found, batch.original_sizes, strict=True):
+                of_image.append(orientation.back(next(detections), size))
+    limits: dict[str, Any] = {"max_detections": max_detections, "nms_iou_threshold": nms_iou_threshold}
+    return [fuse(of_image, **limits) for of_image in found]
 
 
 def fuse(
