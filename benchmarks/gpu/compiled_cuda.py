@@ -62,7 +62,6 @@ def figures(
         coordinates=coordinates,
         dtypes=(dtype,) * 3,
         reference_gradient=reference_gradient,
-        capability=capability,
     )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -42,7 +42,6 @@ def emulated(monkeypatch, folder):
             coordinates=coordinates,
             dtypes=dtypes,
             reference_gradient=reference_gradient,
-            capability=86,
         )
         library = folder / f"{'_'.join(map(str, macros.values()))}.so"
         options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{cuda_kernels.SOURCE.parent}"]

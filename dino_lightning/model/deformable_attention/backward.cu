@@ -10,6 +10,8 @@
 //      once, and leaves each sum in the lane of its point.
 //    - Gradient of the values: one channel a lane, so that each addition is one row of 128 bytes.
 // 3. One lane, one point again: gradients of logits and offsets, which neighbouring lanes write to neighbouring places.
+//    What step 1 read and computed for it is read and computed once more: kept through step 2 it would take registers
+//    from which a multiprocessor has room for more warps.
 //
 // Nothing is shared but by shuffles, so there is no barrier. All sums and places are float32. Levels and points are
 // unrolled; sizes of maps are plain arguments, so that other maps need no other code.
@@ -46,13 +48,13 @@ INLINE unsigned short to_bfloat16(float x) {
   return bits;
 }
 // The same pointer or number, of which the compiler does not know whence it comes. It would compute each address from
-// the very first pointer, and keep in registers what is computed again in no time.
+// the very first pointer, and keep in registers for step 3 what step 1 computed.
 template <typename T> INLINE T* settled(T* place) {
   asm("" : "+l"(place));
   return place;
 }
-INLINE float settled(float x) {
-  asm("" : "+f"(x));
+INLINE int settled(int x) {
+  asm volatile("" : "+r"(x));  // volatile: stays between the additions before and after it
   return x;
 }
 // Adds share * x where the share is not 0. As an `if`, the compiler makes it a branch, past which it moves no load.
@@ -185,10 +187,63 @@ INLINE Point point_of(int lane, const int* sizes, const float* anchors, const ty
   point.offset = numbers<OFFSET>(pair);
   point.step_x = point.step_y = 1.0f;
   if (COORDINATES == 4) {
-    point.step_x = __ldg(anchors + point.level * 4 + 2) * (point.width * (0.5f / POINTS));
-    point.step_y = __ldg(anchors + point.level * 4 + 3) * (point.height * (0.5f / POINTS));
+    point.step_x = anchors[point.level * 4 + 2] * (point.width * (0.5f / POINTS));
+    point.step_y = anchors[point.level * 4 + 3] * (point.height * (0.5f / POINTS));
   }
   return point;
+}
+
+// Step 3: from the weight of the lane's point, and the products of grad_out with the values of the left and right cells
+// around it, of the upper row in x and of the lower one in y.
+INLINE void write_gradients(
+    float weight, float2 dot_left, float2 dot_right, const int* sizes, const float* reference,
+    const typename Offset::Bits* offsets, float* grad_reference, typename Offset::Bits* grad_offsets,
+    typename Logit::Bits* grad_logits, int num_queries) {
+  const int thread = settled((int)threadIdx.x), plane = settled((int)blockIdx.y);
+  const int lane = thread % 32, head = plane % HEADS, image = plane / HEADS;
+  const int query = settled((int)blockIdx.x) * WARPS + thread / 32;
+  const bool there = lane < COUNT;
+  const long long row = ((long long)image * num_queries + query) * HEADS + head;
+  const float* anchors = settled(reference + ((long long)image * num_queries + query) * (LEVELS * COORDINATES));
+  const Point point = point_of(lane, sizes, anchors, settled((const typename Offset::Pair*)offsets + row * COUNT));
+  const float* anchor = anchors + point.level * COORDINATES;
+  const float x = anchor[0] * point.width - 0.5f + point.offset.x * point.step_x;
+  const float y = anchor[1] * point.height - 0.5f + point.offset.y * point.step_y;
+  const float right = x - floorf(x), below = y - floorf(y), left = 1.0f - right, above = 1.0f - below;
+  const float by_weight =
+      above * (left * dot_left.x + right * dot_right.x) + below * (left * dot_left.y + right * dot_right.y);
+  const float by_x = weight * (above * (dot_right.x - dot_left.x) + below * (dot_right.y - dot_left.y));
+  const float by_y = weight * (left * (dot_left.y - dot_left.x) + right * (dot_right.y - dot_right.x));
+  const float expected = sum_of_warp(there ? weight * by_weight : 0.0f);
+  if (there) {
+    grad_logits[row * COUNT + lane] = rounded<LOGIT>(weight * (by_weight - expected));
+    ((typename Offset::Pair*)grad_offsets)[row * COUNT + lane] = rounded<OFFSET>(by_x * point.step_x, by_y * point.step_y);
+  }
+  if (REFERENCE_GRADIENT) {  // lane l adds up the points of level l
+    float sum_x = 0.0f, sum_y = 0.0f, sum_width = 0.0f, sum_height = 0.0f;
+#pragma unroll
+    for (int other = 0; other < POINTS; ++other) {
+      const int source = (lane * POINTS + other) % 32;
+      sum_x += __shfl_sync(ALL, by_x, source);
+      sum_y += __shfl_sync(ALL, by_y, source);
+      if (COORDINATES == 4) {
+        sum_width += __shfl_sync(ALL, by_x * point.offset.x, source);
+        sum_height += __shfl_sync(ALL, by_y * point.offset.y, source);
+      }
+    }
+    const int of_level = lane < LEVELS ? lane * POINTS : 0;
+    const float width_of_level = __shfl_sync(ALL, (float)point.width, of_level);
+    const float height_of_level = __shfl_sync(ALL, (float)point.height, of_level);
+    if (lane < LEVELS) {
+      float* target = grad_reference + (((long long)plane * num_queries + query) * LEVELS + lane) * COORDINATES;
+      target[0] = sum_x * width_of_level;
+      target[1] = sum_y * height_of_level;
+      if (COORDINATES == 4) {
+        target[2] = sum_width * (width_of_level * (0.5f / POINTS));
+        target[3] = sum_height * (height_of_level * (0.5f / POINTS));
+      }
+    }
+  }
 }
 
 // grad_value is float32, zero before; grad_reference has a part for each head. Grid: (queries / WARPS, images * HEADS).
@@ -224,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) deformable_
   const float before_x = floorf(x), before_y = floorf(y);
   const int column = (int)fminf(fmaxf(before_x, -2.0f), width + 1.0f);
   const int line = (int)fminf(fmaxf(before_y, -2.0f), height + 1.0f);
-  float right = x - before_x, below = y - before_y, left = 1.0f - right, above = 1.0f - below;
+  const float right = x - before_x, below = y - before_y, left = 1.0f - right, above = 1.0f - below;
   const bool left_in = there && column >= 0 && column < width, right_in = there && column >= -1 && column < width - 1;
   const bool upper_in = line >= 0 && line < height, lower_in = line >= -1 && line < height - 1;
   warp.cell = point.start + line * width + column;
@@ -258,43 +313,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) deformable_
     }
   }
 
-  // 3. One lane, one point.
-  right = settled(right);
-  below = settled(below);
-  left = 1.0f - right;
-  above = 1.0f - below;
-  const float by_weight =
-      above * (left * dot_left.x + right * dot_right.x) + below * (left * dot_left.y + right * dot_right.y);
-  const float by_x = weight * (above * (dot_right.x - dot_left.x) + below * (dot_right.y - dot_left.y));
-  const float by_y = weight * (left * (dot_left.y - dot_left.x) + right * (dot_right.y - dot_right.x));
-  const float expected = sum_of_warp(there ? weight * by_weight : 0.0f);
-  if (there) {
-    grad_logits[row * COUNT + lane] = rounded<LOGIT>(weight * (by_weight - expected));
-    ((typename Offset::Pair*)grad_offsets)[row * COUNT + lane] = rounded<OFFSET>(by_x * point.step_x, by_y * point.step_y);
-  }
-  if (REFERENCE_GRADIENT) {  // lane l adds up the points of level l
-    float sum_x = 0.0f, sum_y = 0.0f, sum_width = 0.0f, sum_height = 0.0f;
-#pragma unroll
-    for (int other = 0; other < POINTS; ++other) {
-      const int source = (lane * POINTS + other) % 32;
-      sum_x += __shfl_sync(ALL, by_x, source);
-      sum_y += __shfl_sync(ALL, by_y, source);
-      if (COORDINATES == 4) {
-        sum_width += __shfl_sync(ALL, by_x * point.offset.x, source);
-        sum_height += __shfl_sync(ALL, by_y * point.offset.y, source);
-      }
-    }
-    const int of_level = lane < LEVELS ? lane * POINTS : 0;
-    const float width_of_level = __shfl_sync(ALL, (float)point.width, of_level);
-    const float height_of_level = __shfl_sync(ALL, (float)point.height, of_level);
-    if (lane < LEVELS) {
-      float* target = grad_reference + (((long long)blockIdx.y * num_queries + query) * LEVELS + lane) * COORDINATES;
-      target[0] = sum_x * width_of_level;
-      target[1] = sum_y * height_of_level;
-      if (COORDINATES == 4) {
-        target[2] = sum_width * (width_of_level * (0.5f / POINTS));
-        target[3] = sum_height * (height_of_level * (0.5f / POINTS));
-      }
-    }
-  }
+  write_gradients(weight, dot_left, dot_right, sizes, reference, offsets, grad_reference, grad_offsets, grad_logits,
+                  num_queries);
 }

@@ -22,6 +22,7 @@ DIM = 32  # channels of a head: one for each lane
 MAX_COUNT = 32  # levels times points: one for each lane
 MAX_IMAGES_AND_HEADS = 65535  # blocks along y
 WARPS = 8  # of a block
+MOST_OF_SIX_BLOCKS = 16  # levels times points
 SOURCE = Path(__file__).with_name("backward.cu")
 NAME = "deformable_attention_backward"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in the source
@@ -35,7 +36,6 @@ def macros(
     coordinates: int,
     dtypes: Sequence[torch.dtype],
     reference_gradient: bool,
-    capability: int,
 ) -> dict[str, int]:
     """What the source is compiled for.
 
@@ -46,14 +46,10 @@ def macros(
         coordinates: 2 for reference points, 4 for boxes.
         dtypes: of values, offsets and logits.
         reference_gradient: whether the reference points get a gradient.
-        capability: 86 for sm_86.
     """
-    # Registers: 48 a thread, of which a multiprocessor of sm_86 and sm_89 (48 warps) has enough for 40 warps. One of
-    # sm_80 and sm_90 (64 warps) has room for more warps with 40, which is enough where little else is kept.
-    # The most is kept with boxes that get a gradient: with other than 16 samples it takes up to 64.
-    usual = levels * points == 16
-    spare = capability in (80, 90) and coordinates == 2 and not reference_gradient and usual
-    blocks = 6 if spare else 4 if reference_gradient and coordinates == 4 and not usual else 5
+    # 6 blocks leave 40 registers a thread: room for all 48 warps of a multiprocessor of sm_86 and sm_89, and for 48 of
+    # the 64 of sm_80 and sm_90. With more points the compiler would spill a few; 5 leave 48.
+    blocks = 6 if levels * points <= MOST_OF_SIX_BLOCKS else 5
     sizes = {"HEADS": heads, "LEVELS": levels, "POINTS": points, "COORDINATES": coordinates}
     types = dict(zip(("VALUE", "OFFSET", "LOGIT"), (TYPES[dtype] for dtype in dtypes), strict=True))
     launch = {"WARPS": WARPS, "MIN_BLOCKS": blocks}
@@ -157,7 +153,6 @@ def _kernel(
         coordinates=coordinates,
         dtypes=dtypes,
         reference_gradient=reference_gradient,
-        capability=10 * major + minor,
     )
     code = nvrtc.compiled(source(), chosen, 10 * major + minor)
     return nvrtc.Kernel(code, NAME, device.index if device.index is not None else torch.cuda.current_device())
