@@ -61,9 +61,14 @@ class ImageRule:
         ruled = resized_size(size, image_size or self.image_size, max_size or self.max_size)
         return ruled if self.static is None else fitted_size(size, ruled, self.static)
 
+    @property
+    def turns(self) -> bool:
+        """Whether images can be turned by a quarter after resizing: not for a canvas that is no square."""
+        return self.static is None or self.static[0] == self.static[1]
+
     def resized(self, pixels: Tensor, image_size: int | None = None, max_size: int | None = None) -> Tensor:
         """(3, h, w) uint8, any image -> (3, height, width) uint8, by `size`; without padding."""
-        before = (int(pixels.shape[1]), int(pixels.shape[2]))
+        before = _size(pixels)
         after = self.size(before, image_size, max_size)
         return pixels if after == before else resize_pixels(pixels, after)
 
@@ -176,8 +181,14 @@ class ExportedModel:
         found = []
         for image in images:
             pixels = to_pixels(image)
-            size = (int(pixels.shape[1]), int(pixels.shape[2]))
-            views = [way.back(self._detect(way.seen(pixels), image_size, max_size), size) for way in ways]
+            size, resized = _size(pixels), self.rule.resized(pixels, image_size, max_size)
+            views = []
+            for way in ways:  # turned after resizing, as `DINOModule` does, where the canvas takes it
+                if self.rule.turns:
+                    seen = way.seen(resized)
+                else:
+                    seen = self.rule.resized(way.seen(pixels), image_size, max_size)
+                views.append(way.back(self._detect(seen, way.size(size)), size))
             found.append(fuse(views, **self._fused_by).above(threshold).within(size))
         return found
 
@@ -186,23 +197,25 @@ class ExportedModel:
     ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
         """What the file is given for an image (3, H, W) uint8, and the (height, width) of the image in it."""
         resized = self.rule.resized(pixels, image_size, max_size)
-        size = (int(resized.shape[1]), int(resized.shape[2]))
-        image = self.rule.padded(resized)[None]
-        if self.preprocessing == "inside":
-            return (image,), size
-        prepared = ((image.float() - self._mean) / self._std).contiguous()
-        return (prepared, torch.tensor([size]), torch.tensor([[int(side) for side in pixels.shape[1:]]])), size
+        return self._inputs(resized, _size(pixels)), _size(resized)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`OUTPUTS` for `inputs`."""
         return self._run(*inputs)
 
-    def _detect(self, pixels: Tensor, image_size: int | None, max_size: int | None) -> Detections:
-        size = (int(pixels.shape[1]), int(pixels.shape[2]))
-        inputs, resized = self.inputs(pixels, image_size, max_size)
-        boxes, scores, labels = (values[0].cpu() for values in self._run(*inputs)[:3])
+    def _inputs(self, resized: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Of an image that has been resized and had `size` before."""
+        image = self.rule.padded(resized)[None]
+        if self.preprocessing == "inside":
+            return (image,)
+        prepared = ((image.float() - self._mean) / self._std).contiguous()
+        return prepared, torch.tensor([_size(resized)]), torch.tensor([size])
+
+    def _detect(self, resized: Tensor, size: tuple[int, int]) -> Detections:
+        """Of an image that has been resized, in pixels of the `size` before."""
+        boxes, scores, labels = (values[0].cpu() for values in self._run(*self._inputs(resized, size))[:3])
         if self.preprocessing == "inside":  # boxes are in pixels of what the file was given
-            boxes = boxes * torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
+            boxes = boxes * torch.tensor([size[1] / resized.shape[2], size[0] / resized.shape[1]]).repeat(2)
         kept = scores > 0  # 0: taken out by non-maximum suppression
         return Detections(
             boxes_xyxy=boxes[kept],
@@ -211,6 +224,11 @@ class ExportedModel:
             class_names=self.class_names,
             category_ids=self.category_ids,
         )
+
+
+def _size(pixels: Tensor) -> tuple[int, int]:
+    """(height, width) of (3, h, w)."""
+    return int(pixels.shape[1]), int(pixels.shape[2])
 
 
 def stored_text(description: Mapping[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.export.exported_model import ImageRule
 from dino_lightning.export.openvino_model import OpenVinoModel
 from dino_lightning.floor_plans.dataset import draw_plan
+from dino_lightning.training.test_time_augmentation import detect_in_views
 from tests.export.exported import CLASSES, assert_same, images, save, tiny_module
 
 # Each is one that onnxruntime, OpenVINO and TensorRT 10 have; a new one needs a look at docs/tensorrt.md.
@@ -121,14 +122,25 @@ def test_every_form_gives_the_same_boxes_in_20_plans_of_varied_sizes(module, for
         assert_same(detector(plan, threshold=0.0), expected)
 
 
-def in_canvas(module, rule, image):
+@pytest.mark.parametrize("name", ["outside.onnx", "padded.onnx", "outside.xml", "padded.xml", "outside.pt2"])
+def test_every_form_gives_the_same_boxes_in_eight_views(module, form, name):
+    detector = load_detector(form(name), device="cpu")
+    for seed in range(4):
+        plan = draw_plan(seed, size=150 + 40 * seed)[0]
+        (expected,) = module.detect([plan], threshold=0.0, tta_views=8)
+        if name.startswith("padded"):
+            expected = in_canvas(module, detector.model.rule, plan, views=8)
+        assert_same(detector(plan, threshold=0.0, tta_views=8), expected)
+
+
+def in_canvas(module, rule, image, views=1):
     """What the module finds in an image as one of a batch that is padded to the canvas."""
     pixels = to_pixels(image)
     resized, size = rule.resized(pixels), (int(pixels.shape[1]), int(pixels.shape[2]))
     assert resized.shape[1] <= 160 and resized.shape[2] <= 160
     batch = replace(Batch.from_images([resized], original_sizes=[size]), images=rule.padded(resized)[None])
     with torch.no_grad():
-        return module(batch)[0].within(size)
+        return detect_in_views(module, batch, views)[0].within(size) if views > 1 else module(batch)[0].within(size)
 
 
 def test_a_canvas_takes_stretched_images_and_gives_boxes_in_pixels_of_the_file(module, form):
