@@ -1,10 +1,11 @@
 """Images per second of `predict` as a share of what its model alone does: `python -m benchmarks predict`.
 
-The model alone: the same weights, precision, batch size and threads, one batch after another, on images that lie in
-memory decoded and resized, to detections above the threshold. `predict` reads, resizes, detects, draws and writes files
-from and to a folder; its seconds are those that it says itself, without loading the model. In turns, with and without
-pictures, on drawn plans as PNG and as JPEG files. On a CPU all of this is done by the same cores, so it also says what
-share the processor time allows: cores times the seconds of the model alone, by the processor seconds of everything.
+The model alone: the same weights, precision, batch size, views and threads, one batch after another, on images that lie
+in memory decoded and resized, to detections above the threshold. `predict` reads, resizes, detects, draws and writes
+files from and to a folder; its seconds are those that it says itself, without loading the model. In turns, with and
+without pictures, on drawn plans as PNG and as JPEG files. On a CPU all of this is done by the same cores, so it also
+says what share the processor time allows: cores times the seconds of the model alone, by the processor seconds of
+everything.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dino_lightning.inference.loop import OVERLAY_SIDE
 from dino_lightning.inference.predict_folder import PredictOptions, predict_folder
 from dino_lightning.structures import Batch
 from dino_lightning.training.module import DINOModule
+from dino_lightning.training.option_checks import TTA_VIEWS
 from dino_lightning.weights.reading import find_model
 
 ALONE = "the model alone"
@@ -82,7 +84,7 @@ def rate_alone(module: DINOModule, images: Sequence[tuple[Tensor, tuple[int, int
     start = time.perf_counter()
     for group in groups:
         batch = Batch.from_images([pixels for pixels, _ in group], original_sizes=[size for _, size in group])
-        for detections in module(batch.to(module.device)):
+        for detections in module.detect_batch(batch.to(module.device)):
             detections.cpu().above(module.score_threshold)
     return len(images) / (time.perf_counter() - start)
 
@@ -148,7 +150,7 @@ def rate_of_predict(checkpoint: Path, images: Path, output: Path, options: argpa
         output=output,
         overwrite=True,
         overlays=pictures,
-        tta_views=1,  # as the model alone sees them
+        tta_views=options.tta_views,
         accelerator=options.device,
         devices="1",
         precision="32-true",
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--num_workers", type=int, help="processes that read images (as predict chooses)")
+    parser.add_argument("--tta_views", type=int, choices=TTA_VIEWS, help="ways to see an image (as the model has it)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
@@ -182,6 +185,8 @@ def main() -> None:
         else:
             checkpoint = random_checkpoint(options.config, options.tiny, folder / "random.ckpt")
         module = load_module(checkpoint).to(options.device)
+        if options.tta_views is not None:
+            module.hparams["tta_views"] = options.tta_views
         folders = plans_of(options.plans or folder / "plans", options.images, options.size)
         images = in_memory(module, sorted(folders["png"].iterdir()))
         cost = {suffix: costs(module, plans, folder) for suffix, plans in folders.items()}
@@ -213,7 +218,8 @@ def main() -> None:
         rows.append((case, f"{middle:.1f}", f"{share:.0%}", f"{min(shares):.0%} to {max(shares):.0%}", spent, allowed))
     print(
         f"{len(images)} plans, {options.device}, {torch.get_num_threads()} threads, "
-        f"batches of {options.batch_size}, {options.rounds} rounds in turns\n\n{table(rows)}"
+        f"batches of {options.batch_size}, {module.hparams['tta_views']} views, {options.rounds} rounds in turns\n\n"
+        f"{table(rows)}"
     )
     if options.output is not None:
         save(options.output, {"environment": environment(), "results": results})

@@ -18,6 +18,7 @@ KINDS = [f"predict, {kind}, {pictures} pictures" for kind in ("JPG", "PNG") for 
 def test_each_way_is_compared_with_the_model_alone(tmp_path):
     output, plans = tmp_path / "predict.json", tmp_path / "plans"
     options = ["--config", "small_cpu", "--tiny", "--images", "3", "--size", "160", "--rounds", "2", "--device", "cpu"]
+    options += ["--tta_views", "2"]
     printed = run(tmp_path, "predict", *options, "--plans", str(plans), "--output", str(output))
     results = json.loads(output.read_text())["results"]
     costs = results.pop("processor_seconds")
@@ -25,7 +26,7 @@ def test_each_way_is_compared_with_the_model_alone(tmp_path):
     assert all(len(case["rounds"]) == 2 and min(case["rounds"]) > 0 for case in results.values())
     assert costs[ALONE] > 0 and all(costs[kind][part] > 0 for kind in ("jpg", "png") for part in ("read", "picture"))
     assert {path.suffix for path in plans.rglob("*.*g") if path.parent.name == "jpg"} == {".jpg"}
-    assert "3 plans, cpu, 1 threads" in printed
+    assert "3 plans, cpu, 1 threads, batches of 1, 2 views, 2 rounds" in printed
 
 
 def test_the_model_alone_sees_every_image_once_in_batches_of_one_shape(tmp_path, monkeypatch):
