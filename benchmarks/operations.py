@@ -1,4 +1,4 @@
-"""Operations of a training step, by part: `python -m benchmarks operations --size 800x1333`.
+"""Operations of a training step, by part: `python -m benchmarks operations`.
 
 A count, not a time: nothing is computed, the tensors only have shapes, so it is the same on every machine and at every
 size. Each operation is one launch on a GPU, or a few; views and memory requests are none, and deformable attention and
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import environment, save, table
 from benchmarks.peers import random_batch
 from benchmarks.step import OurStep
+from dino_lightning.cli.command import HelpFormatter
 from dino_lightning.losses import matcher
 from dino_lightning.model import residual_norm
 from dino_lightning.model.deformable_attention import dispatch
@@ -124,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks operations",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--size", default="800x1333", help="height x width")
     parser.add_argument("--batch_size", type=int, default=2)

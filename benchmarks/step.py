@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.peaks import peaks_of
 from benchmarks.measure import Timing, environment, interleaved, save, table
 from benchmarks.peers import CLASSES, DTYPES, random_batch, rfdetr_step, transformers_step
+from dino_lightning.cli.command import HelpFormatter
 from dino_lightning.losses import Criterion
 from dino_lightning.model import DINO
 from dino_lightning.structures import Batch
@@ -269,7 +270,7 @@ def rates(flops: float, images: int, seconds: float, peak_tflops: float | None =
 def main() -> None:
     """Run the measurement and print a table; `--output` writes the numbers as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks step", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--size", default="480x640", help="height x width, or coco-mix")
     parser.add_argument("--batch_size", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Bytes that the encoder moves in a training step: `python -m benchmarks traffic --size 800x1333`.
+"""Bytes that the encoder moves in a training step: `python -m benchmarks traffic`.
 
 A count, not a time: nothing is computed, the tensors only have shapes, so it is the same on every machine. Each
 operation reads its inputs and writes its outputs once, whatever a cache holds; what is broadcast is read once. The
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import environment, save, table
 from benchmarks.operations import NO_LAUNCHES
 from benchmarks.peers import DTYPES
+from dino_lightning.cli.command import HelpFormatter
 from dino_lightning.model import residual_norm
 from dino_lightning.model.deformable_attention import dispatch
 from dino_lightning.model.encoder import Encoder
@@ -117,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks traffic",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--size", default="800x1333", help="height x width")
     parser.add_argument("--batch_size", type=int, default=2)

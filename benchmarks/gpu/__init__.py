@@ -1,4 +1,4 @@
-"""Everything that a GPU can say, in one run of ten minutes: `python -m benchmarks gpu --minutes 10 --output gpu.json`.
+"""Everything that a GPU can say, in ten minutes: `python -m benchmarks gpu`.
 
 Each part is a process of its own with its own time limit; the file is rewritten after each, and a short table comes
 last. What a part does not need of its time goes to those after it. A part that fails or runs out of time is reported,
@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.gpu import table
 from benchmarks.measure import command_line, save
+from dino_lightning.cli.command import HelpFormatter
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "RESULTS.md"
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="parts:\n" + "\n".join(f"  {number:<3} {part.title}" for number, part in PARTS.items()),
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="of wall clock, for all parts together")

@@ -38,7 +38,7 @@ class Terminated(BaseException):
 WIDEST = 118  # characters of a line of help
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Descriptions as wide as the terminal, 118 characters at most."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -60,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=_Formatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
             **more,
         )
