@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from dino_lightning.model.backbone import Backbone
 from dino_lightning.weights.backbone_loading import start_backbone_from
 
 CONTESTANTS = ("ours", "faster_rcnn", "ssdlite")
-PROBED_STEPS, PROBED_SHARE = 6, 0.1  # as many, but not more of the minutes
+PROBED_STEPS, PROBED_SHARE = 25, 0.1  # as many, but not more of the minutes
 EVALUATIONS = 8
 SHOWN = ("AP", "AP50", "F1")
 
@@ -55,7 +56,8 @@ class Clock(lightning.Callback):
     """
 
     def __init__(self, limit: float, kind: str) -> None:
-        self.limit, self.kind, self.seconds, self.steps, self.views = limit, kind, 0.0, 0, 1
+        self.limit, self.kind, self.seconds, self.views = limit, kind, 0.0, 1
+        self.of_steps: list[float] = []  # seconds of each
         self.moments: list[Moment] = []
         self._since: float | None = None
 
@@ -68,14 +70,17 @@ class Clock(lightning.Callback):
             self._since = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Run on."""
+        """Run on; the last epoch is evaluated, whichever it is."""
         self._since = self._now() if self._since is None else self._since
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where the time is over; the evaluation at the end of the epoch follows."""
+        before = self.seconds
         self._pause()
         self._since = self._now()
-        self.steps += 1
+        self.of_steps.append(self.seconds - before)
         if self.seconds >= self.limit:
             trainer.should_stop = True
             trainer.check_val_every_n_epoch = 1  # whichever epoch this is
@@ -152,7 +157,7 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
     probe = Clock(limit * PROBED_SHARE, options.clock)
     fit(1, probe, limit_train_batches=PROBED_STEPS, limit_val_batches=0)
     data = CocoDataModule(root=str(options.data), **config["data"])
-    steps, in_epoch = limit / (probe.seconds / probe.steps), max(data.images_per_epoch // data.batch_size, 1)
+    steps, in_epoch = limit / statistics.median(probe.of_steps), max(data.images_per_epoch // data.batch_size, 1)
     epochs = math.ceil(steps / in_epoch)
     print(f"{name}: {steps:.0f} steps, {steps / in_epoch:.1f} epochs in {options.minutes:g} minutes", flush=True)
     clock = Clock(limit, options.clock)

@@ -87,5 +87,7 @@ def test_a_race_of_seconds_gives_numbers_for_each_contestant_and_a_picture(rooms
     results = json.loads(output.read_text())["results"]
     assert set(results) == {"ours", "faster_rcnn", "ssdlite"}
     for moments in results.values():
-        assert moments and all(0 <= value <= 1 for moment in moments for value in moment["values"].values())
+        assert all(0 <= value <= 1 for moment in moments for value in moment["values"].values())
+        views, steps = [moment["views"] for moment in moments], [moment["step"] for moment in moments]
+        assert views == [1] * (len(moments) - 1) + [8] and steps[-2] == steps[-1]  # both ways at the end
     assert "contestant" in printed and picture.read_bytes().startswith(b"\x89PNG")
