@@ -126,7 +126,7 @@ def costs(module: DINOModule, folder: Path, written: Path) -> dict[str, float]:
 def detections_in(module: DINOModule, path: Path) -> Detections:
     """What `predict` draws on an image."""
     ((pixels, size),) = in_memory(module, [path])
-    (found,) = module(Batch.from_images([pixels], original_sizes=[size]).to(module.device))
+    (found,) = module.detect_batch(Batch.from_images([pixels], original_sizes=[size]).to(module.device))
     detections: Detections = found.cpu().above(module.score_threshold)
     return detections
 

@@ -2,7 +2,7 @@
 
 All contestants have the same images in the same sizes, the same augmentation, cores, starting weights of the backbone
 (MobileNetV2) and evaluation, and the same minutes of training, in which evaluation does not count. They run one after
-another. How many epochs fit into the minutes is estimated from a few steps of each; the rate drops after 4/5 of them.
+another. How many epochs fit into the minutes is estimated from 20 steps of each; the rate drops after 4/5 of them.
 At the end each is evaluated once more with the configuration's test-time augmentation, which is the same for all.
 """
 
@@ -26,13 +26,14 @@ from benchmarks.measure import environment, save, table
 from benchmarks.torchvision_detectors import Peer, faster_rcnn, ssdlite
 from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.callbacks import EMA
-from dino_lightning.cli.config_files import config_path
+from dino_lightning.cli.config_files import absent_config, config_path
 from dino_lightning.files import save_figure
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.weights.backbone_loading import start_backbone_from
 
 CONTESTANTS = ("ours", "faster_rcnn", "ssdlite")
 PROBED_STEPS, PROBED_SHARE = 25, 0.1  # as many, but not more of the minutes
+WARM_UP = 5  # steps of these, which are slower
 EVALUATIONS = 8
 SHOWN = ("AP", "AP50", "F1")
 
@@ -149,7 +150,7 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
             **more,
         )
         trainer.fit(module, data)
-        if options.tta_views > 1 and clock.moments:
+        if options.tta_views > 1 and clock.moments:  # of which the probe has none
             clock.views = options.tta_views
             trainer.validate(module, data, verbose=False)
 
@@ -157,7 +158,8 @@ def race(name: str, options: argparse.Namespace) -> list[Moment]:
     probe = Clock(limit * PROBED_SHARE, options.clock)
     fit(1, probe, limit_train_batches=PROBED_STEPS, limit_val_batches=0)
     data = CocoDataModule(root=str(options.data), **config["data"])
-    steps, in_epoch = limit / statistics.median(probe.of_steps), max(data.images_per_epoch // data.batch_size, 1)
+    in_epoch = max(data.images_per_epoch // data.batch_size, 1)
+    steps = limit / statistics.mean(probe.of_steps[WARM_UP:] or probe.of_steps)
     epochs = math.ceil(steps / in_epoch)
     print(f"{name}: {steps:.0f} steps, {steps / in_epoch:.1f} epochs in {options.minutes:g} minutes", flush=True)
     clock = Clock(limit, options.clock)
@@ -176,7 +178,7 @@ def draw(results: dict[str, list[Moment]], path: Path) -> None:
             single = [moment for moment in moments if moment.views == 1]
             values = [moment.values[metric] for moment in single]
             (line,) = axes.plot([moment.minutes for moment in single], values, marker="o", markersize=3, label=name)
-            for moment in moments[len(single) :]:
+            for moment in (each for each in moments if each.views > 1):
                 place, label = (moment.minutes, moment.values[metric]), f"{name}, {moment.views} views"
                 axes.plot(*place, marker="*", markersize=9, linestyle="", color=line.get_color(), label=label)
         axes.set(title=metric, xlabel="minutes of training", ylim=(0, 1))
@@ -204,7 +206,10 @@ def main() -> None:
     add("--picture", type=Path, default=Path("race.png"))
     add("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
-    config = Path(options.config) if Path(options.config).is_file() else config_path(options.config)
+    try:
+        config = Path(options.config) if Path(options.config).is_file() else config_path(options.config)
+    except FileNotFoundError:
+        parser.error(absent_config(options.config))
     options.settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     options.weights_for_rooms, options.evaluations = None, EVALUATIONS
     options.tta_views = options.settings["model"].get("tta_views", 1)

@@ -104,7 +104,7 @@ class Peer(lightning.LightningModule):
     Args:
         detector: takes and gives what torchvision's detection models do.
         max_epochs: the rate drops after 4/5 of them.
-        tta_views: in how many ways an image is seen where it is not evaluated in training.
+        tta_views: in how many ways `validate` sees an image; while training it is seen as it is.
     """
 
     def __init__(self, detector: nn.Module, max_epochs: int, tta_views: int = 1) -> None:
@@ -119,11 +119,10 @@ class Peer(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detect as `DINOModule` does: images as they are in training, in all views afterwards."""
+        """Detect as `DINOModule` does: in one view while training, in all of them afterwards."""
         assert batch.ground_truth is not None
         views = 1 if self.trainer.state.fn == TrainerFn.FITTING else self.tta_views
-        found = detect_in_views(self.detect, batch, views) if views > 1 else self.detect(batch)
-        self.metric.update(found, batch.ground_truth, batch.image_ids)
+        self.metric.update(detect_in_views(self.detect, batch, views), batch.ground_truth, batch.image_ids)
 
     def detect(self, batch: Batch) -> list[Detections]:
         """Detections in pixels of the original images."""

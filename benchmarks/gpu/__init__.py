@@ -1,8 +1,9 @@
 """Everything that a GPU can say, in ten minutes: `python -m benchmarks gpu`.
 
-Each part is a process of its own with its own time limit; the file is rewritten after each, and a short table comes
-last. What a part does not need of its time goes to those after it. A part that fails or runs out of time is reported,
-with what it had measured until then, and the next one runs: the exit code is 1 only if no part measured anything.
+Each part is a process of its own with its own time limit; the file of `--output` is rewritten after each, and a short
+table comes last. What a part does not need of its time goes to those after it. A part that fails or runs out of time is
+reported, with what it had measured until then, and the next one runs: the exit code is 1 only if no part measured
+anything.
 
 `--device cpu` runs every part at small sizes, to find mistakes before a GPU is paid for; its numbers mean nothing.
 `--baseline module:callable` is measured beside deformable attention (part 2): it takes `benchmarks.op.Inputs` and

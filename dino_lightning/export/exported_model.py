@@ -184,7 +184,7 @@ class ExportedModel:
             size, resized = _size(pixels), self.rule.resized(pixels, image_size, max_size)
             views = []
             for way in ways:  # turned after resizing, as `DINOModule` does, where the canvas takes it
-                if self.rule.turns:
+                if self.rule.turns or not way.transposed:
                     seen = way.seen(resized)
                 else:
                     seen = self.rule.resized(way.seen(pixels), image_size, max_size)
@@ -204,7 +204,7 @@ class ExportedModel:
         return self._run(*inputs)
 
     def _inputs(self, resized: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Of an image that has been resized and had `size` before."""
+        """What the file is given for a resized image; `size` is its (height, width) before."""
         image = self.rule.padded(resized)[None]
         if self.preprocessing == "inside":
             return (image,)
@@ -212,7 +212,7 @@ class ExportedModel:
         return prepared, torch.tensor([_size(resized)]), torch.tensor([size])
 
     def _detect(self, resized: Tensor, size: tuple[int, int]) -> Detections:
-        """Of an image that has been resized, in pixels of the `size` before."""
+        """The detections in a resized image, in pixels of its (height, width) before, `size`."""
         boxes, scores, labels = (values[0].cpu() for values in self._run(*self._inputs(resized, size))[:3])
         if self.preprocessing == "inside":  # boxes are in pixels of what the file was given
             boxes = boxes * torch.tensor([size[1] / resized.shape[2], size[0] / resized.shape[1]]).repeat(2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,18 +147,20 @@ def detect_in_views(
         max_detections: see `fuse`.
         nms_iou_threshold: see `fuse`.
 
+    Returns:
+        Detections of each image; on the host, where there are several ways.
+
     Raises:
         ValueError: a number of views that there is not.
     """
     found: list[list[Detections]] = [[] for _ in batch.image_sizes]
     for group in orientation_groups(count, batch.images.shape, first_alone=first is not None):
-        detections = iter(detect(seen_batch(batch, group)) if first is None else first)
+        detections = detect(seen_batch(batch, group)) if first is None else first
         first = None
-        for orientation in group:
-            for of_image, size in zip(found, batch.original_sizes, strict=True):
-                of_image.append(orientation.back(next(detections), size))
-    limits: dict[str, Any] = {"max_detections": max_detections, "nms_iou_threshold": nms_iou_threshold}
-    return [fuse(of_image, **limits) for of_image in found]
+        places = product(group, zip(found, batch.original_sizes, strict=True))
+        for (orientation, (of_image, size)), seen in zip(places, detections, strict=True):
+            of_image.append(orientation.back(seen, size))
+    return [fuse(of_image, max_detections=max_detections, nms_iou_threshold=nms_iou_threshold) for of_image in found]
 
 
 def fuse(

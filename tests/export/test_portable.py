@@ -16,7 +16,7 @@ from dino_lightning.errors import CheckpointError
 from dino_lightning.export.exported_model import ImageRule
 from dino_lightning.export.openvino_model import OpenVinoModel
 from dino_lightning.floor_plans.dataset import draw_plan
-from dino_lightning.training.test_time_augmentation import detect_in_views
+from dino_lightning.training.test_time_augmentation import detect_in_views, fuse, orientations
 from tests.export.exported import CLASSES, assert_same, images, save, tiny_module
 
 # Each is one that onnxruntime, OpenVINO and TensorRT 10 have; a new one needs a look at docs/tensorrt.md.
@@ -131,6 +131,17 @@ def test_every_form_gives_the_same_boxes_in_eight_views(module, form, name):
         if name.startswith("padded"):
             expected = in_canvas(module, detector.model.rule, plan, views=8)
         assert_same(detector(plan, threshold=0.0, tta_views=8), expected)
+
+
+def test_a_canvas_that_is_no_square_takes_eight_views_of_any_shape(form):
+    detector, image = load_detector(form("canvas.onnx")), images([(200, 333)])[0]
+    stretched, views = tiny_module(image_size=128, max_size=160), []
+    for way in orientations(8):
+        (found,) = stretched.detect([detector.model.rule.resized(way.seen(image))], threshold=0.0)
+        height, width = way.size((200, 333))
+        found.boxes_xyxy.mul_(torch.tensor([width / 160, height / 128]).repeat(2))
+        views.append(way.back(found, (200, 333)))
+    assert_same(detector(image, threshold=0.0, tta_views=8), fuse(views).within((200, 333)))
 
 
 def in_canvas(module, rule, image, views=1):

@@ -24,6 +24,7 @@ static float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); 
 static unsigned bits_of(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 #define __expf std::exp
 static float __fdividef(float x, float y) { return x / y; }
+static float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 template <typename T> static T __ldg(const T* place) { return *place; }
 template <typename T> static T settled(T x) { return x; }
 static void add_share(float* place, float share, float x) { if (share != 0.0f) *place += share * x; }

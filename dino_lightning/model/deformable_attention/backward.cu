@@ -10,8 +10,8 @@
 //      once, and leaves each sum in the lane of its point.
 //    - Gradient of the values: one channel a lane, so that each addition is one row of 128 bytes.
 // 3. One lane, one point again: gradients of logits and offsets, which neighbouring lanes write to neighbouring places.
-//    What step 1 read and computed for it is read and computed once more: kept through step 2 it would take registers
-//    from which a multiprocessor has room for more warps.
+//    What step 1 read and computed for it, but for the weight, is read and computed once more: the registers that would
+//    keep it through step 2 are worth more as room for further warps.
 //
 // Nothing is shared but by shuffles, so there is no barrier. All sums and places are float32. Levels and points are
 // unrolled; sizes of maps are plain arguments, so that other maps need no other code.
@@ -47,8 +47,9 @@ INLINE unsigned short to_bfloat16(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
 }
-// The same pointer or number, of which the compiler does not know whence it comes. It would compute each address from
-// the very first pointer, and keep in registers for step 3 what step 1 computed.
+// The same pointer or number, of which the compiler does not know whence it comes. Otherwise it would compute each
+// address from the very first pointer, and keep in registers for step 3 what step 1 computed. Numbers are signed: with
+// unsigned ones NVRTC 13.0 spilled some.
 template <typename T> INLINE T* settled(T* place) {
   asm("" : "+l"(place));
   return place;
@@ -161,12 +162,13 @@ template <int FIRST, int SIZE> INLINE float2 products(const Warp& warp) {
   }
 }
 
-// What the inputs say about the point of a lane: its level and the first cell of that, its offset, and what the offset
-// is a multiple of, in cells.
+// What the inputs say about the point of a lane: its level and the first cell of that, its offset, what the offset is a
+// multiple of, in cells, and its place, in cells from the middle of the first one. Steps 1 and 3 must round it alike: the
+// products of step 2 belong to the cells of step 1.
 struct Point {
   int level, height, width, start;
   float2 offset;
-  float step_x, step_y;
+  float step_x, step_y, x, y;
 };
 
 INLINE Point point_of(int lane, const int* sizes, const float* anchors, const typename Offset::Pair* offsets) {
@@ -185,11 +187,14 @@ INLINE Point point_of(int lane, const int* sizes, const float* anchors, const ty
   typename Offset::Pair pair = {};
   if (lane < COUNT) pair = __ldg(offsets + lane);
   point.offset = numbers<OFFSET>(pair);
+  const float* anchor = anchors + point.level * COORDINATES;
   point.step_x = point.step_y = 1.0f;
   if (COORDINATES == 4) {
-    point.step_x = anchors[point.level * 4 + 2] * (point.width * (0.5f / POINTS));
-    point.step_y = anchors[point.level * 4 + 3] * (point.height * (0.5f / POINTS));
+    point.step_x = anchor[2] * (point.width * (0.5f / POINTS));
+    point.step_y = anchor[3] * (point.height * (0.5f / POINTS));
   }
+  point.x = __fmaf_rn(point.offset.x, point.step_x, __fmaf_rn(anchor[0], (float)point.width, -0.5f));
+  point.y = __fmaf_rn(point.offset.y, point.step_y, __fmaf_rn(anchor[1], (float)point.height, -0.5f));
   return point;
 }
 
@@ -206,10 +211,8 @@ INLINE void write_gradients(
   const long long row = ((long long)image * num_queries + query) * HEADS + head;
   const float* anchors = settled(reference + ((long long)image * num_queries + query) * (LEVELS * COORDINATES));
   const Point point = point_of(lane, sizes, anchors, settled((const typename Offset::Pair*)offsets + row * COUNT));
-  const float* anchor = anchors + point.level * COORDINATES;
-  const float x = anchor[0] * point.width - 0.5f + point.offset.x * point.step_x;
-  const float y = anchor[1] * point.height - 0.5f + point.offset.y * point.step_y;
-  const float right = x - floorf(x), below = y - floorf(y), left = 1.0f - right, above = 1.0f - below;
+  const float right = point.x - floorf(point.x), below = point.y - floorf(point.y);
+  const float left = 1.0f - right, above = 1.0f - below;
   const float by_weight =
       above * (left * dot_left.x + right * dot_right.x) + below * (left * dot_left.y + right * dot_right.y);
   const float by_x = weight * (above * (dot_right.x - dot_left.x) + below * (dot_right.y - dot_left.y));
@@ -217,7 +220,8 @@ INLINE void write_gradients(
   const float expected = sum_of_warp(there ? weight * by_weight : 0.0f);
   if (there) {
     grad_logits[row * COUNT + lane] = rounded<LOGIT>(weight * (by_weight - expected));
-    ((typename Offset::Pair*)grad_offsets)[row * COUNT + lane] = rounded<OFFSET>(by_x * point.step_x, by_y * point.step_y);
+    ((typename Offset::Pair*)grad_offsets)[row * COUNT + lane] =
+        rounded<OFFSET>(by_x * point.step_x, by_y * point.step_y);
   }
   if (REFERENCE_GRADIENT) {  // lane l adds up the points of level l
     float sum_x = 0.0f, sum_y = 0.0f, sum_width = 0.0f, sum_height = 0.0f;
@@ -271,15 +275,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) deformable_
   for (int level = 0; level < LEVELS; ++level) warp.width[level] = sizes[level] & 0xffff;
   const float* anchors = reference + ((long long)image * num_queries + query) * (LEVELS * COORDINATES);
   const Point point = point_of(lane, sizes, anchors, (const typename Offset::Pair*)offsets + row * COUNT);
-  const float* anchor = anchors + point.level * COORDINATES;
   const int width = point.width, height = point.height;
-  const float x = anchor[0] * width - 0.5f + point.offset.x * point.step_x;
-  const float y = anchor[1] * height - 0.5f + point.offset.y * point.step_y;
   // The cell before a place, kept within two cells of the map. What is not finite stays so in the shares.
-  const float before_x = floorf(x), before_y = floorf(y);
+  const float before_x = floorf(point.x), before_y = floorf(point.y);
   const int column = (int)fminf(fmaxf(before_x, -2.0f), width + 1.0f);
   const int line = (int)fminf(fmaxf(before_y, -2.0f), height + 1.0f);
-  const float right = x - before_x, below = y - before_y, left = 1.0f - right, above = 1.0f - below;
+  const float right = point.x - before_x, below = point.y - before_y, left = 1.0f - right, above = 1.0f - below;
   const bool left_in = there && column >= 0 && column < width, right_in = there && column >= -1 && column < width - 1;
   const bool upper_in = line >= 0 && line < height, lower_in = line >= -1 && line < height - 1;
   warp.cell = point.start + line * width + column;

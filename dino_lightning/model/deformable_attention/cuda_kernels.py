@@ -22,7 +22,7 @@ DIM = 32  # channels of a head: one for each lane
 MAX_COUNT = 32  # levels times points: one for each lane
 MAX_IMAGES_AND_HEADS = 65535  # blocks along y
 WARPS = 8  # of a block
-MOST_OF_SIX_BLOCKS = 16  # levels times points
+COUNT_OF_SIX_BLOCKS = 16  # levels times points for which 40 registers are enough
 SOURCE = Path(__file__).with_name("backward.cu")
 NAME = "deformable_attention_backward"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in the source
@@ -49,7 +49,7 @@ def macros(
     """
     # 6 blocks leave 40 registers a thread: room for all 48 warps of a multiprocessor of sm_86 and sm_89, and for 48 of
     # the 64 of sm_80 and sm_90. With more points the compiler would spill a few; 5 leave 48.
-    blocks = 6 if levels * points <= MOST_OF_SIX_BLOCKS else 5
+    blocks = 6 if levels * points <= COUNT_OF_SIX_BLOCKS else 5
     sizes = {"HEADS": heads, "LEVELS": levels, "POINTS": points, "COORDINATES": coordinates}
     types = dict(zip(("VALUE", "OFFSET", "LOGIT"), (TYPES[dtype] for dtype in dtypes), strict=True))
     launch = {"WARPS": WARPS, "MIN_BLOCKS": blocks}
