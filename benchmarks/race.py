@@ -26,7 +26,7 @@ from benchmarks.measure import environment, save, table
 from benchmarks.torchvision_detectors import Peer, faster_rcnn, ssdlite
 from dino_lightning import CocoDataModule, DINOModule
 from dino_lightning.callbacks import EMA
-from dino_lightning.cli.config_files import absent_config, config_path
+from dino_lightning.cli.config_files import absent_config, with_packaged_configs
 from dino_lightning.files import save_figure
 from dino_lightning.model.backbone import Backbone
 from dino_lightning.weights.backbone_loading import start_backbone_from
@@ -206,9 +206,8 @@ def main() -> None:
     add("--picture", type=Path, default=Path("race.png"))
     add("--output", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
-    try:
-        config = Path(options.config) if Path(options.config).is_file() else config_path(options.config)
-    except FileNotFoundError:
+    config = Path(with_packaged_configs(["--config", options.config])[1])
+    if not config.is_file():
         parser.error(absent_config(options.config))
     options.settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     options.weights_for_rooms, options.evaluations = None, EVALUATIONS
