@@ -192,12 +192,9 @@ class ExportedModel:
             found.append(fuse(views, **self._fused_by).above(threshold).within(size))
         return found
 
-    def inputs(
-        self, pixels: Tensor, image_size: int | None = None, max_size: int | None = None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-        """What the file is given for an image (3, H, W) uint8, and the (height, width) of the image in it."""
-        resized = self.rule.resized(pixels, image_size, max_size)
-        return self._inputs(resized, _size(pixels)), _size(resized)
+    def inputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """What the file is given for an image (3, H, W) uint8."""
+        return self._inputs(self.rule.resized(pixels), _size(pixels))
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`OUTPUTS` for `inputs`."""

@@ -119,7 +119,7 @@ def measure(models: Mapping[str, ExportedModel], images: CocoDetection, rounds: 
     if not len(images) or all(metric.compute()["F1"] < 0 for metric in metrics.values()):
         raise UsageError(f"{images.annotations.path} has no boxes; measuring a lower precision needs images with some.")
     first = images[0].image
-    inputs = {name: model.inputs(first)[0] for name, model in models.items()}
+    inputs = {name: model.inputs(first) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):  # the first warms up
         for name, model in models.items():
@@ -153,7 +153,7 @@ def _calibration(model: ExportedModel, images: CocoDetection) -> Iterator[tuple[
     """What a file is given for some images, spread over all of them."""
     count = min(CALIBRATION_IMAGES, len(images))
     for place in range(count):
-        yield model.inputs(images[place * len(images) // count].image)[0]
+        yield model.inputs(images[place * len(images) // count].image)
 
 
 def write_int8(source: Path, path: Path, inputs: Iterable[tuple[Tensor, ...]]) -> None:

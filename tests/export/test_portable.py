@@ -151,7 +151,7 @@ def in_canvas(module, rule, image, views=1):
     assert resized.shape[1] <= 160 and resized.shape[2] <= 160
     batch = replace(Batch.from_images([resized], original_sizes=[size]), images=rule.padded(resized)[None])
     with torch.no_grad():
-        return detect_in_views(module, batch, views)[0].within(size) if views > 1 else module(batch)[0].within(size)
+        return detect_in_views(module, batch, views)[0].within(size)
 
 
 def test_a_canvas_takes_stretched_images_and_gives_boxes_in_pixels_of_the_file(module, form):
