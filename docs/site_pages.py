@@ -37,13 +37,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Options and names do not break at their hyphens, and commands may wrap; see docs/site.css."""
+    """Options and names do not break at their hyphens, and commands may wrap below their remarks; see docs/site.css."""
     return re.sub(r"<pre.*?</pre>|(<code>)([^<]*)(</code>)", _unbroken, html, flags=re.DOTALL)
 
 
 def _unbroken(found: re.Match[str]) -> str:
     if found[1] is None:
-        block = re.sub(r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0])
+        block, command = re.subn(
+            r"^<pre>(?=(<span></span>)?<code>(python -m|curl) )", '<pre class="command">', found[0]
+        )
+        if command:
+            block = re.sub(
+                r"(<code>|^(?!<pre))(\S.*?) {2,}(# .*)", r'\1<span class="c1">\3</span>\n\2', block, flags=re.MULTILINE
+            )
         return re.sub(
             r"<[^>]*>|(?<![\w-])--?[a-z][\w.-]*", lambda part: part[0] if "<" in part[0] else _word(part[0]), block
         )

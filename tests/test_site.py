@@ -75,7 +75,17 @@ def test_options_do_not_break_and_commands_wrap(site):
     page = (site / "train" / "index.html").read_text(encoding="utf-8")
     assert '<code><span class="option">--ckpt_path</span> <span class="word">last</span></code>' in page
     command = '<pre class="command"><span></span><code>python <span class="option">-m</span> dino_lightning fit '
-    assert f'{command}<span class="option">--ckpt_path</span> last ' in page
+    assert f'{command}<span class="option">--config</span> configs/room_detection.yaml ' in page
+
+
+def test_what_is_said_beside_a_command_stands_above_it(site):
+    page = (site / "index.html").read_text(encoding="utf-8")
+    remark = '<pre class="command"><span></span><code><span class="c1"># what is wrong with the data</span>\n'
+    assert f'{remark}python <span class="option">-m</span> dino_lightning inspect ' in page
+
+
+def test_the_style_sheet_is_used(site):
+    page = (site / "train" / "index.html").read_text(encoding="utf-8")
     assert (site / "site.css").is_file() and 'href="../site.css"' in page
 
 
