@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dino_lightning.cli.checkpoints import model_file, refuse_exported
-from dino_lightning.cli.command import run_command, writing
+from dino_lightning.cli.command import plain_warnings, run_command, writing
 from dino_lightning.cli.export_options import SUFFIXES, export_options
 from dino_lightning.console import say
 from dino_lightning.errors import UsageError
@@ -137,7 +137,8 @@ def export_fewer_bits(
         if precision == "int8":
             require_nncf()
     module = load_module(checkpoint)
-    images = validation_images(checkpoint, module, root)
+    with plain_warnings():
+        images = validation_images(checkpoint, module, root)
     with _written_in_full(output, kind) as temporary, tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "float32.onnx"
         _write_checked(module, output, onnx_file, "onnx", preprocessing, opset, static)

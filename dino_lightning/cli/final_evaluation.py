@@ -63,7 +63,7 @@ def evaluate_with_views(trainer: Trainer, module: DINOModule, data: CocoDataModu
 def _evaluated(trainer: Trainer, module: DINOModule, data: CocoDataModule) -> dict[str, float]:
     metric, module = CocoMetric(), module.to(trainer.strategy.root_device)
     with tqdm(
-        desc="Evaluating the best epoch with all views",
+        desc="Best epoch, all views",
         total=len(data.val_set),
         unit="image",
         mininterval=bar_seconds(),

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -183,3 +185,17 @@ def test_a_dataset_of_other_classes_is_refused(tmp_path, dataset, capsys):
     assert exported(other, tmp_path / "out", "--precision", "int8", "--data.root", str(dataset)) == 1
     error = capsys.readouterr().err
     assert "are not those of" in error and error.count("\n") == 1
+
+
+def test_what_is_said_of_the_dataset_is_one_line(checkpoint, dataset, tmp_path):
+    root = shutil.copytree(dataset, tmp_path / "data")
+    for path in (root / "train" / "annotations.json", root / "val" / "annotations.json"):
+        content = json.loads(path.read_text())
+        content["categories"] = [{"id": entry["id"], "name": f"other {entry['id']}"} for entry in content["categories"]]
+        path.write_text(json.dumps(content))
+    shutil.copy(path, root / "val" / "further.json")
+    command = [sys.executable, "-m", "dino_lightning", "export", "--ckpt_path", str(checkpoint), "--precision", "int8"]
+    done = subprocess.run([*command, "--data.root", str(root)], cwd=tmp_path, capture_output=True, text=True)
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith(f"warning: {root}: val/further.json looks like a COCO file")
+    assert done.returncode == 1 and error.startswith("error: The classes of ")
