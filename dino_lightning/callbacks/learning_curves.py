@@ -30,6 +30,7 @@ class LearningCurves(lightning.Callback):
     def __init__(self, *, directory: str, best_by: str = "val/AP") -> None:
         self.directory, self.best_by = Path(directory), best_by
         self.history: list[dict[str, float]] = []
+        self.trained = False  # whether a training began: a run whose epochs are done ends without one
         self._validated = False
         self._denoising = False
 
@@ -51,6 +52,10 @@ class LearningCurves(lightning.Callback):
         """Restore the history."""
         rows = state_dict["history"]
         self.history = [{str(name): float(value) for name, value in row.items()} for row in rows]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that there is something to train."""
+        self.trained = True
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note that this epoch was validated: the Trainer's metrics repeat old values where it was not."""

@@ -32,6 +32,8 @@ from dino_lightning.training.option_checks import flat
 from dino_lightning.weights.stored import check_checkpoint, check_settings
 
 DEFAULT_SEED = 42
+PUBLISHED_EPOCHS = 12  # of the shortest published training (arXiv 2203.03605, table 1)
+LENGTHS = tuple(f"--trainer.{name}" for name in ("max_epochs", "max_steps", "max_time"))  # options that end a training
 
 
 def prepare(subcommand: str, args: list[str], *, make_folder: bool = True) -> tuple[list[str], Path]:
@@ -72,7 +74,7 @@ def prepare(subcommand: str, args: list[str], *, make_folder: bool = True) -> tu
             folder = origin if subcommand == "fit" else origin / subcommand
         args += ["--ckpt_path", str(path)]
     elif subcommand == "fit" and not _has_option(args, "--config", "-c", "--help", "-h"):
-        args = [*sizes_for_device(), *args]
+        args = [*published_recipe(args), *args]
     elif subcommand != "fit" and not _has_option(args, "--help", "-h"):
         args = [*arguments_of_weights(place_of_weights(args)), *args]
     args = with_options_of_weights(with_packaged_configs(args))
@@ -97,8 +99,12 @@ def refuse_redacted_addresses(options: Mapping[str, Any]) -> None:
             )
 
 
-def sizes_for_device() -> list[str]:
-    """Options for image sizes and batch that suit the published model and this machine's device; printed as well."""
+def published_recipe(args: Sequence[str]) -> list[str]:
+    """What `fit` without a configuration takes: the published epochs, sizes that suit this machine's device; printed.
+
+    Args:
+        args: the user's options; with one of `LENGTHS` no number of epochs is added.
+    """
     if torch.cuda.is_available():
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
         image_size, max_size, batch = (
@@ -112,11 +118,14 @@ def sizes_for_device() -> list[str]:
             1,
             "a CPU (hours per epoch; configs/small_cpu.yaml is made for it)",
         )
+    timed = _has_option(args, *LENGTHS)
     say(
-        f"No --config given: training the published DINO R50 4-scale model, with images of {image_size} to {max_size} "
-        f"pixels and batches of {batch} to suit {device}."
+        f"No --config given: the published recipe{'' if timed else f', {PUBLISHED_EPOCHS} epochs'} of DINO R50 4-scale "
+        f"where options do not say otherwise, with images of {image_size} to {max_size} pixels and batches of {batch} "
+        f"to suit {device}."
     )
-    return [f"--data.image_size={image_size}", f"--data.max_size={max_size}", f"--data.batch_size={batch}"]
+    sizes = [f"--data.image_size={image_size}", f"--data.max_size={max_size}", f"--data.batch_size={batch}"]
+    return sizes if timed else [*sizes, f"--trainer.max_epochs={PUBLISHED_EPOCHS}"]
 
 
 def explain_argument_error(message: str) -> str:

@@ -45,6 +45,20 @@ def load_weights(module: DINOModule, data: CocoDataModule) -> None:
     say(f"{loaded}\n")
 
 
+def nothing_left(trainer: Trainer) -> str | None:
+    """Why nothing was trained, of a run that was at its end when it was resumed; None if it was not."""
+    for name, done, most in (
+        ("epoch", trainer.current_epoch, trainer.max_epochs),
+        ("step", trainer.global_step, trainer.max_steps),
+    ):
+        if most is not None and 0 < most <= done:
+            return (
+                f"Nothing was left to train: {name} {done} of {most} was done already. "
+                f"A larger --trainer.max_{name}s goes on."
+            )
+    return None
+
+
 def _tell_the_length(module: DINOModule, data: CocoDataModule, trainer: Trainer) -> None:
     """How many steps the run takes, which recipe follows from that, and whether they are too few."""
     steps = planned_steps(trainer, data)

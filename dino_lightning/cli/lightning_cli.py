@@ -30,7 +30,7 @@ from dino_lightning.cli.arguments import (
 from dino_lightning.cli.command import PROGRAM, Terminated, expected_errors
 from dino_lightning.cli.config_files import with_packaged_configs
 from dino_lightning.cli.final_evaluation import evaluate_with_views
-from dino_lightning.cli.introduction import introduce, load_weights
+from dino_lightning.cli.introduction import introduce, load_weights, nothing_left
 from dino_lightning.cli.option_checks import check_options
 from dino_lightning.cli.options_of_weights import with_options_of_weights
 from dino_lightning.cli.own_loggers import all_loggers
@@ -230,6 +230,8 @@ class Commands(LightningCLI):
         """Show what came out and where it is."""
         assert isinstance(self.model, DINOModule)
         say(f"\n{self.report.table()}\n")
+        if not self.report.trained and (sentence := nothing_left(self.trainer)) is not None:
+            say(f"{sentence}\n")
         if self.model.evaluation is not None:
             errors = dominating_error(
                 self.model.evaluation,

@@ -82,8 +82,9 @@ class EvaluatedModule(lightning.LightningModule):
         `validate` does not move it: the threshold is the model's, whatever it is evaluated on.
         """
         results = self._log_metrics("val", len(self.trainer.num_val_batches))
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and not self.trainer.sanity_checking and results["F1"] > 0:
+        if self.trainer.sanity_checking:
+            self.evaluation, self.class_results = None, []  # they are of a few images
+        elif self.trainer.state.fn == TrainerFn.FITTING and results["F1"] > 0:
             self.score_threshold = results["F1_threshold"]
 
     def on_test_epoch_end(self) -> None:

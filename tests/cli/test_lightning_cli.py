@@ -151,6 +151,30 @@ def test_resuming_goes_on_where_it_stopped_and_the_users_values_win(rooms):
     assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
+def test_a_run_that_is_at_its_end_says_so_when_it_is_resumed(rooms, capsys):
+    args = ["--data.root", str(rooms), "--run_dir", "runs/one", "--trainer.max_epochs=1", *TINY_ARGS]
+    assert run(["fit", *args, "--trainer.num_sanity_val_steps=1"]) == 0
+    assert "Nothing was left" not in capsys.readouterr().out
+    assert run(["fit", "--ckpt_path", "last"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was left to train: epoch 1 of 1 was done already. A larger --trainer.max_epochs goes on." in said
+    assert "Last epoch: errors" not in said  # of the images of the sanity check
+    assert run(["fit", "--ckpt_path", "last", "--trainer.max_epochs=2"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was left" not in said and "Last epoch: errors" in said
+
+
+def test_without_a_configuration_the_published_number_of_epochs_is_trained(rooms, capsys):
+    args = ["--data.root", str(rooms), "--run_dir", "runs/one", *TINY_ARGS]
+    few = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    assert run(["fit", *args, *few]) == 0
+    assert "No --config given: the published recipe, 12 epochs of DINO R50" in capsys.readouterr().out
+    assert torch.load("runs/one/checkpoints/last.ckpt", weights_only=True)["epoch"] == 11
+    assert run(["fit", *args, *few, "--run_dir", "runs/two", "--trainer.max_steps=2"]) == 0
+    assert "the published recipe of DINO R50" in capsys.readouterr().out
+    assert torch.load("runs/two/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
 def test_last_with_no_run_is_refused(capsys):
     assert run(["fit", "--ckpt_path", "last"]) == 1
     assert "no run in runs/ has a checkpoint" in capsys.readouterr().err
@@ -204,7 +228,7 @@ def test_without_a_config_the_published_model_is_sized_for_the_device(rooms, cap
     args = ["--data.root", str(rooms), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
     args += ["--model.backbone_weights=null", "--data.image_size=64", "--data.num_workers=0"]
     assert run(["fit", *args]) == 0
-    assert "published DINO R50 4-scale model" in capsys.readouterr().out
+    assert "the published recipe, 12 epochs of DINO R50 4-scale" in capsys.readouterr().out
 
 
 def test_starting_weights_are_named_in_one_line(trained, rooms, capfd, caplog):
