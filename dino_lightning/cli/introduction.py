@@ -65,7 +65,7 @@ def _tell_the_length(module: DINOModule, data: CocoDataModule, trainer: Trainer)
     if steps is None:
         return
     images, epochs = data.images_per_epoch, trainer.max_epochs
-    times = f" x {epochs} epochs" if epochs is not None and epochs > 0 else ""
+    times = f" x {epochs} epochs" if epochs is not None and epochs > 0 and steps != trainer.max_steps else ""
     say(f"{images:,} images{times}: {steps:,} optimizer steps.")
     name = module.hparams["recipe"]
     recipe = choose_recipe(name, steps).with_choices(module.hparams)

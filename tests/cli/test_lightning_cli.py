@@ -171,7 +171,8 @@ def test_without_a_configuration_the_published_number_of_epochs_is_trained(rooms
     assert "No --config given: the published recipe, 12 epochs of DINO R50" in capsys.readouterr().out
     assert torch.load("runs/one/checkpoints/last.ckpt", weights_only=True)["epoch"] == 11
     assert run(["fit", *args, *few, "--run_dir", "runs/two", "--trainer.max_steps=2"]) == 0
-    assert "the published recipe of DINO R50" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the published recipe of DINO R50" in said and "8 images: 2 optimizer steps." in said
     assert torch.load("runs/two/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
