@@ -74,8 +74,13 @@ def test_the_reference_has_every_public_name(site):
 def test_options_do_not_break_and_commands_wrap(site):
     page = (site / "train" / "index.html").read_text(encoding="utf-8")
     assert '<code><span class="option">--ckpt_path</span> <span class="word">last</span></code>' in page
-    command = '<pre class="command"><span></span><code>python <span class="option">-m</span> dino_lightning fit '
-    assert f'{command}<span class="option">--config</span> configs/room_detection.yaml ' in page
+    block, command = (
+        '<pre class="command"><span></span><code>',
+        'python <span class="option">-m</span> dino_lightning fit ',
+    )
+    assert f'{block}{command}<span class="option">--config</span> configs/room_detection.yaml ' in page
+    remark = '<span class="c1"># the newest run; options you give win over stored ones</span>\n'
+    assert f'{block}{remark}{command}<span class="option">--ckpt_path</span> last' in page
 
 
 def test_what_is_said_beside_a_command_stands_above_it(site):
