@@ -193,7 +193,8 @@ class Detections:
                 self.names, self._category_ids(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True
             )
         ]
-        return pandas.DataFrame(rows, columns=list(COLUMNS))
+        numbers = {"category_id": "int64", **dict.fromkeys(("score", "x1", "y1", "x2", "y2"), "float64")}
+        return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(numbers)  # without rows it would not know them
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`, with labels as `class_id`, and `class_name` and `category_id` in its data.
@@ -283,12 +284,13 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def check_score_threshold(value: float) -> float:
-    """A threshold for scores, as it was given.
+def check_score_threshold(value: Any) -> float:
+    """A threshold for scores, as a plain number.
 
     Raises:
         UsageError: it is no number from 0 to 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    single = isinstance(value, int | float | np.number) or (isinstance(value, Tensor) and value.ndim == 0)
+    if isinstance(value, bool) or not single or not 0 <= value <= 1:
         raise UsageError(f"threshold is {value!r}; it must be a number between 0 and 1.")
-    return value
+    return float(value)

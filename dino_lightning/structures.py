@@ -20,6 +20,8 @@ from typing_extensions import Self
 
 from dino_lightning.boxes import xyxy_to_normalized_cxcywh
 
+PAST_THE_ENDS = 0.5  # floating pixels may pass 0 and 1 so far, as those of cubic resizing do
+
 
 @dataclass
 class Targets:
@@ -200,7 +202,7 @@ class Batch:
                 at 1; pass 0 if yours start at 0.
 
         Raises:
-            ValueError: a label below `first_label`, or boxes that are not (n, 4).
+            ValueError: a label below `first_label`, boxes that are not (n, 4), or pixels of another kind.
         """
         pixels = [to_uint8(image) for image in images]
         if targets is None:
@@ -243,8 +245,22 @@ def _copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Pixels as uint8 0-255, from uint8 or from floating point 0-1."""
-    return image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    """Pixels as uint8 0-255, from uint8 or from floating point 0-1.
+
+    Raises:
+        ValueError: pixels of another type, or floating ones that are not 0-1; they may pass the ends a little.
+    """
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ValueError(f"The pixels of an image are {image.dtype}; they must be uint8 0-255, or floating 0-1.")
+    if image.numel():
+        low, high = (float(value) for value in torch.aminmax(image))
+        if not (low >= -PAST_THE_ENDS and high <= 1 + PAST_THE_ENDS):
+            raise ValueError(
+                f"The pixels of an image go from {low:g} to {high:g}; floating ones must be 0-1, and not normalised."
+            )
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def pad_targets(targets: Sequence[tuple[Tensor, Tensor]]) -> Targets:

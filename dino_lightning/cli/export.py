@@ -233,11 +233,13 @@ def fill_model_directory(checkpoint: Path, folder: Path) -> None:
     """
     import torch  # takes seconds
 
-    from dino_lightning.export.model_directory import MODEL_FILE, write_model_directory
+    from dino_lightning.cli.stored_options import run_folder_of
+    from dino_lightning.export.model_directory import MODEL_FILE, is_model_directory, write_model_directory
     from dino_lightning.export.package_code import serving_code
     from dino_lightning.inference.detector import load_module
 
-    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    # files of these names that lie beside a checkpoint by chance may be anything, and the directory is made to be sent
+    run_dir = checkpoint.parent if is_model_directory(checkpoint.parent) else run_folder_of(checkpoint)
     say("Writing the weights and the code that serves them, and reading them again ...", sys.stderr)
     module = load_module(checkpoint)
     write_model_directory(checkpoint, run_dir, folder, serving_code(module.hparams["backbone"]), complete=True)

@@ -50,7 +50,10 @@ def run(args: Sequence[str]) -> int:
 
         checkpoint = model_file(options.ckpt_path)
         refuse_exported(checkpoint, "predict takes a checkpoint; use an exported file by load_detector in Python.")
-        wanted = PredictOptions(**{field.name: getattr(options, field.name) for field in fields(PredictOptions)})
+        given = {field.name: getattr(options, field.name) for field in fields(PredictOptions)}
+        tiles = {name: given.pop(name) for name in ("overlap", "whole_image")}  # None: as PredictOptions has them
+        tiles = {name: value for name, value in tiles.items() if value is not None}
+        wanted = PredictOptions(**given, **tiles)
         try:
             with writing(options.output, "--output"):
                 summary = predict_folder(checkpoint, wanted, on_start=lambda: state.update(deleted=options.overwrite))
@@ -80,8 +83,8 @@ def _parser() -> CommandParser:
     add("--overwrite", action="store_true", help="start again, whatever results the folder holds")
     add("--threshold", type=float, help="lowest score to report (that of the best F1, stored in the checkpoint)")
     add("--tile", type=int, help="cut images into tiles of so many pixels, for scans much larger than in training")
-    add("--overlap", type=float, default=0.2, help="share of its side that a tile shares with the next (0.2)")
-    add("--whole_image", type=boolean, default=True, help="with tiles: look at the whole image too (true)")
+    add("--overlap", type=float, help="with tiles: share of its side that a tile shares with the next (0.2)")
+    add("--whole_image", type=boolean, help="with tiles: look at the whole image too (true)")
     add("--tta_views", type=int, help="ways to see each image, whose detections are fused: 1, 2, 4, 8 (of the model)")
     add("--overlays", type=boolean, default=True, help="draw the detections on the images (true)")
     add("--batch_size", type=int, help="images in a batch, on each device (4 on a GPU, else 1)")
@@ -107,7 +110,10 @@ def _check(parser: CommandParser, options: argparse.Namespace) -> None:
         parser.error(f"--threshold is {options.threshold}; it must lie between 0 and 1.")
     if options.tile is not None and options.tile < 32:
         parser.error(f"--tile is {options.tile}; it must be at least 32 pixels.")
-    if not 0 <= options.overlap <= 0.9:
+    for name in ("overlap", "whole_image"):
+        if options.tile is None and getattr(options, name) is not None:
+            parser.error(f"--{name} is for tiles, and there are none without --tile.")
+    if options.overlap is not None and not 0 <= options.overlap <= 0.9:
         parser.error(f"--overlap is {options.overlap}; it must lie between 0 and 0.9.")
     if options.tta_views is not None:
         try:
@@ -135,6 +141,8 @@ def _report(folder: Path, summary: Summary) -> None:
             f"warning: {summary.other_size} images have another size than the COCO file says: its boxes and the "
             "results do not fit each other."
         )
+    if summary.further_pages:
+        say(f"warning: {summary.further_pages} files have several pages; only the first of each was looked at.")
     say("\n".join(str(folder / name) for name in ("predictions.json", "predictions.csv", "images.json")))
     if (folder / "overlays").is_dir():
         say(str(folder / "overlays"))

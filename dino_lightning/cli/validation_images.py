@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import yaml
 
 from dino_lightning.cli.stored_options import options_text
+from dino_lightning.console import say
 from dino_lightning.data import CocoDataModule
 from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
 
-SPLIT_OPTIONS = ("val_fraction", "seed", "classes", "merge_classes", "crowd", "box_format")  # of any dataset
+SPLIT_OPTIONS = (
+    "val_fraction",
+    "seed",
+    "classes",
+    "merge_classes",
+    "crowd",
+    "box_format",
+    "on_bad_image",
+)  # of any dataset
 FILE_OPTIONS = ("root", "train_annotations", "train_images", "val_annotations", "val_images")  # of that of the run
 
 
@@ -44,4 +54,9 @@ def validation_images(checkpoint: Path, module: DINOModule, root: str | None) ->
             f"The classes of {data.root} ({', '.join(data.class_names)}) are not those of {checkpoint} "
             f"({', '.join(trained)}); give the dataset that it was trained on, by --data.root DIR."
         )
-    return CocoDetection(data.val_set.annotations, data.classes)
+    images = CocoDetection(data.val_set.annotations, data.classes, on_bad_image=data.on_bad_image)
+    if data.on_bad_image == "skip":
+        left_out = images.leave_out_unreadable()
+        if left_out is not None:
+            say(f"warning: {left_out}", sys.stderr)
+    return images

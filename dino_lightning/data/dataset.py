@@ -192,17 +192,17 @@ class CocoDetection(Dataset[Sample]):
             [Notice(UNREADABLE, f"{message} An empty page takes its place.")],
         )
 
-    def leave_out_unreadable(self) -> list[int]:
+    def leave_out_unreadable(self) -> str | None:
         """Decode every image once, and from then on leave out those that cannot be; later calls do nothing.
 
         Returns:
-            The ids of the images left out by this call.
+            A sentence on the images left out by this call, None if there are none.
 
         Raises:
             DataError: no image can be read.
         """
         if self._all_readable:
-            return []
+            return None
         # decoders work outside Python's global lock; a dataset of the user's may not bear several threads
         with ThreadPoolExecutor(available_cores() if self.reader is None else 1) as pool:
             results = pool.map(self._is_readable, range(len(self)))
@@ -211,11 +211,17 @@ class CocoDetection(Dataset[Sample]):
             readable = list(tqdm(results, name, len(self), unit="image", disable=few, mininterval=bar_seconds()))
         if not any(readable):
             raise DataError(f"{self.annotations.path}: not one of its {len(self)} images can be read.")
-        left_out = [image.id for image, keep in zip(self.annotations.images, readable, strict=True) if not keep]
+        left_out = [str(image.id) for image, keep in zip(self.annotations.images, readable, strict=True) if not keep]
         self.annotations = self.annotations.subset([index for index, keep in enumerate(readable) if keep])
         self._labels = self.classes.labels_of(self.annotations)
         self._all_readable = True
-        return left_out
+        if not left_out:
+            return None
+        listed = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        return (
+            f"{self.annotations.path}: {len(left_out)} of {len(readable)} images cannot be read and are left out "
+            f"(image ids {listed})."
+        )
 
     def _is_readable(self, index: int) -> bool:
         try:

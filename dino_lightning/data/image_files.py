@@ -55,6 +55,11 @@ def open_image(file: BinaryIO | Path) -> Iterator[Image.Image]:
         yield image
 
 
+def has_further_pages(image: Image.Image) -> bool:
+    """Whether a file has more than the one image that is read of it: pages of a scan, frames of an animation."""
+    return getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a photograph with a preview
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of an image file, which may be a link to one.
 

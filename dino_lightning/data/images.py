@@ -102,20 +102,34 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> npt.NDArray[np.uint8
     return np.array(image.convert("RGB"))
 
 
-def to_pixels(image: ImageLike) -> Tensor:
-    """An image of any supported kind -> (3, H, W) uint8, RGB, 0-255.
+def to_pixels(image: object) -> Tensor:
+    """An `ImageLike` -> (3, H, W) uint8, RGB, 0-255.
 
     An opened Pillow image is converted as its file would be, but not rotated by its EXIF orientation: boxes are
     given in the pixels of the image object that the caller holds.
+
+    Raises:
+        DataError: a file that cannot be read.
+        ValueError: something else than an image, or pixels of another kind.
     """
     if isinstance(image, str | Path):
         return read_image(Path(image))
-    if isinstance(image, Tensor):
+    if isinstance(image, Image.Image):
+        pixels = torch.from_numpy(_to_rgb(image, image.format)).permute(2, 0, 1)
+    elif isinstance(image, Tensor):
         pixels = to_uint8(image)
-    else:
-        array = _to_rgb(image, image.format) if isinstance(image, Image.Image) else image
-        array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+    elif isinstance(image, np.ndarray):
+        array = np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise ValueError(f"Expected an RGB image, (H, W, 3) uint8; got shape {array.shape} of {array.dtype}.")
         pixels = torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
-        raise ValueError(f"Expected an RGB image; got shape {tuple(pixels.shape)} of {pixels.dtype}.")
+    else:
+        hint = "; could a file not be read?" if image is None else ""
+        raise ValueError(
+            f"Expected an image: a path, a PIL image, an array or a tensor; got {type(image).__name__}{hint}"
+        )
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"Expected an RGB image, (3, H, W); got shape {tuple(pixels.shape)} of {pixels.dtype}.")
+    if 0 in pixels.shape:
+        raise ValueError(f"Expected an image; got one of {pixels.shape[1]} x {pixels.shape[2]} pixels.")
     return pixels

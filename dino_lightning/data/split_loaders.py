@@ -183,11 +183,6 @@ class SplitLoaders(lightning.LightningDataModule):
         # many batches as it said. One that ends early makes Lightning pass over that epoch's validation.
         if self.on_bad_image == "error":
             return
-        before = len(dataset)
         left_out = dataset.leave_out_unreadable()
-        if left_out:
-            listed = ", ".join(map(str, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
-            rank_zero_warn(
-                f"{dataset.annotations.path}: {len(left_out)} of {before} images cannot be read and are left "
-                f"out (image ids {listed})."
-            )
+        if left_out is not None:
+            rank_zero_warn(left_out)

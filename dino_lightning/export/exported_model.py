@@ -180,7 +180,7 @@ class ExportedModel:
         ways = orientations(self.tta_views if tta_views is None else tta_views)
         found = []
         for image in images:
-            pixels = to_pixels(image)
+            pixels = to_pixels(image).cpu()
             size, resized = _size(pixels), self.rule.resized(pixels, image_size, max_size)
             views = []
             for way in ways:  # turned after resizing, as `DINOModule` does, where the canvas takes it

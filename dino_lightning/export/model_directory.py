@@ -13,11 +13,12 @@ import torch
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.weights.reading import read_checkpoint
-from dino_lightning.weights.stored import FORMAT_KEY, VERSION_KEY, check_checkpoint
+from dino_lightning.weights.stored import DEFAULT_THRESHOLD, FORMAT_KEY, VERSION_KEY, check_checkpoint
 
 MODEL_FILE = "model.ckpt"
 DESCRIPTION_FILE = "model.json"
 CODE_FOLDER = "code"
+FORMAT = "dino_lightning model 1"
 KEPT_ENTRIES = (
     "state_dict",
     "hyper_parameters",
@@ -30,13 +31,13 @@ RESULT_FILES = ("config.yaml", "metrics.csv", "learning_curves.png", "detections
 
 
 def write_model_directory(
-    checkpoint_path: Path, run_dir: Path, model_dir: Path, code: Mapping[str, bytes], *, complete: bool
+    checkpoint_path: Path, run_dir: Path | None, model_dir: Path, code: Mapping[str, bytes], *, complete: bool
 ) -> None:
     """Write a checkpoint's weights, a description, the run's results and the code to use them.
 
     Args:
         checkpoint_path: a checkpoint of a run, or the model file of such a directory.
-        run_dir: the folder of the run; results that it does not have are left out.
+        run_dir: the folder of the run, None if there is none; results that it does not have are left out.
         model_dir: where to write; other files in it stay.
         code: the files of the folder `code`, by their paths in it.
         complete: False if the run was stopped before its end.
@@ -45,6 +46,8 @@ def write_model_directory(
         CheckpointError: not a checkpoint of ours.
     """
     checkpoint = check_checkpoint(read_checkpoint(checkpoint_path), checkpoint_path)
+    checkpoint.setdefault("score_threshold", DEFAULT_THRESHOLD)
+    results = {} if run_dir is None else {name: run_dir / name for name in RESULT_FILES}
     missing = [name for name in KEPT_ENTRIES if name not in checkpoint]
     if missing:
         raise CheckpointError(f"{checkpoint_path} is not a checkpoint of dino_lightning: it has no {missing[0]}.")
@@ -55,11 +58,11 @@ def write_model_directory(
     try:
         torch.save({name: checkpoint[name] for name in kept}, partial / MODEL_FILE)
         (partial / DESCRIPTION_FILE).write_text(
-            json.dumps(describe(checkpoint, run_dir / "metrics.csv", complete=complete), indent=2) + "\n"
+            json.dumps(describe(checkpoint, results.get("metrics.csv"), complete=complete), indent=2) + "\n"
         )
-        for name in RESULT_FILES:
-            if (run_dir / name).is_file():
-                shutil.copyfile(run_dir / name, partial / name)
+        for name, path in results.items():
+            if path.is_file():
+                shutil.copyfile(path, partial / name)
         for name, content in code.items():
             place = partial / CODE_FOLDER / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,16 @@ def write_model_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: bool) -> dict[str, Any]:
+def is_model_directory(folder: Path) -> bool:
+    """Whether a folder is one that `write_model_directory` wrote."""
+    try:
+        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and description.get("format") == FORMAT
+
+
+def describe(checkpoint: Mapping[str, Any], metrics_file: Path | None, *, complete: bool) -> dict[str, Any]:
     """Classes, preprocessing, threshold and metrics of a checkpoint, for people and other programs.
 
     The metrics are those of the checkpoint's epoch in the run's metrics.csv: the checkpoint itself is written before
@@ -83,13 +95,13 @@ def describe(checkpoint: Mapping[str, Any], metrics_file: Path, *, complete: boo
     ids = settings.get("category_ids") or list(range(settings["num_classes"]))
     names = settings.get("class_names") or [str(label) for label in range(len(ids))]
     metrics: dict[str, float] = {}
-    if metrics_file.is_file():
+    if metrics_file is not None and metrics_file.is_file():
         with metrics_file.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("val/AP") and int(float(row["epoch"])) == checkpoint["epoch"]:
                     metrics = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
     return {
-        "format": "dino_lightning model 1",
+        "format": FORMAT,
         "weights": MODEL_FILE,
         "complete": complete,
         "epoch": checkpoint["epoch"] + 1,

@@ -12,6 +12,7 @@ from torch import Tensor
 from dino_lightning.errors import CheckpointError
 from dino_lightning.export.exported_model import OUTPUTS, ExportedModel, Run
 
+Provider = str | tuple[str, dict[str, Any]]  # a name, or with options, as onnxruntime takes them
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # best first
 
 
@@ -20,14 +21,15 @@ class OnnxModel(ExportedModel):
 
     Args:
         path: the file.
-        providers: what onnxruntime computes with, best first; by default CUDA where it has it, else the CPU.
+        providers: what onnxruntime computes with, best first, each by its name or with options as onnxruntime takes
+            them; by default CUDA where it has it, else the CPU.
 
     Raises:
         CheckpointError: no such file, not an ONNX file, or one that `export` did not write; a provider that
-            onnxruntime does not have; or onnxruntime is missing.
+            onnxruntime does not have, or cannot start; or onnxruntime is missing.
     """
 
-    def __init__(self, path: str | Path, *, providers: Sequence[str] | None = None) -> None:
+    def __init__(self, path: str | Path, *, providers: Sequence[Provider] | None = None) -> None:
         session = onnxruntime_session(path, providers)
         super().__init__(path, _function(session, OUTPUTS), session.get_modelmeta().custom_metadata_map)
 
@@ -47,12 +49,12 @@ def _function(session: Any, outputs: Sequence[str]) -> Run:
     return run
 
 
-def onnxruntime_session(file: str | Path | bytes, providers: Sequence[str] | None = None) -> Any:
+def onnxruntime_session(file: str | Path | bytes, providers: Sequence[Provider] | None = None) -> Any:
     """The session of an ONNX file, given by its path or its content.
 
     Raises:
         CheckpointError: onnxruntime is missing, there is no such file, it is none that onnxruntime can load, or a
-            provider is asked for that this onnxruntime does not have.
+            provider is asked for that this onnxruntime does not have or cannot start.
     """
     name = "An ONNX file" if isinstance(file, bytes) else str(file)
     try:
@@ -65,13 +67,21 @@ def onnxruntime_session(file: str | Path | bytes, providers: Sequence[str] | Non
     settings.log_severity_level = 3  # errors
     settings.intra_op_num_threads = torch.get_num_threads()
     there = onnxruntime.get_available_providers()
-    wanted = list(providers) if providers is not None else [provider for provider in PROVIDERS if provider in there]
-    absent = [provider for provider in wanted if provider not in there]
+    wanted: list[Provider] = [name for name in PROVIDERS if name in there] if providers is None else list(providers)
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    absent = [provider for provider in names if provider not in there]
     if absent:
         raise CheckpointError(f"{name}: onnxruntime has no provider {absent[0]} here; it has {', '.join(there)}.")
     content = file if isinstance(file, bytes) else str(file)
     try:
-        return onnxruntime.InferenceSession(content, settings, providers=wanted)
+        session = onnxruntime.InferenceSession(content, settings, providers=wanted)
     except Exception as error:  # onnxruntime has an exception for each of its error codes, without a common base
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{name} cannot be run by onnxruntime ({reason}).") from error
+    not_started = [provider for provider in names if provider not in session.get_providers()]
+    if providers is not None and not_started:
+        raise CheckpointError(
+            f"{name}: onnxruntime could not start {not_started[0]} here, and would take "
+            f"{session.get_providers()[0]} without a word; does it find the libraries of its CUDA version?"
+        )
+    return session

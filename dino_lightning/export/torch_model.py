@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from dino_lightning.errors import CheckpointError
 from dino_lightning.export.exported_model import DESCRIPTION_FILE, ExportedModel, Run, stored_text
@@ -37,6 +41,18 @@ def run_torch(path: Path) -> Run:
     return _load(path, "cpu")[0]
 
 
+def _of_any_size(program: torch.export.ExportedProgram) -> Callable[..., Any]:
+    """The function of a program, for images narrower than two cells of the coarsest level as well.
+
+    The graph is right for them, but PyTorch notes while tracing that no size of a map was 1, and refuses others.
+    """
+    for symbol, values in program.range_constraints.items():
+        program.range_constraints[symbol] = ValueRanges(1, values.upper)
+    named = "check_guards" in inspect.signature(program.module).parameters  # since torch 2.9
+    function: Callable[..., Any] = program.module(check_guards=False) if named else program.module()
+    return function
+
+
 def _load(path: Path, device: torch.device | str) -> tuple[Run, str]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
@@ -50,7 +66,7 @@ def _load(path: Path, device: torch.device | str) -> tuple[Run, str]:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    function = program.module()
+    function = _of_any_size(program)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -213,20 +213,23 @@ def load_exported(
         CheckpointError: as there.
         ValueError: as there, or a device that the file cannot be run on.
     """
-    kind, suffix = torch.device("cpu" if device == "auto" else device).type, file.suffix.lower()
+    wanted, suffix = torch.device("cpu" if device == "auto" else device), file.suffix.lower()
     if suffix == ".pt2":
         from dino_lightning.export.torch_model import TorchModel
 
         return TorchModel(file, device=_best(device))
     names = _PROVIDERS[suffix]
     if provider is None and device != "auto":
-        if kind not in names:
-            raise ValueError(f"{file}: device is {kind!r}; choose {' or '.join(names)}, or give a provider.")
-        provider = names[kind]
+        if wanted.type not in names:
+            raise ValueError(f"{file}: device is {wanted.type!r}; choose {' or '.join(names)}, or give a provider.")
+        provider = names[wanted.type]
     if suffix == ".onnx":
         from dino_lightning.export.onnx_model import OnnxModel  # needs packages that not everybody has
 
-        return OnnxModel(file, providers=None if provider is None else [provider])
+        if provider is None:
+            return OnnxModel(file)
+        of_index = provider == names["cuda"] and wanted.index is not None
+        return OnnxModel(file, providers=[(provider, {"device_id": wanted.index}) if of_index else provider])
     from dino_lightning.export.openvino_model import OpenVinoModel
 
     return OpenVinoModel(file, provider=provider or "CPU", precision=precision)

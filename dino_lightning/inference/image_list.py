@@ -108,8 +108,8 @@ def _found(source: str) -> Iterator[str]:
     if os.path.isfile(source):  # noqa: PTH113 - the name may hold a null byte, at which Path raises
         yield source
     elif os.path.isdir(source):  # noqa: PTH112 - as above
-        for folder, inside, files in os.walk(source, onerror=_refuse):
-            inside[:] = [name for name in inside if not name.startswith(".")]
+        for folder, inside, files in os.walk(source, onerror=_refuse, followlinks=True):
+            inside[:] = [name for name in inside if not name.startswith(".") and not _leads_back(folder, name)]
             yield from (os.path.join(folder, name) for name in files if _is_shown(name))  # noqa: PTH118 - as above
     elif glob.has_magic(source):
         for name in glob.iglob(source, recursive=True):  # noqa: PTH207 - absolute patterns
@@ -119,6 +119,14 @@ def _found(source: str) -> Iterator[str]:
         raise DataError(f"{source} is neither a regular file nor a folder.")
     else:
         raise DataError(f"{source} does not exist.")
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether an entry of a folder is a link to that folder or one that it lies in: its images would come for ever."""
+    path = os.path.join(folder, name)  # noqa: PTH118 - the name may hold a null byte, at which Path raises
+    if not os.path.islink(path):  # noqa: PTH114 - as above
+        return False
+    return (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -240,9 +240,11 @@ class _Finisher:
         if isinstance(found, Unreadable):
             line = failure(listed, found.reason)
         else:
-            line = record(listed, found.size, found.detections)
-            if listed.name in self._places:
-                drawn = self._threads.submit(_draw, listed, found, self._places[listed.name], line)
+            place = self._places.get(listed.name)
+            picture = None if place is None else place.relative_to(self._records.folder).as_posix()
+            line = record(listed, found.size, found.detections, picture)
+            if place is not None:
+                drawn = self._threads.submit(_draw, listed, found, place, line)
         self._waiting.append((line, drawn))
         self._note(2 * self._cores)
 

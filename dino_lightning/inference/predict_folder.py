@@ -21,12 +21,13 @@ from dino_lightning.files import locked, sha256_of
 from dino_lightning.inference.detector import load_module
 from dino_lightning.inference.image_list import ListedImage, list_images
 from dino_lightning.inference.loop import predict_images
+from dino_lightning.inference.pictures import missing_pictures, overlay_paths
 from dino_lightning.inference.results import (
     LOCK,
     Summary,
     finished,
+    in_the_way,
     other_images,
-    overlay_paths,
     prepare,
     settings_differ,
     write_results,
@@ -110,8 +111,9 @@ def predict_folder(
         "whole_image": options.whole_image if options.tile else None,
         "tta_views": module.hparams["tta_views"],
         "overlays": options.overlays,
+        "precision": options.precision or default_precision(options.accelerator),
     }
-    fabric = _fabric(options)
+    fabric = _fabric(options, settings["precision"])
     with ExitStack() as held:
         refusal = _begin(options, held, settings, images) if fabric.is_global_zero else None
         refusal = fabric.broadcast(refusal)  # the other processes need it as well
@@ -137,6 +139,9 @@ def _begin(
     """Lock the folder until `held` is closed and prepare it; or why that cannot be."""
     if not held.enter_context(locked(options.output / LOCK)):
         return f"{options.output}: another predict writes there now; wait for its end, or give another --output."
+    blocked = in_the_way(options.output, options.images, overwrite=options.overwrite)
+    if blocked:
+        return blocked
     if not options.overwrite:
         advice = "give another --output, or --overwrite to start again."
         different = settings_differ(options.output, settings)
@@ -149,15 +154,19 @@ def _begin(
                 f"{', ...' if len(others) > 1 else ''}); {advice}"
             )
     prepare(options.output, settings, overwrite=options.overwrite)
+    if options.overlays:
+        moved = missing_pictures(options.output, images, overlay_paths(options.output, images))
+        for path in (path for path in moved.values() if path is not None):
+            path.unlink(missing_ok=True)
     return None
 
 
-def _fabric(options: PredictOptions) -> Fabric:
+def _fabric(options: PredictOptions, precision: str) -> Fabric:
     """Lightning's processes and devices; with several, this starts the others."""
     arguments: dict[str, Any] = {
         "accelerator": options.accelerator,
         "devices": int(options.devices) if options.devices.lstrip("-").isdigit() else options.devices,
-        "precision": options.precision or default_precision(options.accelerator),
+        "precision": precision,
     }
     try:
         fabric = Fabric(**arguments)
@@ -174,7 +183,9 @@ def _predict_share(
 ) -> int:
     """Predict this process's share of what is left; returns how many images all processes have left."""
     by_name = {image.name: image for image in images}
+    pictures = overlay_paths(options.output, images) if options.overlays else {}
     done = {name for name, place in finished(options.output, images).items() if not place.failed}
+    done -= missing_pictures(options.output, images, pictures).keys()
     # shares of all images, not of what is left, on which another process may be at work already
     share = list(by_name.values())[fabric.global_rank :: fabric.world_size]
     left = [image for image in share if image.name not in done]
@@ -197,7 +208,7 @@ def _predict_share(
         threshold=threshold,
         batch_size=options.batch_size or (BATCH_SIZE_ON_GPU if fabric.device.type == "cuda" else 1),
         num_workers=default_workers(len(left), fabric.world_size) if workers is None else min(workers, len(left)),
-        overlays=overlay_paths(options.output, images) if options.overlays else {},
+        overlays=pictures,
     )
     return len(by_name.keys() - done)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from dino_lightning.data.image_files import has_further_pages, open_image
 from dino_lightning.detections import COLUMNS, Detections
 from dino_lightning.files import atomic_write, csv_cell
 from dino_lightning.inference.image_list import ListedImage
@@ -25,9 +26,11 @@ SETTINGS = "settings.json"
 LOCK = ".predict.lock"
 RECORDS = "predictions.jsonl"
 OVERLAYS = "overlays"
+PICTURE = "overlay"  # in the line of an image: the path of its picture in the folder
 RESULTS = ("predictions.json", "predictions.csv", "images.json", RECORDS)
+LATER_SETTINGS = ("precision",)  # results from before they were noted can still be resumed
+OF_PAGES = (".tif", ".tiff", ".gif", ".webp")  # names of files that may have several
 FAILURES_KEPT = 5  # to be shown
-LONGEST_NAME = 230  # bytes in the name of a picture; file systems have room for 255
 
 
 class Place(NamedTuple):
@@ -49,6 +52,7 @@ class Summary:
         failed: images that could not be read.
         failures: the first reasons.
         other_size: images whose size is not the one that the COCO file says.
+        further_pages: files of several pages, of which only the first was looked at.
         done_now: images that this call predicted or gave up, without those that were finished before.
         seconds: from the first image read to the last file written, without loading the model.
     """
@@ -59,17 +63,21 @@ class Summary:
     failed: int = 0
     failures: list[str] = field(default_factory=list)
     other_size: int = 0
+    further_pages: int = 0
     done_now: int = 0
     seconds: float = 0.0
 
 
-def record(listed: ListedImage, size: tuple[int, int], detections: Detections) -> dict[str, Any]:
-    """The line of an image of (height, width)."""
+def record(
+    listed: ListedImage, size: tuple[int, int], detections: Detections, picture: str | None = None
+) -> dict[str, Any]:
+    """The line of an image of (height, width); `picture` is the path of its picture in the folder, if it has one."""
     found = detections.to_dict()["detections"]
     for entry in found:
         entry["score"] = round(entry["score"], 6)
         entry["box"] = [round(value, 3) for value in entry["box"]]
-    return {**_identity(listed), "width": size[1], "height": size[0], "detections": found}
+    drawn = {} if picture is None else {PICTURE: picture}
+    return {**_identity(listed), "width": size[1], "height": size[0], **drawn, "detections": found}
 
 
 def failure(listed: ListedImage, reason: str) -> dict[str, Any]:
@@ -90,6 +98,7 @@ class Records:
     """
 
     def __init__(self, *, folder: Path, process: int) -> None:
+        self.folder = folder
         path = folder / f"predictions.rank{process}.jsonl.part"
         _cut_torn_line(path)
         self._file: IO[str] = path.open("a", encoding="ascii")
@@ -138,6 +147,34 @@ def finished(folder: Path, images: Iterable[ListedImage]) -> dict[str, Place]:
     return places
 
 
+def in_the_way(folder: Path, sources: Iterable[str], *, overwrite: bool) -> str | None:
+    """Why results cannot be written into a folder: files of somebody else have the names of ours. None if none does.
+
+    Args:
+        folder: that of the results.
+        sources: the files and folders given as images.
+        overwrite: earlier results are to be deleted, which are not looked at then.
+    """
+    places = [folder / name for name in (*RESULTS, SETTINGS)]
+    given = {Path(os.path.realpath(source)) for source in sources}
+    for place in places:
+        if Path(os.path.realpath(place)) in given:
+            return f"{place} was given as --images, and results would replace it; give another --output."
+    if overwrite:
+        return None
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        ours = isinstance(settings, dict) and "model" in settings
+    except (OSError, ValueError):
+        ours = False
+    there = [place.name for place in places if place.is_file() and not ours]
+    if there and not (folder / RECORDS).is_file():
+        return (
+            f"{folder} holds {there[0]}, which is not of predict; give another --output, or --overwrite to replace it."
+        )
+    return None
+
+
 def other_images(folder: Path, images: Iterable[ListedImage]) -> list[str]:
     """The names of images with results in the folder that are none of these files."""
     paths = {image.stamp.path for image in images}
@@ -167,7 +204,8 @@ def settings_differ(folder: Path, settings: Mapping[str, Any]) -> list[str]:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ["all of them"]
-    return [name for name, value in settings.items() if name not in before or before[name] != value]
+    different = [name for name, value in settings.items() if name not in before or before[name] != value]
+    return [name for name in different if name in before or name not in LATER_SETTINGS]
 
 
 def prepare(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -237,6 +275,14 @@ def write_results(folder: Path, images: Sequence[ListedImage], categories: Mappi
     return summary
 
 
+def _has_further_pages(path: Path) -> bool:
+    try:
+        with open_image(path) as opened:
+            return has_further_pages(opened)
+    except Exception:  # gone or replaced since; decoders raise anything on damaged files
+        return False
+
+
 class _JsonList:
     """A JSON list written one entry at a time, a line for each."""
 
@@ -271,30 +317,5 @@ def _count(summary: Summary, image: ListedImage, content: Mapping[str, Any]) -> 
         return
     summary.images += 1
     summary.detections += len(content["detections"])
+    summary.further_pages += image.path.suffix.lower() in OF_PAGES and _has_further_pages(image.path)
     summary.other_size += image.size is not None and image.size != (content["height"], content["width"])
-
-
-def overlay_paths(folder: Path, images: Iterable[ListedImage]) -> dict[str, Path]:
-    """Where the picture of each image goes, by name: the folders of the images, without what they have in common."""
-    parts = {image.name: Path(image.name).parts for image in images}
-    common = 0
-    shortest = min(map(len, parts.values()), default=1) - 1
-    while common < shortest and len({names[common] for names in parts.values()}) == 1:
-        common += 1
-    paths: dict[str, Path] = {}
-    taken: set[Path] = set()
-    for name, names in parts.items():
-        inside = [part if part != ".." else "up" for part in names[common:] if part != Path(part).anchor]
-        path = folder / OVERLAYS / Path(*inside)
-        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            path = path.with_name(f"{path.name}.png")
-        if len(os.fsencode(path.name)) > LONGEST_NAME:
-            path = path.with_name(f"{path.name[:50]}{path.suffix}")
-        number = 2
-        free = path
-        while free in taken:
-            free = path.with_name(f"{path.stem}.{number}{path.suffix}")
-            number += 1
-        taken.add(free)
-        paths[name] = free
-    return paths

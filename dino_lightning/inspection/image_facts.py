@@ -15,7 +15,13 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from dino_lightning.console import bar_seconds
-from dino_lightning.data.image_files import EXIF_ORIENTATION, available_cores, open_image, read_bytes
+from dino_lightning.data.image_files import (
+    EXIF_ORIENTATION,
+    available_cores,
+    has_further_pages,
+    open_image,
+    read_bytes,
+)
 from dino_lightning.data.images import decode_bytes
 from dino_lightning.errors import DataError
 from dino_lightning.inspection.jpeg_damage import jpeg_damage
@@ -109,7 +115,7 @@ def _how_it_is_stored(content: bytes, suffix: str) -> tuple[list[str], bool]:
                 notes.append("cmyk")
             if mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
                 notes.append("transparent")
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photograph with a preview
+            if has_further_pages(image):
                 notes.append("animated")
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
             if orientation in range(2, 9):

@@ -272,6 +272,26 @@ def test_a_model_directory_detects_the_same_and_has_the_code_to_serve_it(module,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("place", ["checkpoints/best.ckpt", "best.ckpt"])
+def test_a_model_directory_has_results_of_a_run_of_ours_only(module, tmp_path, place):
+    """It is made to be sent: what lies near a checkpoint by chance may be a secret."""
+    (tmp_path / "project" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "project" / "config.yaml").write_text("database: {password: hunter2}")
+    (tmp_path / "project" / "metrics.csv").write_text("epoch,val/AP\n3,0.987\n")
+    checkpoint = save(module, tmp_path / "project" / place)
+    arguments = ["--format", "directory", "--ckpt_path", str(checkpoint), "--output"]
+    assert export.run([*arguments, str(tmp_path / "foreign")]) == 0
+    assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["code", "model.ckpt", "model.json"]
+    assert json.loads((tmp_path / "foreign" / "model.json").read_text())["metrics"] == {}
+    if "/" in place:
+        (tmp_path / "project" / "run.json").write_text("{}")
+        assert export.run([*arguments, str(tmp_path / "ours")]) == 0
+        assert (tmp_path / "ours" / "config.yaml").is_file()
+        again = ["--format", "directory", "--ckpt_path", str(tmp_path / "ours"), "--output", str(tmp_path / "again")]
+        assert export.run(again) == 0
+        assert json.loads((tmp_path / "again" / "model.json").read_text())["metrics"] == {"val/AP": 0.987}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

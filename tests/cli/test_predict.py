@@ -317,6 +317,84 @@ def test_results_of_other_settings_are_not_mixed(checkpoint, plans, tmp_path, ca
     assert "other settings (model)" in capsys.readouterr().err
 
 
+def test_results_of_another_precision_are_not_mixed(checkpoint, plans, tmp_path, capsys):
+    output, arguments = tmp_path / "out", ["--images", plans / "0.png", "--overlays", "false"]
+    assert predict(checkpoint, *arguments, output=output) == 0
+    assert predict(checkpoint, *arguments, "--trainer.precision", "bf16-mixed", output=output) == 1
+    assert "holds results with other settings (precision); give another --output" in capsys.readouterr().err
+    settings = content(output, "settings.json")
+    del settings["precision"]  # as earlier versions left it
+    (output / "settings.json").write_text(json.dumps(settings))
+    assert predict(checkpoint, *arguments, "--trainer.precision", "32-true", output=output) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=" ".join)
+def test_the_file_that_names_the_images_is_not_replaced(checkpoint, plans, tmp_path, capsys, options):
+    shutil.copytree(plans, tmp_path / "images")
+    source = coco_file(tmp_path / "images.json", ["1.png"])
+    before = source.read_bytes()
+    assert predict(checkpoint, "--images", source, *options, output=tmp_path) == 1
+    assert "images.json was given as --images, and results would replace it" in capsys.readouterr().err
+    assert source.read_bytes() == before and not (tmp_path / "predictions.json").exists()
+
+
+@pytest.mark.parametrize("name", ["images.json", "settings.json", "predictions.csv"])
+def test_files_of_others_are_replaced_only_if_asked_for(checkpoint, plans, tmp_path, capsys, name):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).write_text('{"mine": 1}')
+    assert predict(checkpoint, "--images", plans / "1.png", output=output) == 1
+    assert f"out holds {name}, which is not of predict; give another --output" in capsys.readouterr().err
+    assert (output / name).read_text() == '{"mine": 1}' and not (output / "predictions.jsonl").exists()
+    assert predict(checkpoint, "--images", plans / "1.png", "--overwrite", output=output) == 0
+    assert len(content(output, "images.json")["images"]) == 1
+
+
+def test_pictures_follow_their_images_when_further_ones_move_them(checkpoint, plans, tmp_path, capsys):
+    """Pictures lie in the folders of the images without what these have in common, which is less afterwards."""
+    for name in ("1.png", "2.png"):
+        (tmp_path / "in" / "floor1").mkdir(parents=True, exist_ok=True)
+        shutil.copy(plans / name, tmp_path / "in" / "floor1" / name)
+    output = tmp_path / "out"
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
+    before = {name: (output / "overlays" / name).read_bytes() for name in ("1.png", "2.png")}
+    shutil.copy(plans / "0.png", tmp_path / "in" / "1.png")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
+    drawn = {path.relative_to(output / "overlays").as_posix() for path in (output / "overlays").rglob("*.png")}
+    assert drawn == {"1.png", "floor1/1.png", "floor1/2.png"}
+    assert {name: (output / "overlays" / "floor1" / name).read_bytes() for name in before} == before
+    assert (output / "overlays" / "1.png").read_bytes() != before["1.png"]
+    capsys.readouterr()
+    (output / "overlays" / "floor1" / "2.png").unlink()
+    assert predict(checkpoint, "--images", tmp_path / "in", output=output) == 0
+    assert "Resuming: 2 of 3 images are finished already." in capsys.readouterr().out
+    assert (output / "overlays" / "floor1" / "2.png").read_bytes() == before["2.png"]
+
+
+def test_linked_folders_are_looked_into_but_not_for_ever(checkpoint, plans, tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    shutil.copy(plans / "0.png", tmp_path / "in" / "0.png")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(plans / "1.png", tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "deep" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "deep" / "self").symlink_to(tmp_path / "in" / "deep")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=tmp_path / "out") == 0
+    entries = content(tmp_path / "out", "images.json")["images"]
+    assert [entry["file_name"] for entry in entries] == [
+        str(tmp_path / "in" / name) for name in ("0.png", "linked/1.png")
+    ]
+
+
+def test_further_pages_of_a_scan_are_said(checkpoint, tmp_path, capsys):
+    pages = [Image.new("RGB", (60, 40), colour) for colour in ("white", "grey")]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in" / "two.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "in" / "one.tif")
+    assert predict(checkpoint, "--images", tmp_path / "in", output=tmp_path / "out") == 0
+    assert "warning: 1 files have several pages; only the first of each was looked at." in capsys.readouterr().out
+
+
 def test_images_that_come_later_are_added(checkpoint, plans, tmp_path):
     shutil.copytree(plans, tmp_path / "in")
     assert predict(checkpoint, "--images", tmp_path / "in", output=tmp_path / "in" / "out") == 0
@@ -531,7 +609,9 @@ def test_the_newest_run_and_run_folders_are_found(checkpoint, plans, tmp_path, m
         (["--images", "{plans}", "--threshold", "1.5"], 2, "--threshold is 1.5; it must lie between 0 and 1."),
         (["--images", "{plans}", "--threshold", "nan"], 2, "--threshold is nan; it must lie between 0 and 1."),
         (["--images", "{plans}", "--tile", "10"], 2, "--tile is 10; it must be at least 32 pixels."),
-        (["--images", "{plans}", "--overlap", "0.95"], 2, "--overlap is 0.95; it must lie between 0 and 0.9."),
+        (["--images", "{plans}", "--tile", "64", "--overlap", "0.95"], 2, "--overlap is 0.95; it must lie between 0"),
+        (["--images", "{plans}", "--overlap", "0.3"], 2, "--overlap is for tiles, and there are none without --tile."),
+        (["--images", "{plans}", "--whole_image", "false"], 2, "--whole_image is for tiles"),
         (["--images", "{plans}", "--batch_size", "0"], 2, "--batch_size is 0; it must be at least 1."),
         (["--images", "{plans}", "--num_workers", "-1"], 2, "--num_workers is -1; it must not be negative."),
         (["--images", "{plans}", "--overlays", "maybe"], 2, "'maybe' is neither true nor false"),

@@ -99,6 +99,18 @@ def test_another_dataset_has_files_of_its_own_but_is_read_by_the_same_rules(modu
     assert ids(validation_images(store(checkpoint, options), module, str(other))) == [40, 41]
 
 
+def test_images_that_the_run_skips_are_left_out(module, options, dataset, tmp_path, capsys):
+    shutil.copytree(dataset, tmp_path / "data")
+    options["data"] = json.loads(json.dumps(options["data"]).replace(str(dataset), str(tmp_path / "data")))
+    (tmp_path / "data" / "later" / "21.png").write_bytes(b"no image")
+    checkpoint = save(module, tmp_path / "best.ckpt")
+    with pytest.raises(DataError, match=r"21\.png cannot be decoded"):
+        ids(validation_images(store(checkpoint, options), module, None))
+    options["data"]["on_bad_image"] = "skip"
+    assert ids(validation_images(store(checkpoint, options), module, None)) == [20, 22]
+    assert "held_out.json: 1 of 3 images cannot be read and are left out (image ids 21)." in capsys.readouterr().err
+
+
 def test_a_dataset_that_is_gone_is_named(module, options, dataset, tmp_path):
     gone = tmp_path / "moved"
     shutil.copytree(dataset, gone)

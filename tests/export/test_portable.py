@@ -133,6 +133,33 @@ def test_every_form_gives_the_same_boxes_in_eight_views(module, form, name):
         assert_same(detector(plan, threshold=0.0, tta_views=8), expected)
 
 
+@pytest.mark.parametrize("name", ["outside.onnx", "outside.xml", "outside.pt2"])
+@pytest.mark.parametrize("size", [(30, 96), (12, 300), (300, 9), (1, 40)], ids=str)
+def test_strips_narrower_than_a_cell_of_the_coarsest_level_are_images_too(module, form, name, size):
+    strip = images([size])[0]
+    (expected,) = module.detect([strip], threshold=0.0)
+    assert_same(load_detector(form(name), device="cpu")(strip, threshold=0.0), expected)
+
+
+def test_the_number_of_a_gpu_and_one_that_cannot_be_started(form, monkeypatch):
+    """Without a GPU: a session that says what it was asked for, and starts on the CPU as onnxruntime does then."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    asked, real = [], onnxruntime.InferenceSession
+
+    def started(content, settings, providers):
+        asked.append(providers)
+        return real(content, settings, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", started)
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(CheckpointError, match="could not start CUDAExecutionProvider here"):
+            load_detector(form("outside.onnx"), device=device)
+    assert asked == [["CUDAExecutionProvider"], [("CUDAExecutionProvider", {"device_id": 1})]]
+    assert load_detector(form("outside.onnx")).class_names == tuple(CLASSES["class_names"])  # unasked, the CPU will do
+
+
 def test_a_canvas_that_is_no_square_takes_eight_views_of_any_shape(form):
     detector, image = load_detector(form("canvas.onnx")), images([(200, 333)])[0]
     stretched, views = tiny_module(image_size=128, max_size=160), []

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dino_lightning import Detections, Detector, DINOModule, load_detector
 from dino_lightning.data.images import read_image
-from dino_lightning.errors import CheckpointError
+from dino_lightning.errors import CheckpointError, UsageError
 from dino_lightning.inference.tiling import views
 from tests.conftest import TINY_SIZES
 from tests.inference.test_tiling import seen
@@ -66,6 +66,36 @@ def test_one_image_or_many_of_any_kind(checkpoint, plan):
     assert len(everything) > len(found)
     assert len(detector.detect([plan], threshold=0.0)[0]) == len(everything)
     assert detector([]) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (None, "got NoneType; could a file not be read"),  # what OpenCV gives for a wrong path
+        (b"bytes", "got bytes"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"got shape \(2, 4, 4, 3\)"),
+        (np.zeros((4, 4, 3), dtype=np.float32), "of float32"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "got one of 0 x 4 pixels"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "are torch.int64; they must be uint8 0-255, or floating 0-1"),
+        (torch.full((3, 4, 4), 255.0), "go from 255 to 255; floating ones must be 0-1"),
+        (torch.randn(3, 40, 40) * 2, "and not normalised"),
+        (torch.full((3, 4, 4), float("nan")), "go from nan to nan"),
+    ],
+    ids=["none", "bytes", "batch", "float array", "empty", "int64", "0-255", "normalised", "nan"],
+)
+def test_what_is_no_image_is_said(checkpoint, image, said):
+    with pytest.raises(ValueError, match=said):
+        load_detector(checkpoint, "cpu").detect([image])
+
+
+def test_a_threshold_is_any_kind_of_number(checkpoint, plan):
+    detector = load_detector(checkpoint, "cpu")
+    expected = detector(plan, threshold=0.5)
+    for threshold in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert len(detector(plan, threshold=threshold)) == len(expected) > 0
+    for threshold in (True, "0.5", 1.5, float("nan"), torch.tensor([0.5]), np.array([0.5])):
+        with pytest.raises(UsageError, match="must be a number between 0 and 1"):
+            detector(plan, threshold=threshold)
 
 
 def test_a_detector_knows_its_classes(checkpoint):
@@ -212,7 +242,10 @@ def test_detections_as_a_table_of_pandas(found):
     table = found.to_pandas()
     assert list(table.columns) == ["file", "name", "category_id", "score", "x1", "y1", "x2", "y2"]
     assert table["name"].tolist() == ["bath", "room"] and table["x2"].tolist() == [60, 99]
-    assert list(found.above(2.0).to_pandas().columns) == list(table.columns)
+    nothing = found.above(2.0).to_pandas()
+    assert list(nothing.columns) == list(table.columns) and len(nothing) == 0
+    assert list(nothing.select_dtypes("number").columns) == list(table.select_dtypes("number").columns)
+    assert list(table.select_dtypes("number").columns) == ["category_id", "score", "x1", "y1", "x2", "y2"]
 
 
 @pytest.mark.filterwarnings("ignore:OpenCV")
