@@ -109,10 +109,10 @@ def contestant(
         module = DINOModule(num_classes=data.num_classes, **{**model, **own})
         return module, [EMA(decay=None)], {}
     body = Backbone(
-        name=model["backbone"],
+        name=model.get("backbone", "resnet50"),  # as DINO has it by default, also below
         strides=(8, 16, 32),
         norm=model.get("backbone_norm", "frozen"),
-        trainable_layers=model["trainable_backbone_layers"],
+        trainable_layers=model.get("trainable_backbone_layers", 3),
     )
     if options.backbone_weights is not None:
         holder = DINOModule(num_classes=data.num_classes, **model)

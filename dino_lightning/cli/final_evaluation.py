@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,6 +64,7 @@ def evaluate_with_views(trainer: Trainer, module: DINOModule, data: CocoDataModu
 @torch.no_grad()
 def _evaluated(trainer: Trainer, module: DINOModule, data: CocoDataModule) -> dict[str, float]:
     metric, module = CocoMetric(), module.to(trainer.strategy.root_device)
+    most = trainer.num_val_batches[0] if trainer.num_val_batches else None  # of limit_val_batches
     with tqdm(
         desc="Best epoch, all views",
         total=len(data.val_set),
@@ -69,7 +72,7 @@ def _evaluated(trainer: Trainer, module: DINOModule, data: CocoDataModule) -> di
         mininterval=bar_seconds(),
         disable=trainer.progress_bar_callback is None,
     ) as progress:
-        for batch in data.val_dataloader():
+        for batch in islice(data.val_dataloader(), None if most is None or math.isinf(most) else int(most)):
             with trainer.precision_plugin.forward_context():
                 found = on_host(module.detect_batch(batch.to(module.device)), batch.image_ids)
             metric.update(found, batch.ground_truth, batch.image_ids)

@@ -71,6 +71,6 @@ def _tell_the_length(module: DINOModule, data: CocoDataModule, trainer: Trainer)
     recipe = choose_recipe(name, steps).with_choices(module.hparams)
     say(describe(name, recipe, steps))
     whole = detector_weights(module.hparams, data.class_names) is not None
-    if not whole and (advice := advice_on_few_steps(steps, epochs)) is not None:
+    if not whole and (advice := advice_on_few_steps(steps, epochs, limited=steps == trainer.max_steps)) is not None:
         say(advice)
     say("")

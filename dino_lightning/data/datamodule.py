@@ -289,13 +289,20 @@ class CocoDataModule(SplitLoaders):
         Args:
             num_queries: objects that the model can find in an image.
         """
-        return hazards(
+        found = hazards(
             self.train_set.annotations,
             num_queries=num_queries,
             image_size=self.image_size,
             max_size=self.max_size,
             stretch_to=self.stretch_to,
         )
+        own = most_boxes(self.train_set.annotations)
+        if own <= num_queries < self.most_boxes:
+            found.append(
+                f"An image can have up to {self.most_boxes} boxes with mosaic or drawn plans, {own} without, and "
+                f"the model has {num_queries} queries: boxes in excess are not learnt there. Raise --model.num_queries."
+            )
+        return found
 
     def class_table(self) -> str:
         """Category id, label, name, and the number of training and validation boxes of each class."""

@@ -50,7 +50,9 @@ def dominating_error(
         reasons.update(missed.reason for missed in classified.missed)
         boxes += classified.num_boxes
     most = max(ERROR_KINDS, key=lambda kind: counts[kind])
-    if not boxes or not counts[most]:
+    if not boxes and not counts.total():
+        return "there are no boxes to evaluate against, so that AP and F1 say nothing."
+    if not counts[most]:
         return f"no errors at a score of {threshold:.3f}."
     listed = ", ".join(f"{counts[kind]} {kind}" for kind in ERROR_KINDS if counts[kind])
     first = f"errors at a score of {threshold:.3f}, of {boxes} boxes in {len(evaluation.images)} images: {listed}."

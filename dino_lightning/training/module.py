@@ -38,7 +38,13 @@ from dino_lightning.training.optim import (
 )
 from dino_lightning.training.option_checks import check_names, check_numbers
 from dino_lightning.training.precision import check_precision
-from dino_lightning.training.recipe import RecipeName, choose_recipe, criterion_of, planned_steps
+from dino_lightning.training.recipe import (
+    RecipeName,
+    choose_recipe,
+    criterion_of,
+    planned_steps,
+    warn_of_other_recipe,
+)
 from dino_lightning.training.resume import check_same_architecture, resume_from_raw_weights
 from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
 from dino_lightning.training.stored_state import check_callbacks, check_whole, take_over
@@ -343,6 +349,7 @@ class DINOModule(LoggedModule):
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             self._follow_recipe(checkpoint.get("planned_steps"))  # so that the loss is the one of its training
         else:
+            warn_of_other_recipe(self.hparams["recipe"], checkpoint.get("planned_steps"), self._planned_steps)
             if type(self).configure_optimizers is DINOModule.configure_optimizers:
                 groups, adamw = groups_of(self.model, self.hparams), self.own_optimizer is None
                 self._stored_rate = take_over(checkpoint, groups, self.trainer, name=self._optimizer_name, adamw=adamw)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from dino_lightning.losses import Criterion, HungarianMatcher
 from dino_lightning.losses.class_losses import ClassLoss
 
@@ -118,15 +120,35 @@ def describe(name: RecipeName, recipe: Recipe, steps: int) -> str:
     )
 
 
-def advice_on_few_steps(steps: int, epochs: int | None) -> str | None:
-    """A warning where there are too few steps for either recipe, without weights of a whole detector to start from."""
-    if steps >= TOO_FEW_STEPS or not epochs or epochs < 1:
+def warn_of_other_recipe(name: RecipeName, before: int | None, now: int | None) -> None:
+    """Say if a resumed run that was planned to have `before` steps, None if unknown, had another recipe than now."""
+    was, short = is_short(name, before), is_short(name, now)
+    if before is not None and was != short:
+        words = {True: "short", False: "published"}
+        rank_zero_warn(
+            f"The run was planned to have {before:,} steps, by the recipe {words[was]}; it goes on by the recipe "
+            f"{words[short]}: class loss, gradient clipping, box noise and warm-up change. --model.recipe {words[was]} "
+            "keeps them."
+        )
+
+
+def advice_on_few_steps(steps: int, epochs: int | None, *, limited: bool = False) -> str | None:
+    """A warning where there are too few steps for either recipe, without weights of a whole detector to start from.
+
+    Args:
+        steps: of the run.
+        epochs: of the run, None or -1 if only the steps are limited.
+        limited: `max_steps` ends it before the epochs do.
+    """
+    few = f"{steps:,} steps are few for this kind of detector: scores stay low, and boxes are found twice."
+    if steps >= TOO_FEW_STEPS:
+        return None
+    if limited:
+        return f"{few} --trainer.max_steps {TOO_FEW_STEPS} or more, with epochs enough for them, suits it better."
+    if not epochs or epochs < 1:
         return None
     enough = -(-epochs * TOO_FEW_STEPS // max(steps, 1))
-    return (
-        f"{steps:,} steps are few for this kind of detector: scores stay low, and boxes are found twice. "
-        f"--trainer.max_epochs {enough} gives {TOO_FEW_STEPS} or more."
-    )
+    return f"{few} --trainer.max_epochs {enough} gives {TOO_FEW_STEPS} or more."
 
 
 def planned_steps(trainer: Any, data: Any) -> int | None:
@@ -145,6 +167,16 @@ def planned_steps(trainer: Any, data: Any) -> int | None:
         by_epochs = -(-batches // trainer.accumulate_grad_batches) * epochs
     given = [steps for steps in (by_epochs, most if most is not None and most > 0 else None) if steps is not None]
     return min(given, default=None)
+
+
+def reached_epochs(trainer: Any) -> int | None:
+    """Epochs that a run has or begins: `max_epochs`, or fewer where `max_steps` ends it before; None if unknown."""
+    epochs: int | None = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
+    batches = batches_per_epoch(trainer, getattr(trainer, "datamodule", None))
+    if batches is None or (trainer.max_steps or -1) < 1:
+        return epochs
+    by_steps: int = -(-trainer.max_steps // -(-batches // trainer.accumulate_grad_batches))
+    return by_steps if epochs is None else min(epochs, by_steps)
 
 
 def batches_per_epoch(trainer: Any, data: Any) -> int | None:

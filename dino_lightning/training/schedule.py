@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from dino_lightning.training.recipe import Recipe
+from dino_lightning.training.recipe import Recipe, reached_epochs
 
 NOTICEABLE = 1.01  # a rate that rises by more than this factor where a run is resumed is told
 
@@ -126,7 +126,7 @@ def schedule_of(
     return RateSchedule(
         optimizer,
         warmup_steps=recipe.warmup_steps,
-        milestones=drop_epochs(trainer.max_epochs, recipe.lr_drop_share) if given is None else given,
+        milestones=drop_epochs(reached_epochs(trainer), recipe.lr_drop_share) if given is None else given,
         gamma=options["lr_drop_factor"],
         cosine_steps=1 if cosine else None,  # settled by `begin`
     )

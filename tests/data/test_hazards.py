@@ -66,8 +66,13 @@ def test_the_data_module_says_it(tmp_path):
     content = page(60, 60, *([k, k, 9, 9] for k in range(10)))
     write_images(tmp_path / "images", content)
     write_json(tmp_path / "a.json", content)
-    data = CocoDataModule(
-        root=str(tmp_path), train_annotations="a.json", val_annotations="a.json", image_size=64, max_size=96,
-        classes=["kitchen"],
-    )  # fmt: skip
+    options = {"root": str(tmp_path), "train_annotations": "a.json", "val_annotations": "a.json", "image_size": 64}
+    options |= {"max_size": 96, "classes": ["kitchen"]}
+    data = CocoDataModule(**options)
     assert "image 1: 10" in data.hazards(9)[0]
+    assert data.hazards(10) == []
+    (sentence,) = CocoDataModule(**options, mosaic=0.5).hazards(39)
+    assert sentence.startswith(
+        "An image can have up to 40 boxes with mosaic or drawn plans, 10 without, and the model has 39"
+    )
+    assert CocoDataModule(**options, mosaic=0.5).hazards(40) == []

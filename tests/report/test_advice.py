@@ -11,10 +11,10 @@ from dino_lightning.report import dominating_error
 from tests.report.test_errors import BOX, ELSEWHERE, FAR, SHIFTED, image_of
 
 
-def evaluated(found):
-    """Detections, all of score 0.9, on one image with two objects."""
+def evaluated(found, objects=(BOX, FAR)):
+    """Detections, all of score 0.9, on one image with these objects."""
     metric = CocoMetric(class_names=["room"])
-    truth = image_of([], [(BOX, 0), (FAR, 0)]).truth
+    truth = image_of([], [(box, 0) for box in objects]).truth
     boxes = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
     metric.update([Detections(boxes, torch.full((len(boxes),), 0.9), torch.zeros(len(boxes)).long())], [truth], [1])
     metric.compute()
@@ -48,6 +48,12 @@ def test_suppression_that_is_there_is_not_advised_again():
 
 def test_without_errors_that_is_said():
     assert dominating_error(evaluated([BOX, FAR]), threshold=0.5) == "no errors at a score of 0.500."
+
+
+def test_a_split_without_boxes_has_nothing_to_say_about_precision():
+    assert dominating_error(evaluated([], []), threshold=0.5).startswith("there are no boxes to evaluate against")
+    said = dominating_error(evaluated([BOX, FAR], []), threshold=0.5)
+    assert said.startswith("errors at a score of 0.500, of 0 boxes in 1 images: 2 background.")
 
 
 def test_the_size_to_try_is_above_that_of_the_run():

@@ -104,6 +104,12 @@ def test_the_rate_rises_step_by_step_and_drops_by_epochs(data):
     assert rates == pytest.approx(rise + [1e-3] * 4 + [1e-4] * 3)
 
 
+@pytest.mark.parametrize("epochs", [10, -1])
+def test_the_rate_drops_before_the_end_that_max_steps_sets(data, epochs):
+    rates = rates_of(data, lr=1e-3, epochs=epochs, trainer={"max_steps": 8})  # two epochs of three steps, and two steps
+    assert rates == pytest.approx([1e-3] * 6 + [1e-4] * 2)
+
+
 def test_a_drop_during_the_rise_counts(data):
     rates = rates_of(data, warmup_steps=6, lr=1e-3, lr_drop_epochs=[1], epochs=2)
     assert rates == pytest.approx([1e-3 / 6, 2e-3 / 6, 3e-3 / 6, 4e-4 / 6, 5e-4 / 6, 1e-4])

@@ -19,6 +19,7 @@ from dino_lightning.training.recipe import (
     average_decay,
     choose_recipe,
     planned_steps,
+    warn_of_other_recipe,
 )
 from tests.conftest import TINY_ARGS
 
@@ -32,6 +33,16 @@ def test_without_a_choice_a_module_trains_as_published():
     assert module.recipe == PUBLISHED
     assert module.criterion.class_loss == "focal" and module.criterion.weights["loss_class"] == 1.0
     assert module.model.box_noise_scale == 1.0
+
+
+def test_a_resumed_run_that_changes_its_recipe_says_so(recwarn):
+    for name, before, now in (("auto", None, 20_000), ("auto", 900, 1_000), ("short", 900, 20_000)):
+        warn_of_other_recipe(name, before, now)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"planned to have 900 steps, by the recipe short; it goes on by"):
+        warn_of_other_recipe("auto", 900, 20_000)
+    with pytest.warns(UserWarning, match=r"--model\.recipe published keeps them"):
+        warn_of_other_recipe("auto", 20_000, 900)
 
 
 def test_what_is_given_wins_over_the_recipe():
@@ -119,6 +130,7 @@ def test_steps_of_a_run(changes, steps):
 def test_few_steps_come_with_the_epochs_that_are_enough():
     assert advice_on_few_steps(TOO_FEW_STEPS, 10) is None
     assert "--trainer.max_epochs 60 " in advice_on_few_steps(100, 10)
+    assert "--trainer.max_steps 600 or more" in advice_on_few_steps(100, 10, limited=True)
 
 
 def test_fit_says_how_long_it_is_which_recipe_follows_and_what_is_wrong(rooms, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_lightning import Batch, CocoDataModule, Detections, load_detector
+from dino_lightning import Batch, CocoDataModule, Detections, DINOModule, load_detector
 from dino_lightning.__main__ import run
 from dino_lightning.inference.detector import load_plain_model
 from dino_lightning.training.test_time_augmentation import (
@@ -220,3 +220,17 @@ def test_fit_ends_with_the_best_epoch_seen_in_all_views(rooms, tmp_path, capsys)
     table = capsys.readouterr().out
     assert f"best F1 on these images: {said[2]}, at {said[3]}" in table
     assert re.search(rf"val/AP +{said[1]}", table)
+
+
+def test_a_limit_of_the_validation_holds_at_the_end_too(rooms, tmp_path, monkeypatch):
+    seen, real = [], DINOModule.detect_batch
+
+    def counted(module, batch, **given):
+        if not given:  # all views of the module
+            seen.append(len(batch))
+        return real(module, batch, **given)
+
+    monkeypatch.setattr(DINOModule, "detect_batch", counted)
+    options = ["fit", *TINY_ARGS, "--data.root", str(rooms), "--run_dir", str(tmp_path / "run"), "--model.tta_views=2"]
+    assert run([*options, "--trainer.max_epochs=1", "--data.val_batch_size=1", "--trainer.limit_val_batches=1"]) == 0
+    assert sum(seen) == 1
