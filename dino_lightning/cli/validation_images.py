@@ -14,15 +14,8 @@ from dino_lightning.data.dataset import CocoDetection
 from dino_lightning.errors import UsageError
 from dino_lightning.training.module import DINOModule
 
-SPLIT_OPTIONS = (
-    "val_fraction",
-    "seed",
-    "classes",
-    "merge_classes",
-    "crowd",
-    "box_format",
-    "on_bad_image",
-)  # of any dataset
+# of any dataset
+SPLIT_OPTIONS = ("val_fraction", "seed", "classes", "merge_classes", "crowd", "box_format", "on_bad_image")
 FILE_OPTIONS = ("root", "train_annotations", "train_images", "val_annotations", "val_images")  # of that of the run
 
 

@@ -38,13 +38,7 @@ from dino_lightning.training.optim import (
 )
 from dino_lightning.training.option_checks import check_names, check_numbers
 from dino_lightning.training.precision import check_precision
-from dino_lightning.training.recipe import (
-    RecipeName,
-    choose_recipe,
-    criterion_of,
-    planned_steps,
-    warn_of_other_recipe,
-)
+from dino_lightning.training.recipe import RecipeName, choose_recipe, criterion_of, planned_steps, warn_of_other_recipe
 from dino_lightning.training.resume import check_same_architecture, resume_from_raw_weights
 from dino_lightning.training.schedule import RateSchedule, StoredRate, schedule_of
 from dino_lightning.training.stored_state import check_callbacks, check_whole, take_over
@@ -336,8 +330,7 @@ class DINOModule(LoggedModule):
         """Restore what `on_save_checkpoint` stored, and keep `setup` from loading initial weights.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or has other classes, another architecture or other parameter
-                groups.
+            CheckpointError: it is damaged, or has other classes, another architecture or other parameter groups.
         """
         if self._trainer is not None:
             check_whole(checkpoint, self._trainer.ckpt_path or "The checkpoint", self)
